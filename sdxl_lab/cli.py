@@ -1,0 +1,160 @@
+"""The terminal's door to the engine: draw a picture, show or repeat one, promote a configuration."""
+
+import argparse
+import json
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .config import MAX_SEED, SCHEDULERS, ConfigError, GenerationConfig, RefinerConfig
+
+STOPPED = 130  # what a shell expects of a program ended by Ctrl-C
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m sdxl_lab", description=__doc__)
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    generate = commands.add_parser("generate", help="draw a picture")
+    generate.add_argument("prompt", nargs="?", help="what to draw; with --like, default that picture's prompt")
+    generate.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    start = generate.add_mutually_exclusive_group()
+    start.add_argument("--like", type=Path, metavar="FILE", help="take prompt, seed and settings from this PNG")
+    start.add_argument("--config", type=Path, metavar="FILE", help="take the settings from this config.toml")
+    start.add_argument("--model", help="nano (default), sdxl, a folder or a hub id")
+    generate.add_argument("--seed", type=int, help=f"0 to {MAX_SEED}; random where none is given")
+    generate.add_argument("--negative-prompt")
+    generate.add_argument("--steps", type=int)
+    generate.add_argument("--scheduler", metavar="NAME", help=", ".join(SCHEDULERS))
+    generate.add_argument("--guidance-scale", type=float)
+    generate.add_argument("--width", type=int, help="pixels, a multiple of 8")
+    generate.add_argument("--height", type=int, help="pixels, a multiple of 8")
+    generate.add_argument("--refiner", action=argparse.BooleanOptionalAction, help="hand the last part to the refiner")
+    generate.add_argument("--watermark", action=argparse.BooleanOptionalAction, help="write the invisible watermark")
+    generate.set_defaults(run=_generate)
+
+    show = commands.add_parser("show", help="print the record inside a PNG")
+    show.add_argument("file", type=Path)
+    show.add_argument("--parameters", action="store_true", help="print the A1111 text instead")
+    show.set_defaults(run=_show)
+
+    promote = commands.add_parser("promote", help="draw goldens with a configuration and write both into a slot")
+    promote.add_argument("config", type=Path, help="a config.toml")
+    promote.add_argument("slot", type=Path, help="the slot's folder, such as service/promoted/nano")
+    promote.add_argument("--prompt", action="append", required=True, help="a golden's prompt; may be repeated")
+    promote.add_argument("--seed", type=int, default=0, help="the goldens' seed (default 0)")
+    promote.add_argument("--why", required=True, help="the reason, kept in the evidence")
+    promote.add_argument("--who", required=True, help="who promotes")
+    promote.add_argument("--allow-dirty", action="store_true", help="promote from a work tree with changes")
+    promote.set_defaults(run=_promote)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0, 1 with the reason on standard error, or 130 after Ctrl-C."""
+    asked = parser().parse_args(arguments)
+    try:
+        asked.run(asked)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return STOPPED
+    except (ValueError, OSError) as error:  # ConfigError, ModelError, PictureError, SlotError are ValueErrors
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _changes(asked: argparse.Namespace, config: GenerationConfig) -> dict[str, Any]:
+    """The options given, as changes of the configuration."""
+    names = ("negative_prompt", "steps", "scheduler", "guidance_scale", "width", "height", "watermark")
+    changes = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
+    if asked.refiner is not None:
+        changes["refiner"] = (config.refiner or RefinerConfig()) if asked.refiner else None
+    return changes
+
+
+def _generate(asked: argparse.Namespace) -> None:
+    with_source = None
+    prompt, seed = asked.prompt, asked.seed
+    if asked.like:
+        from .images import read_record
+
+        record = read_record(asked.like)
+        config = GenerationConfig.from_dict(record["config"])
+        prompt = prompt if prompt is not None else record["prompt"]
+        seed = seed if seed is not None else record["seed"]
+        with_source = record if "source" in record else None
+    elif asked.config:
+        config = GenerationConfig.from_toml(asked.config)
+    else:
+        config = GenerationConfig.for_model(asked.model or "nano")
+    if prompt is None:
+        raise ConfigError("prompt", None, "given, or taken from a picture with --like", "A cat in a hat")
+    config = config.with_(**_changes(asked, config))
+    seed = seed if seed is not None else secrets.randbelow(2**32)
+
+    from .engine import Engine
+    from .trajectory import Job
+
+    job = Job(config, prompt, seed)
+    with Engine.load(config) as engine:
+        if with_source is not None:
+            job = Job(config, prompt, seed, _source(engine, with_source))
+        picture = _draw(engine, job)
+    picture.save(asked.out)
+    print(f"{asked.out}  seed {seed}  config {config.digest}  {picture.timings['total_ms'] / 1000:.1f} s")
+
+
+def _source(engine: Any, record: dict[str, Any]) -> Any:
+    """The picture that a refined one started from, drawn again from the record inside its record."""
+    from .trajectory import Job, Source
+
+    parent = record["source"]
+    above = _source(engine, parent) if "source" in parent else None
+    job = Job(GenerationConfig.from_dict(parent["config"]), parent["prompt"], parent["seed"], above)
+    return Source(engine.draw(job).image, record["strength"], parent)
+
+
+def _draw(engine: Any, job: Any) -> Any:
+    """Draw with a progress bar on the terminal."""
+    from tqdm import tqdm
+
+    with tqdm(total=1, unit="step", leave=False, disable=None) as bar:
+        ticket = engine.submit(job)
+        try:
+            while not ticket.future.done():
+                bar.n, bar.total = ticket.progress[0], ticket.progress[1] or 1
+                bar.refresh()
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            ticket.cancel()
+            raise
+    return ticket.result()
+
+
+def _show(asked: argparse.Namespace) -> None:
+    from .images import a1111_parameters, read_record
+
+    record = read_record(asked.file)
+    print(
+        a1111_parameters(record)
+        if asked.parameters
+        else json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False)
+    )
+
+
+def _promote(asked: argparse.Namespace) -> None:
+    from .engine import Engine
+    from .promotion import promote
+    from .trajectory import Job
+
+    config = GenerationConfig.from_toml(asked.config)
+    with Engine.load(config) as engine:
+        tickets = [engine.submit(Job(config, prompt, asked.seed)) for prompt in asked.prompt]
+        pictures = [ticket.result() for ticket in tickets]
+    slot = promote(config, asked.slot, pictures=pictures, why=asked.why, who=asked.who, allow_dirty=asked.allow_dirty)
+    print(f"{slot.folder} now holds {slot.digest}, with {len(slot.goldens)} golden pictures")

@@ -1,0 +1,152 @@
+"""Pictures as files and numbers: the record inside the PNG, the watermark, the difference of two pictures.
+
+The record is canonical JSON with everything needed to make the picture again; beside it stands the `parameters` text
+that A1111 and the tools around it read. Knows no models and no engine.
+"""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+RECORD_KEY = "sdxl_lab"
+# The 48 bits that Stability's reference code and diffusers' StableDiffusionXLWatermarker write.
+WATERMARK_BITS = [int(bit) for bit in f"{0b101100111110110010010000011110111011000110011110:b}"]
+
+
+class PictureError(ValueError):
+    """A file or an array is not the picture it should be."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished picture, `timings` in milliseconds, and the record that repeats it."""
+
+    image: Image.Image
+    record: Mapping[str, Any]
+    timings: Mapping[str, float]
+
+    def png(self) -> bytes:
+        return encode_png(self.image, self.record)
+
+    def save(self, path: Path | str) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(self.png())
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
+
+
+def finish(pixels: np.ndarray, *, watermark: bool) -> Image.Image:
+    """Float pixels (height, width, 3) in [0, 1] to an 8-bit picture, rounded as diffusers' VaeImageProcessor does.
+
+    Raises `PictureError` for a picture with non-finite pixels or of one single value.
+    """
+    if not np.isfinite(pixels).all():
+        raise PictureError(
+            "the picture has non-finite pixels: the VAE overflowed, as SDXL's own does in float16; use float32 or "
+            "bfloat16, or the VAE madebyollin/sdxl-vae-fp16-fix"
+        )
+    if pixels.max() == pixels.min():
+        raise PictureError(f"every pixel of the picture is {pixels.flat[0]:g}: the denoising or the VAE broke down")
+    scaled = pixels * 255
+    if watermark:
+        scaled = np.clip(_watermarked(scaled), 0, 255)
+    return Image.fromarray(scaled.round().astype(np.uint8))
+
+
+def _watermarked(scaled: np.ndarray) -> np.ndarray:
+    from imwatermark import WatermarkEncoder  # imports OpenCV: only for those who ask for a watermark
+
+    encoder = WatermarkEncoder()
+    encoder.set_watermark("bits", WATERMARK_BITS)
+    bgr = np.ascontiguousarray(scaled[:, :, ::-1], dtype=np.float32)
+    return np.asarray(encoder.encode(bgr, "dwtDct"))[:, :, ::-1]
+
+
+def read_watermark(image: Image.Image) -> list[int]:
+    """The 48 bits found in a picture, whether or not anyone wrote some."""
+    from imwatermark import WatermarkDecoder
+
+    bgr = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
+    return [int(bit) for bit in WatermarkDecoder("bits", len(WATERMARK_BITS)).decode(bgr, "dwtDct")]
+
+
+def encode_png(image: Image.Image, record: Mapping[str, Any]) -> bytes:
+    info = PngInfo()
+    info.add_itxt(RECORD_KEY, canonical(record))
+    info.add_itxt("parameters", a1111_parameters(record))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info, compress_level=4)
+    return buffer.getvalue()
+
+
+def canonical(content: Mapping[str, Any]) -> str:
+    """JSON with sorted keys and no blanks: equal content, equal text."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def open_picture(source: Path | str | bytes) -> Image.Image:
+    """Open a picture fully; `PictureError` if it is none."""
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        name = "the bytes" if isinstance(source, bytes) else str(source)
+        raise PictureError(f"cannot read {name} as a picture: {error}") from error
+    return image
+
+
+def read_record(source: Path | str | bytes) -> dict[str, Any]:
+    """The record of a PNG that this project wrote; `PictureError` where there is none."""
+    text = getattr(open_picture(source), "text", {}).get(RECORD_KEY)
+    if text is None:
+        name = "the picture" if isinstance(source, bytes) else str(source)
+        raise PictureError(f"{name} carries no {RECORD_KEY} record; only PNGs written by SDXL Lab do")
+    record: dict[str, Any] = json.loads(text)
+    return record
+
+
+def a1111_parameters(record: Mapping[str, Any]) -> str:
+    """The text A1111 writes into its PNGs: prompt, negative prompt, one line of settings."""
+    config = record["config"]
+    settings = {
+        "Steps": config["steps"],
+        "Sampler": record["sampler"],
+        "CFG scale": config["guidance_scale"],
+        "Seed": record["seed"],
+        "Size": f"{config['width']}x{config['height']}",
+        "Model": config["model"]["base"],
+    }
+    if "source" in record:
+        settings["Denoising strength"] = record["strength"]
+    elif config.get("refiner"):
+        settings |= {"Refiner": config["model"]["refiner"], "Refiner switch at": config["refiner"]["handover"]}
+    settings["Version"] = f"SDXL Lab {record['version']}"
+    lines = [record["prompt"]]
+    if record.get("negative_prompt"):
+        lines.append(f"Negative prompt: {record['negative_prompt']}")
+    lines.append(", ".join(f"{key}: {value}" for key, value in settings.items()))
+    return "\n".join(lines)
+
+
+def preview(latents: np.ndarray, latent_rgb: np.ndarray) -> Image.Image:
+    """What latents (4, h, w) will look like, without a VAE: a linear map (5, 3) to colours, enlarged to 4h x 4w."""
+    rgb = np.einsum("chw,cd->hwd", latents, latent_rgb[:4]) + latent_rgb[4]
+    pixels = np.clip((rgb + 1) * 127.5, 0, 255).round().astype(np.uint8)
+    height, width = pixels.shape[:2]
+    return Image.fromarray(pixels).resize((4 * width, 4 * height), Image.Resampling.BICUBIC)
+
+
+def max_difference(first: Image.Image, second: Image.Image) -> float:
+    """The largest absolute difference of two pictures' pixels, on [0, 1]. Sizes must agree."""
+    if first.size != second.size:
+        raise PictureError(f"pictures of different size cannot be compared: {first.size} and {second.size}")
+    a, b = (np.asarray(image.convert("RGB"), dtype=np.int16) for image in (first, second))
+    return float(np.abs(a - b).max()) / 255

@@ -1,0 +1,79 @@
+"""Schedulers by name.
+
+Each is built from the model's pristine config, never from another scheduler's: options would leak (`use_karras_sigmas`
+set for one picture stays on for the next).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+from diffusers import SchedulerMixin
+
+from .config import ConfigError
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A diffusers class, the options that make it this scheduler, its name in A1111, and how many steps it allows."""
+
+    cls: str
+    a1111: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    max_steps: int = 1000
+
+
+KARRAS = {"use_karras_sigmas": True}
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+TABLE: dict[str, Spec] = {
+    "euler": Spec("EulerDiscreteScheduler", "Euler"),
+    "euler_a": Spec("EulerAncestralDiscreteScheduler", "Euler a"),
+    "dpmpp_2m": Spec("DPMSolverMultistepScheduler", "DPM++ 2M"),
+    "dpmpp_2m_karras": Spec("DPMSolverMultistepScheduler", "DPM++ 2M Karras", KARRAS),
+    "dpmpp_2m_sde": Spec("DPMSolverMultistepScheduler", "DPM++ 2M SDE", SDE),
+    "dpmpp_2m_sde_karras": Spec("DPMSolverMultistepScheduler", "DPM++ 2M SDE Karras", SDE | KARRAS),
+    "dpmpp_sde": Spec("DPMSolverSDEScheduler", "DPM++ SDE"),
+    "unipc": Spec("UniPCMultistepScheduler", "UniPC"),
+    "ddim": Spec("DDIMScheduler", "DDIM"),
+    "ddpm": Spec("DDPMScheduler", "DDPM"),
+    "heun": Spec("HeunDiscreteScheduler", "Heun"),
+    "lms": Spec("LMSDiscreteScheduler", "LMS"),
+    "kdpm2": Spec("KDPM2DiscreteScheduler", "DPM2"),
+    "kdpm2_a": Spec("KDPM2AncestralDiscreteScheduler", "DPM2 a"),
+    "pndm": Spec("PNDMScheduler", "PLMS"),
+    "deis": Spec("DEISMultistepScheduler", "DEIS"),
+    "lcm": Spec("LCMScheduler", "LCM", max_steps=50),
+    "tcd": Spec("TCDScheduler", "TCD", max_steps=50),
+}
+
+
+def spec(name: str, steps: int = 1) -> Spec:
+    """The scheduler's entry; `ConfigError` for an unknown name or more steps than it allows."""
+    if name not in TABLE:
+        raise ConfigError("scheduler", name, f"one of {', '.join(TABLE)}", "euler")
+    found = TABLE[name]
+    if steps > found.max_steps:
+        raise ConfigError("steps", steps, f"at most {found.max_steps} with the scheduler {name}", found.max_steps)
+    return found
+
+
+def order(name: str) -> int:
+    """UNet calls a step: 2 for Heun and the other second-order methods."""
+    return int(getattr(diffusers, spec(name).cls).order)
+
+
+def build(name: str, pristine: Mapping[str, Any], *, seed: int) -> SchedulerMixin:
+    """A fresh scheduler for one picture. `pristine` is the model's `scheduler_config.json`; `seed` seeds the one
+    scheduler that draws from its own noise tree (DPM++ SDE) instead of the picture's generator."""
+    found = spec(name)
+    options = dict(found.options)
+    if found.cls == "DPMSolverSDEScheduler":
+        options["noise_sampler_seed"] = seed
+    return getattr(diffusers, found.cls).from_config(dict(pristine), **options)
+
+
+def effective(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """What the scheduler ended up with, for the record: its class and its whole config."""
+    config = {key: value for key, value in dict(scheduler.config).items() if key != "_use_default_values"}
+    return {"class": type(scheduler).__name__, **config}
