@@ -1,0 +1,1 @@
+"""The service: a promoted configuration, behind HTTP."""

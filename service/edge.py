@@ -1,0 +1,94 @@
+"""The outermost layer of every request: its id, its size, its log line, and the answer when something went wrong.
+
+Knows no route. It is plain ASGI, so that streams pass unbuffered and a client that leaves is seen at once.
+"""
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from urllib.parse import quote
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.problems import BodyTooLarge, Stopping, known, problem_of
+from service.studio import Studio
+
+MAX_BODY = 64 * 1024
+log = logging.getLogger("service.access")
+
+
+class ClientGone(Exception):
+    """The client left before its answer: none is sent."""
+
+
+class Edge:
+    """Wraps the whole application."""
+
+    def __init__(self, app: ASGIApp, studio: Studio) -> None:
+        self.app, self.studio = app, studio
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = _request_id(Headers(scope=scope))
+        scope.setdefault("state", {})["request_id"] = request_id
+        began = time.monotonic()
+        status = 0
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                headers["X-Config-Digest"] = self.studio.slot.digest
+            await send(message)
+
+        try:
+            await self.app(scope, _limited(scope, receive), send_marked)
+        except ClientGone:
+            status = 499
+        except asyncio.CancelledError:
+            if not status:  # and raised no further: the server that cancelled us would log a traceback
+                answer = problem_of(Stopping("the service stops before the picture is done"), request_id).response()
+                await answer(scope, receive, send_marked)
+        except Exception as error:
+            if known(error) is None and not isinstance(error, BodyTooLarge):
+                log.exception("request %s failed", request_id)
+            if status:
+                raise  # half an answer is out: the server has to break the connection
+            answer = problem_of(error, request_id, self.studio.retry_after()).response()
+            await answer(scope, receive, send_marked)
+        finally:
+            spent = 1000 * (time.monotonic() - began)
+            # The path alone: queries, headers and bodies hold what a log must not.
+            log.info("%s %s %d %.0f ms request=%s", scope["method"], quote(scope["path"]), status, spent, request_id)
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's own, if it can stand in a log, else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
+
+
+def _limited(scope: Scope, receive: Receive) -> Receive:
+    """`receive`, refusing bodies above the limit, whether they announce their length or come in chunks."""
+    announced = Headers(scope=scope).get("content-length", "0")
+    announced_bytes = int(announced) if announced.isdigit() else 0
+    received = 0
+
+    async def limited() -> Message:
+        nonlocal received
+        if announced_bytes > MAX_BODY:
+            raise BodyTooLarge(MAX_BODY)
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > MAX_BODY:
+            raise BodyTooLarge(MAX_BODY)
+        return message
+
+    return limited

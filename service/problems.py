@@ -1,0 +1,188 @@
+"""Errors to HTTP: one table from what went wrong inside to what the client is told (RFC 9457).
+
+Knows statuses and words; knows neither routes nor how a picture is drawn. The table names its errors as text, so that
+reading it imports no torch; a test holds that every name exists.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from sdxl_lab.config import ConfigError
+from service.schemas import EXAMPLES
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class NotReady(RuntimeError):
+    """The service cannot draw: the message says why."""
+
+
+class StillDrawing(LookupError):
+    """The picture is in the making."""
+
+
+class Stopping(RuntimeError):
+    """The service stops before the picture is done."""
+
+
+class StoreRefused(OSError):
+    """The store does not take the picture."""
+
+
+class BodyTooLarge(HTTPException):
+    """The request's body is longer than the limit."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(413, f"the body must be at most {limit} bytes")
+        self.limit = limit
+
+
+class ProblemBody(BaseModel):
+    """What an error's body holds (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    field: str | None = None
+    received: Any = None
+    limit: Any = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An answer that is an error. `extra` is what helps: field, received, limit, request_id."""
+
+    status: int
+    detail: str
+    kind: str | None = None
+    title: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def response(self) -> Response:
+        content = {
+            "type": f"urn:sdxl-lab:{self.kind}" if self.kind else "about:blank",
+            "title": self.title or HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+            **{name: _plain(value) for name, value in self.extra.items() if value is not None},
+        }
+        return Response(json.dumps(content), self.status, self.headers, MEDIA_TYPE)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How an error is told. `retry_after` in seconds, where a later try may succeed; `measured`: the speed of the last
+    pictures says better."""
+
+    status: int
+    kind: str
+    title: str
+    retry_after: int | None = None
+    measured: bool = False
+
+
+TABLE = {
+    "sdxl_lab.config.ConfigError": Entry(422, "invalid-value", "A value is out of range"),
+    "sdxl_lab.store.UnknownPicture": Entry(404, "unknown-picture", "There is no such picture"),
+    "service.problems.StillDrawing": Entry(404, "still-drawing", "The picture is in the making", 1, measured=True),
+    "service.problems.NotReady": Entry(503, "not-ready", "The service is not ready", 5),
+    "service.problems.Stopping": Entry(503, "stopping", "The service stops", 5),
+    "service.problems.StoreRefused": Entry(507, "store-refused", "The store refuses to take the picture"),
+    "sdxl_lab.engine.QueueFull": Entry(429, "queue-full", "The queue is full", 1, measured=True),
+    "sdxl_lab.engine.EngineStopped": Entry(503, "engine-stopped", "The engine has stopped", 5),
+    "sdxl_lab.engine.Cancelled": Entry(503, "cancelled", "The picture was cancelled, since the service stops", 5),
+}
+
+
+def known(error: BaseException) -> Entry | None:
+    """The table's entry for an error's class, or the nearest of its bases'."""
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__)
+    return next((TABLE[name] for name in names if name in TABLE), None)
+
+
+def problem_of(error: Exception, request_id: str, measured: int | None = None) -> Problem:
+    """What a client is told of `error`. `measured` is the speed of the last pictures, in seconds."""
+    if isinstance(error, RequestValidationError):
+        return _of_validation(error)
+    if isinstance(error, HTTPException):
+        return _of_http(error)
+    entry = known(error)
+    if entry is None:
+        detail = "an error inside the service; its log has it under this request id"
+        return Problem(500, detail, "bug", "A bug", extra={"request_id": request_id})
+    seconds = measured if entry.measured and measured else entry.retry_after
+    headers = {} if seconds is None else {"Retry-After": str(seconds)}
+    extra = {}
+    if isinstance(error, ConfigError):
+        extra = {"field": error.field, "received": error.received, "limit": error.rule}
+    return Problem(entry.status, _clean(str(error)), entry.kind, entry.title, headers, extra)
+
+
+def _of_http(error: HTTPException) -> Problem:
+    """Unknown routes and methods, bodies too large; FastAPI's only 400 is a body that is no JSON at all."""
+    headers = dict(error.headers or {})
+    if error.status_code == 400:
+        return Problem(
+            422, f"the body must be JSON in UTF-8. Example: {EXAMPLES['body']}", "invalid-body", headers=headers
+        )
+    detail = {
+        404: "nothing is served at this path",
+        405: f"this path answers to {headers.get('allow', headers.get('Allow', 'another method'))}",
+    }.get(error.status_code, str(error.detail))
+    limit = error.limit if isinstance(error, BodyTooLarge) else None
+    return Problem(error.status_code, detail, headers=headers, extra={"limit": limit})
+
+
+def _of_validation(error: RequestValidationError) -> Problem:
+    """The first thing that is wrong with a body or a query, and how many more there are."""
+    errors = error.errors()
+    first = errors[0]
+    context = first.get("ctx", {})
+    kind, title = "invalid-value", "A value is not of its kind"
+    if first["type"] == "json_invalid":
+        detail = f"the body must be JSON: {context['error']}. Example: {EXAMPLES['body']}"
+        return Problem(422, _clean(detail), "invalid-body", "The body is not JSON")
+    where = [str(part) for part in first["loc"][1:]]
+    name = context.get("field") or ".".join(where)
+    if not name:
+        detail = (
+            f"the body must be a JSON object, sent with Content-Type: application/json. Example: {EXAMPLES['body']}"
+        )
+        return Problem(422, detail, "invalid-body", "The body is not a JSON object")
+    received = first.get("input") if first["type"] != "missing" else None
+    example = f" Example: {json.dumps({name: EXAMPLES[name]})}" if name in EXAMPLES else ""
+    more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
+    shown = "" if first["type"] == "missing" else f"; received {_plain(received)!r}"
+    detail = f"{name}: {first['msg']}{shown}.{example}{more}"
+    extra = {"field": name, "received": received, "limit": first["msg"]}
+    return Problem(422, _clean(detail), kind, title, extra=extra)
+
+
+def _clean(text: str) -> str:
+    """Text that is UTF-8, of a length that one may read."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 600 else text[:600] + "…"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say of a value received, and no longer than helps."""
+    if isinstance(value, str):
+        text = _clean(value)
+        return text if len(text) <= 200 else f"{text[:200]}… ({len(value)} characters)"
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return value if value.bit_length() <= 64 else _plain(str(value))
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)
+    return _plain(repr(value)) if not isinstance(value, list | tuple) or len(value) > 16 else [_plain(v) for v in value]

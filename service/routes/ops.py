@@ -1,0 +1,46 @@
+"""What operators ask: what is served, is it alive, is it ready."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from sdxl_lab import __version__
+from service.studio import Studio
+
+router = APIRouter(tags=["operation"])
+
+
+@router.get("/config")
+async def config(request: Request) -> dict[str, Any]:
+    """The promoted configuration and what speaks for it; `runtime` and `weights` once they are loaded."""
+    studio: Studio = request.app.state.studio
+    slot, engine = studio.slot, studio.engine
+    content: dict[str, Any] = {
+        "slot": slot.folder.name,
+        "config": slot.config.to_dict(),
+        "digest": slot.digest,
+        "evidence": slot.evidence,
+        "runtime": engine.profile.to_dict() if engine else None,
+        "weights": engine.weights if engine else None,
+        "attested": False,
+        "attested_reason": "attestation is not built yet",
+        "version": __version__,
+    }
+    if slot.evidence is None:
+        content["evidence_note"] = (
+            "this configuration was put here without evidence: nobody has judged its pictures yet"
+        )
+    return content
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """The process answers; it may still be loading."""
+    return {"status": "alive"}
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> dict[str, str]:
+    """Whether a picture can be drawn now; 503 says why not."""
+    request.app.state.studio.ready_engine()
+    return {"status": "ready"}

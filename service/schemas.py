@@ -1,0 +1,172 @@
+"""What goes over the wire: requests with strict types, and answers.
+
+Ranges are the configuration's own rules; here stand the types, the examples, and how a request goes over a promoted
+configuration. Knows no HTTP and no engine.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from sdxl_lab.config import MAX_PROMPT, MAX_SEED, SCHEDULERS, ConfigError, GenerationConfig, RefinerConfig
+
+EXAMPLES: Mapping[str, Any] = {
+    "body": '{"prompt": "A cat in a hat"}',
+    "prompt": "A cat in a hat",
+    "negative_prompt": "blurry",
+    "width": 256,
+    "height": 256,
+    "seed": 7,
+    "steps": 25,
+    "guidance_scale": 5.0,
+    "scheduler": SCHEDULERS[0],
+    "refiner": True,
+    "id": "0b8ff2ee-3c51-4c1c-a9c5-7c8b3b1f5a10",
+    "strength": 0.3,
+    "format": "webp",
+    "quality": 90,
+}
+
+
+def _writable(text: str) -> str:
+    """JSON's escapes can write what no file and no tokenizer takes."""
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise PydanticCustomError("text", "must be Unicode text without NUL and without lone surrogates")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_writable)]
+Prompt = Annotated[Text, Field(min_length=1, max_length=MAX_PROMPT)]
+NegativePrompt = Annotated[Text, Field(max_length=MAX_PROMPT)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+
+
+class Closed(BaseModel):
+    """A request: unknown fields are refused, and no text passes for a number."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_known(cls, content: Any) -> Any:
+        for name in content if isinstance(content, Mapping) else ():
+            if name not in cls.model_fields:
+                fields = ", ".join(cls.model_fields)
+                shown = str(name).encode("utf-8", "backslashreplace").decode()
+                raise PydanticCustomError("unknown", "must be one of {fields}", {"field": shown, "fields": fields})
+        return content
+
+
+class GenerateRequest(Closed):
+    """A picture to draw. What is left out is as promoted; the seed is then chosen at random."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "A cat in a hat"}]})
+
+    prompt: Prompt
+    negative_prompt: NegativePrompt | None = None
+    width: int | None = Field(None, description="pixels, a multiple of 8 within the promoted limits")
+    height: int | None = Field(None, description="pixels, a multiple of 8 within the promoted limits")
+    seed: Seed | None = None
+    steps: int | None = Field(None, description="within the promoted limits")
+    guidance_scale: float | None = Field(None, description="within the promoted limits")
+    scheduler: str | None = Field(None, description=f"one of {', '.join(SCHEDULERS)}")
+    refiner: bool | None = Field(None, description="whether the refiner makes the last steps")
+
+    def over(self, promoted: GenerationConfig) -> GenerationConfig:
+        """The promoted configuration with what was asked. Raises `ConfigError`."""
+        names = ("negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler")
+        changes = {name: value for name in names if (value := getattr(self, name)) is not None}
+        check_limits(promoted, changes)
+        if self.refiner is not None:
+            changes["refiner"] = (promoted.refiner or RefinerConfig()) if self.refiner else None
+        return promoted.with_(**changes)
+
+
+class RefineRequest(Closed):
+    """A stored picture that the refiner goes over again."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"id": EXAMPLES["id"], "strength": 0.3}]})
+
+    id: str
+    prompt: Prompt | None = Field(None, description="left out: that of the stored picture")
+    negative_prompt: NegativePrompt | None = Field(None, description="left out: that of the stored picture")
+    strength: float = Field(0.3, gt=0, le=1)
+    steps: int | None = Field(None, description="within the promoted limits")
+    seed: Seed | None = None
+
+    def over(self, promoted: GenerationConfig, source: Mapping[str, Any], size: tuple[int, int]) -> GenerationConfig:
+        """The promoted configuration for a picture of this (width, height) with this record. Raises `ConfigError`."""
+        changes: dict[str, Any] = {"width": size[0], "height": size[1]}
+        if self.steps is not None:
+            changes["steps"] = self.steps
+        check_limits(promoted, changes)
+        negative = source["negative_prompt"] if self.negative_prompt is None else self.negative_prompt
+        return promoted.with_(**changes, negative_prompt=negative)
+
+
+def check_limits(promoted: GenerationConfig, changes: Mapping[str, Any]) -> None:
+    """Whether a client may ask for these values: `ConfigError` names the first that is outside the limits."""
+    limits = promoted.limits
+    ranges = {
+        "steps": limits.steps,
+        "guidance_scale": limits.guidance_scale,
+        "width": limits.side,
+        "height": limits.side,
+    }
+    for name, (low, high) in ranges.items():
+        value = changes.get(name)
+        if value is not None and not low <= value <= high:
+            multiple = ", a multiple of 8" if name in ("width", "height") else ""
+            raise ConfigError(name, value, f"from {low:g} to {high:g}{multiple}", getattr(promoted, name))
+
+
+def overridden(promoted: GenerationConfig, config: GenerationConfig) -> list[str]:
+    """The fields in which a configuration differs from the promoted one."""
+    return [name for name in GenerationConfig.__dataclass_fields__ if getattr(config, name) != getattr(promoted, name)]
+
+
+class Timings(BaseModel):
+    """Milliseconds: in the queue, from there to the decoded picture, all together."""
+
+    queued_ms: float
+    denoise_ms: float
+    total_ms: float
+
+
+class Drawn(BaseModel):
+    """A picture that is drawn and stored. `config` is the promoted digest; `overridden` names what differs from it."""
+
+    id: str
+    url: str
+    seed: int
+    width: int
+    height: int
+    config: str
+    overridden: list[str]
+    timings: Timings
+    warnings: list[str] = []
+
+
+class Refined(Drawn):
+    """A refined picture, and the id of the one it comes from."""
+
+    source: str
+
+
+class Wanted(BaseModel):
+    """The form in which a picture is wanted. `quality` goes with webp and jpeg only."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal["png", "webp", "jpeg"] = "png"
+    quality: int | None = Field(None, ge=1, le=100)
+
+    @model_validator(mode="after")
+    def _quality_has_a_use(self) -> Self:
+        if self.quality is not None and self.format == "png":
+            raise PydanticCustomError(
+                "quality", "goes with format=webp or format=jpeg; a PNG has none", {"field": "quality"}
+            )
+        return self

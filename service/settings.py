@@ -1,0 +1,128 @@
+"""What the environment sets: read once, checked at once, frozen. `TABLE` is the code and the documentation.
+
+Knows the names of slots, not what is in them.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from sdxl_lab.config import ConfigError, RuntimeProfile
+
+PROMOTED = Path(__file__).parent / "promoted"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class SettingsError(ValueError):
+    """A setting does not exist or has a bad value; the message lists the valid ones."""
+
+
+class Setting(NamedTuple):
+    """A field of `Settings`, what it means, and how text becomes its value (ValueError says the rule)."""
+
+    field: str
+    meaning: str
+    parse: Callable[[str], Any]
+
+
+def _slot(text: str) -> Path:
+    if not text.strip():
+        raise ValueError("must be the name of a promoted slot, or a path with a slash")
+    return PROMOTED / text if re.fullmatch(r"[\w-]+", text) else Path(text).expanduser()
+
+
+def _folder(text: str) -> Path:
+    if not text.strip() or "://" in text:
+        raise ValueError("must be a folder; object stores are not built yet")
+    return Path(text).expanduser()
+
+
+def _count(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high):
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _profile(field: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        values: dict[str, Any] = {field: text}
+        try:
+            RuntimeProfile(**values)
+        except ConfigError as error:
+            raise ValueError(f"must be {error.rule}") from error
+        return text
+
+    return parse
+
+
+def _log_level(text: str) -> str:
+    if text not in LOG_LEVELS:
+        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}")
+    return text
+
+
+TABLE = {
+    "SDXL_CONFIG": Setting(
+        "slot", "the slot to serve: a name in service/promoted, or the path of a slot folder", _slot
+    ),
+    "SDXL_STORE": Setting("store", "the folder that pictures are kept in", _folder),
+    "SDXL_MAX_QUEUE": Setting(
+        "max_queue", "how many pictures may wait before a request is refused", _count(1, 100_000)
+    ),
+    "SDXL_MAX_ROWS": Setting("max_rows", "UNet rows in one call; a guided picture takes two", _count(1, 4096)),
+    "SDXL_DEVICE": Setting("device", "auto, cpu, cuda or cuda:N", _profile("device")),
+    "SDXL_DTYPE": Setting("dtype", "auto, float32, float16 or bfloat16", _profile("dtype")),
+    "SDXL_LOG_LEVEL": Setting("log_level", ", ".join(LOG_LEVELS), _log_level),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one process serves. `slot` is a slot's folder."""
+
+    slot: Path = PROMOTED / "nano"
+    store: Path = Path("images")
+    max_queue: int = 100
+    max_rows: int = 16
+    device: str = "auto"
+    dtype: str = "auto"
+    log_level: str = "info"
+
+    @classmethod
+    def from_mapping(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """The settings in an environment. Names without `SDXL_` are not ours; `SettingsError` for the rest."""
+        values: dict[str, Any] = {}
+        for name, text in sorted(environment.items()):
+            if not name.startswith("SDXL_"):
+                continue
+            if name not in TABLE:
+                raise SettingsError(f"{name} is no setting. The settings are:\n{documentation()}")
+            setting = TABLE[name]
+            try:
+                values[setting.field] = setting.parse(text)
+            except ValueError as error:
+                raise SettingsError(
+                    f"{name} {error}; received {text!r}. The settings are:\n{documentation()}"
+                ) from error
+        return cls(**values)
+
+    @property
+    def profile(self) -> RuntimeProfile:
+        return RuntimeProfile(device=self.device, dtype=self.dtype, rows=self.max_rows)
+
+
+def documentation() -> str:
+    """One line a setting: name, default, meaning."""
+    standard = Settings()
+    lines = []
+    for name, setting in TABLE.items():
+        default = getattr(standard, setting.field)
+        shown = default.name if isinstance(default, Path) else default
+        lines.append(f"  {name:15} {setting.meaning} (default: {shown})")
+    return "\n".join(lines)
