@@ -1,0 +1,42 @@
+"""`python -m bench [NAME ...]`: run the benchmarks; each prints a table and leaves JSON and a plot."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from bench import engine, gpu, serving, throughput, truesize
+from bench.measure import RESULTS
+from bench.settings import Size
+
+BENCHMARKS: dict[str, Callable[[Size], None]] = {
+    "parity": engine.parity,
+    "overhead": engine.overhead,
+    "throughput": throughput.main,
+    "grid": engine.grid,
+    "latency": serving.latency,
+    "health": serving.health,
+    "runtime": engine.runtime,
+    "cancel": engine.cancel,
+    "growth": engine.growth,
+    "truesize": truesize.main,
+    "gpu": gpu.main,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all if left out")
+    for field, kind in (("model", str), ("pictures", int), ("steps", int), ("side", int), ("rounds", int)):
+        default = getattr(Size, field)
+        parser.add_argument(f"--{field}", type=kind, default=default, help=f"default {default}")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the results go")
+    asked = vars(parser.parse_args(arguments))
+    names = asked.pop("names")
+    for unknown in set(names) - set(BENCHMARKS):
+        parser.error(f"NAME must be one of {', '.join(BENCHMARKS)}; received {unknown!r}. Example: throughput")
+    for name in names or BENCHMARKS:
+        BENCHMARKS[name](Size(**asked))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""What the engine itself costs and gives: overhead, parity, cancel, a grid of mixed settings, growth."""
+
+import itertools
+import resource
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bench.baselines import Asked, Pipeline
+from bench.measure import Report, alternate, ratios
+from bench.rooms import room
+from bench.settings import PROMPTS, Size
+from sdxl_lab.config import SCHEDULERS, GenerationConfig, RuntimeProfile
+from sdxl_lab.engine import Cancelled, Engine
+from sdxl_lab.images import max_difference
+from sdxl_lab.models import Models, load
+from sdxl_lab.trajectory import Job
+
+FLOAT32 = RuntimeProfile(device="cpu", dtype="float32", rows=32)
+
+
+def config_of(size: Size, **changes: object) -> GenerationConfig:
+    start = {"limits": size.limits, "steps": size.steps, "width": size.side, "height": size.side, "guidance_scale": 3.0}
+    return GenerationConfig.for_model(size.model, **(start | changes))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
+def draw_all(engine: Engine, asked: list[Job]) -> None:
+    for ticket in [engine.submit(job) for job in asked]:
+        ticket.result()
+
+
+def parity(size: Size) -> None:
+    """The largest difference on [0, 1] from the pipeline's picture, every scheduler, all in one mixed batch."""
+    config, pipeline = config_of(size, steps=min(size.steps, 20)), Pipeline(size.model)
+    asked = [Job(config.with_(scheduler=name), PROMPTS[i % 4], i) for i, name in enumerate(SCHEDULERS)]
+    differences = []
+    with Engine.load(config, FLOAT32) as engine:
+        tickets = [engine.submit(job) for job in asked]
+        for job, ticket in zip(asked, tickets, strict=True):
+            ticket.result()
+            assert ticket.trajectory is not None
+            mine = engine.models.decode(ticket.trajectory.latents)[0]
+            body = Asked(
+                prompt=job.prompt,
+                seed=job.seed,
+                steps=job.config.steps,
+                guidance_scale=3.0,
+                scheduler=job.config.scheduler,
+                width=size.side,
+                height=size.side,
+            )
+            theirs = pipeline.draw([body], output_type="np")[0]
+            differences.append(float(np.abs(mine - theirs).max()))
+    worst = SCHEDULERS[int(np.argmax(differences))]
+    Report(
+        "parity",
+        "Largest difference from diffusers' pipeline, of 18 schedulers in one mixed batch",
+        {f"largest (spread over schedulers; worst: {worst})": differences, "largest of all": [max(differences)]},
+        f"{config.steps} steps, {size.side} px, float32",
+        {"largest of all": "1e-3"},
+    ).show(size.folder)
+
+
+def overhead(size: Size) -> None:
+    """A 25-step picture alone against the bare sum of its model calls, made in a row."""
+    config = config_of(size, steps=25)
+    with room(load, config.model, FLOAT32) as models, room(Engine.load, config, FLOAT32) as engine:
+        measured = alternate(
+            {"bare calls": lambda: models(_bare, config), "engine": lambda: engine(_whole, config)}, 2 * size.rounds
+        )
+    Report(
+        "overhead",
+        "Seconds of one picture alone, 25 steps",
+        {**measured, "engine / bare calls": ratios(measured["engine"], measured["bare calls"])},
+        f"{size.side} px, float32; the engine's time includes the 8-bit picture and its record",
+        {"engine / bare calls": "1.03"},
+    ).show(size.folder)
+
+
+@torch.no_grad()
+def _bare(models: Models, config: GenerationConfig) -> float:
+    side = config.width // models.scale_factor
+    latents, times = torch.randn(2, 4, side, side), torch.full((2,), 500.0)
+    ids = torch.tensor([[config.height, config.width, 0.0, 0.0, config.height, config.width]] * 2)
+
+    def calls() -> None:
+        text = models.base.embed(PROMPTS[0]), models.base.embed_negative(None)
+        hidden, pooled = (torch.cat([part[index] for part in text]) for index in range(2))
+        added = {"text_embeds": pooled, "time_ids": ids}
+        for _ in range(config.steps):
+            models.base.unet(latents, times, hidden, added_cond_kwargs=added, return_dict=False)
+        models.decode(latents[:1])
+
+    return seconds(calls)
+
+
+def _whole(engine: Engine, config: GenerationConfig) -> float:
+    engine._embeddings.clear()
+    return seconds(lambda: engine.draw(Job(config, PROMPTS[0], 0)))
+
+
+def grid(size: Size) -> None:
+    """A research grid: 4 schedulers x 3 step counts x 2 guidance scales x 2 seeds."""
+    steps = [max(1, size.steps * part // 20) for part in (10, 20, 30)]
+    cells = list(itertools.product(("euler", "dpmpp_2m_karras", "ddim", "unipc"), steps, (3.0, 6.0), (0, 1)))
+    config = config_of(size)
+
+    def jobs(interval: tuple[float, float] | None) -> list[Job]:
+        changes = [
+            {"scheduler": name, "steps": count, "guidance_scale": scale, "guidance_interval": interval}
+            for name, count, scale, _ in cells
+        ]
+        return [Job(config.with_(**each), PROMPTS[0], cell[3]) for each, cell in zip(changes, cells, strict=True)]
+
+    bodies = [
+        Asked(
+            prompt=PROMPTS[0],
+            seed=seed,
+            steps=count,
+            guidance_scale=scale,
+            scheduler=name,
+            width=size.side,
+            height=size.side,
+        )
+        for name, count, scale, seed in cells
+    ]
+    low = FLOAT32.with_(dtype="bfloat16")
+    with (
+        room(Pipeline, size.model) as pipeline,
+        room(Engine.load, config, FLOAT32) as plain,
+        room(Engine.load, config, low) as half,
+    ):
+        measured = alternate(
+            {
+                "pipeline, cell by cell": lambda: len(cells) / pipeline(_one_by_one, bodies),
+                "engine, float32": lambda: len(cells) / plain(_all_at_once, jobs(None)),
+                "engine, guidance for sigma 0.28 to 5.42": lambda: len(cells) / plain(_all_at_once, jobs((0.28, 5.42))),
+                "engine, bfloat16 UNet": lambda: len(cells) / half(_all_at_once, jobs(None)),
+            },
+            max(1, size.rounds - 1),
+        )
+    loop_rate = measured["pipeline, cell by cell"]
+    lines = measured | {f"{name} / pipeline": ratios(v, loop_rate) for name, v in list(measured.items())[1:]}
+    Report(
+        "grid",
+        f"Cells a second of a research grid of {len(cells)} mixed cells",
+        lines,
+        f"4 schedulers x {steps} steps x 2 guidance scales x 2 seeds, {size.side} px",
+        {"engine, float32 / pipeline": "1.3", "engine, bfloat16 UNet / pipeline": "1.7"},
+    ).show(size.folder)
+
+
+def _one_by_one(pipeline: Pipeline, bodies: list[Asked]) -> float:
+    return seconds(lambda: [pipeline.draw([body]) for body in bodies])
+
+
+def _all_at_once(engine: Engine, asked: list[Job]) -> float:
+    return seconds(lambda: draw_all(engine, asked))
+
+
+def _images(engine: Engine, asked: list[Job]) -> list[Image.Image]:
+    return [ticket.result().image for ticket in [engine.submit(job) for job in asked]]
+
+
+RUNTIMES: dict[str, dict[str, Any]] = {
+    "channels_last": {"channels_last": True},
+    "fuse_qkv": {"fuse_qkv": True},
+    "compile": {"compile": True},
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16, channels_last": {"dtype": "bfloat16", "channels_last": True},
+    "bfloat16, compile": {"dtype": "bfloat16", "compile": True},
+}
+
+
+def runtime(size: Size) -> None:
+    """What each option of `RuntimeProfile` brings at saturation, and how far it moves the pixels."""
+    config = config_of(size)
+    asked = [Job(config, PROMPTS[seed % 4], seed) for seed in range(size.pictures)]
+    with ExitStack() as stack:
+        rooms = {"as it is": stack.enter_context(room(Engine.load, config, FLOAT32))}
+        for name, options in RUNTIMES.items():
+            rooms[name] = stack.enter_context(room(Engine.load, config, FLOAT32.with_(**options)))
+        trials = {name: (lambda ask=ask: len(asked) / ask(_all_at_once, asked)) for name, ask in rooms.items()}
+        rates = alternate(trials, size.rounds)
+        plain = rooms["as it is"](_images, asked[:8])
+        lines = {f"{name} / as it is": ratios(rates[name], rates["as it is"]) for name in RUNTIMES}
+        for name in RUNTIMES:
+            moved = [max_difference(a, b) for a, b in zip(rooms[name](_images, asked[:8]), plain, strict=True)]
+            lines[f"{name}: largest difference of 255"] = [255 * value for value in moved]
+    aims = {"bfloat16: largest difference of 255": "2"}
+    Report(
+        "runtime",
+        "Pictures a second with each option of the runtime profile",
+        {"as it is, pictures a second": rates["as it is"], **lines},
+        f"{size.pictures} in flight, {size.steps} steps, {size.side} px, from float32",
+        aims,
+    ).show(size.folder)
+
+
+def cancel(size: Size) -> None:
+    """UNet calls between `cancel()` and the rows being free."""
+    config = config_of(size, steps=50)
+    ticks = []
+    with Engine.load(config, FLOAT32) as engine:
+        for seed in range(5):
+            ticket = engine.submit(Job(config, PROMPTS[1], seed))
+            while ticket.progress[0] < 3:
+                time.sleep(0.005)
+            before = ticket.progress[0]
+            ticket.cancel()
+            try:
+                ticket.result()
+            except Cancelled:
+                ticks.append(float(ticket.progress[0] - before))
+    Report("cancel", "UNet calls from cancel to free rows", {"calls": ticks}, f"{size.side} px", {"calls": "1"}).show(
+        size.folder
+    )
+
+
+def growth(size: Size) -> None:
+    """How the time of a UNet call grows with rows, that of a picture with steps and area; memory."""
+    lines: dict[str, list[float]] = {}
+    config = config_of(size)
+    with Engine.load(config, FLOAT32) as engine:
+        for count in (1, 2, 4, 8, 16):
+            asked = [Job(config.with_(steps=6), PROMPTS[0], seed) for seed in range(count)]
+            measured = [seconds(lambda asked=asked: draw_all(engine, asked)) for _ in range(size.rounds + 1)]
+            label = f"{2 * count} rows: ms a row and step"
+            lines[label] = [1000 * value / (12 * count) for value in measured[1:]]
+        for steps in (5, 10, 20, 40):
+            job = Job(config.with_(steps=steps), PROMPTS[0], 0)
+            lines[f"{steps} steps: ms a picture"] = [1000 * seconds(lambda job=job: engine.draw(job)) for _ in range(3)]
+        for side in (size.side, size.side * 3 // 2, size.side * 2, size.side * 3):
+            job = Job(config.with_(width=side, height=side, steps=6), PROMPTS[0], 0)
+            lines[f"{side} px, 6 steps: ms"] = [1000 * seconds(lambda job=job: engine.draw(job)) for _ in range(3)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    lines["peak memory of the process, MiB"] = [peak]
+    Report("growth", "How cost grows", lines, "float32", {}).show(size.folder)

@@ -1,0 +1,107 @@
+"""SDXL's real UNet on this CPU: the engine's guided step as a share of the bfloat16 matrix products the machine makes.
+
+Batching buys nothing here: the machine is busy with one picture.
+"""
+
+import time
+from dataclasses import replace
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.measure import Report, alternate
+from bench.settings import Size
+from sdxl_lab.config import GenerationConfig, RuntimeProfile
+from sdxl_lab.engine import Engine
+from sdxl_lab.models import Denoiser, Embedding, load
+from sdxl_lab.trajectory import Job
+
+# stable-diffusion-xl-base-1.0/unet/config.json
+SDXL_UNET = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+class TextlessDenoiser(Denoiser):
+    """Random embeddings of the true widths stand for the two text encoders (0.8 B parameters more)."""
+
+    def embed(self, prompt: str) -> Embedding:
+        draw = torch.Generator().manual_seed(len(prompt))
+        return Embedding(torch.randn(1, 77, 2048, generator=draw), torch.randn(1, 1280, generator=draw))
+
+
+def random_unet() -> UNet2DConditionModel:
+    """2.567 B parameters: 5.1 GB in bfloat16, filled in place."""
+    with torch.device("meta"):
+        built = UNet2DConditionModel(**SDXL_UNET)
+    built = built.to(torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
+    draw = torch.Generator().manual_seed(0)
+    for name, weight in built.named_parameters():
+        if weight.ndim == 1:
+            weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        else:
+            weight.uniform_(-1, 1, generator=draw).mul_((3 / weight[0].numel()) ** 0.5)
+    return built
+
+
+def product_rate(side: int = 4096) -> float:
+    """FLOP/s of a bfloat16 matrix product."""
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16) for _ in range(2))
+    began = time.monotonic()
+    for _ in range(3):
+        a @ b
+    return 3 * 2 * side**3 / (time.monotonic() - began)
+
+
+def main(size: Size) -> None:
+    nano = load(GenerationConfig().model, RuntimeProfile(device="cpu"))
+    unet = random_unet()
+    base = TextlessDenoiser(unet, (), (), nano.base.scheduler_config, zero_negative=True, aesthetic=False)
+    models = replace(nano, base=base, refiner=None, dtype=torch.bfloat16)
+    side = 2 * size.side
+    config = GenerationConfig(width=side, height=side, steps=1, limits=size.limits)
+    took = {}
+    with Engine(models, RuntimeProfile(device="cpu", dtype="bfloat16"), {}) as engine:
+        for count in (1, 2):
+            asked = [Job(config, "a cat", seed) for seed in range(count)]
+
+            def step(asked: list[Job] = asked) -> float:
+                for ticket in [engine.submit(job) for job in asked]:
+                    ticket.result()
+                return engine.stats().seconds
+
+            took[count] = step
+        measured = alternate(
+            {
+                "bfloat16 matrix product, GFLOP/s": lambda: product_rate() / 1e9,
+                "guided step of one picture, s": took[1],
+                "guided step of two pictures, s": took[2],
+            },
+            max(1, size.rounds - 1),
+        )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        latents = torch.zeros(2, 4, side // 8, side // 8, dtype=torch.bfloat16)
+        added = {"text_embeds": torch.zeros(2, 1280).bfloat16(), "time_ids": torch.zeros(2, 6)}
+        unet(latents, torch.zeros(2), torch.zeros(2, 77, 2048).bfloat16(), added_cond_kwargs=added)
+    flops = counter.get_total_flops() / 1e9
+    steps, peak = measured["guided step of one picture, s"], measured["bfloat16 matrix product, GFLOP/s"]
+    lines = measured | {"step's GFLOP/s / matrix product's": [flops / s / p for s, p in zip(steps, peak, strict=True)]}
+    Report(
+        "truesize",
+        "SDXL's own UNet (2.567 B parameters, random weights)",
+        lines,
+        f"{side} px, bfloat16, {flops / 1000:.2f} TFLOP a guided step",
+        {"step's GFLOP/s / matrix product's": "0.85"},
+    ).show(size.folder)
