@@ -1,0 +1,40 @@
+"""Fixtures that more than one room of the suite needs."""
+
+from pathlib import Path
+
+import pytest
+
+from sdxl_lab.config import GenerationConfig, Limits, ModelRef
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base/` and `refiner/`: the shape of nano with random weights."""
+    import torch
+
+    from sdxl_lab.nano.recipe import clip, publish, unet, vae, words
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    tokenizers = words.train_tokenizers()
+    publish.save_pipeline_files(folder, tokenizers)
+    towers = clip.Towers(*tokenizers)
+    base = unet.new_unet(2 * clip.WIDTH, time_ids=6)
+    parts = {
+        "base/vae": vae.new_vae(),
+        "base/unet": base,
+        "base/text_encoder": publish.without_projection(towers.text_encoder),
+        "base/text_encoder_2": publish.text_tower(towers),
+        "refiner/unet": unet.refiner_from(base),
+        "clip": towers.clip,
+    }
+    for name, part in parts.items():
+        publish.save(folder / name, part)
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_model: Path) -> GenerationConfig:
+    """Four steps at 64x64 with the random model."""
+    model = ModelRef(base=str(tiny_model / "base"), refiner=str(tiny_model / "refiner"))
+    return GenerationConfig(model=model, steps=4, width=64, height=64, limits=Limits(side=(64, 512)))

@@ -1,0 +1,64 @@
+"""Models and an engine that the laboratory's tests share: loaded once, since loading takes longer than drawing."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdxl_lab.config import ModelRef, RuntimeProfile
+
+
+@pytest.fixture(scope="session")
+def lively_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model`, whose refiner listens to the aesthetic score as a trained one does: a fresh one has zeros there."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("lively")
+    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+    path = folder / "refiner" / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    weights = load_file(path)
+    first = weights["add_embedding.linear_1.weight"]
+    score = first[:, -32:]
+    assert not score.any()
+    score.copy_(torch.randn(score.shape, generator=torch.Generator().manual_seed(0)))
+    save_file(weights, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tiny_model: Path) -> Any:
+    """The random model's parts, loaded once, in float32."""
+    from sdxl_lab.models import load
+
+    return load(
+        ModelRef(base=str(tiny_model / "base"), refiner=str(tiny_model / "refiner")),
+        RuntimeProfile(device="cpu", dtype="float32"),
+    )
+
+
+@pytest.fixture(scope="session")
+def nano() -> Iterator[Any]:
+    """An engine on the shipped miniature, in float32."""
+    from sdxl_lab.config import GenerationConfig
+    from sdxl_lab.engine import Engine
+
+    with Engine.load(GenerationConfig(), RuntimeProfile(device="cpu", dtype="float32")) as engine:
+        yield engine
+
+
+@pytest.fixture
+def start(tiny_models: Any) -> Iterator[Callable[..., Any]]:
+    """Starts engines on the random model, which takes no time, and closes them after the test."""
+    from sdxl_lab.engine import Engine
+
+    with ExitStack() as stack:
+
+        def start(rows: int = 64, max_queue: int = 1000) -> Engine:
+            profile = RuntimeProfile(device="cpu", dtype="float32", rows=rows)
+            return stack.enter_context(Engine(tiny_models, profile, {"base": "random"}, max_queue))
+
+        yield start

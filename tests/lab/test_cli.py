@@ -1,0 +1,274 @@
+"""The terminal's door: what it draws, repeats, shows, promotes, refuses, and how it stops."""
+
+import _thread
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sdxl_lab import cli, engine, promotion
+from sdxl_lab.cli import STOPPED, main
+from sdxl_lab.config import RefinerConfig, RuntimeProfile
+from sdxl_lab.engine import Engine
+from sdxl_lab.images import max_difference, open_picture, read_record
+from sdxl_lab.models import ModelError
+from sdxl_lab.trajectory import Job, Source
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--steps", "3", "--width", "64", "--height", "64"]
+
+
+@pytest.fixture(autouse=True)
+def models_at_hand(monkeypatch, tiny_models, tiny_config):
+    """Every command loads its model; here it is loaded already. A foreign one is still loaded in earnest."""
+    load = engine.load
+
+    def at_hand(ref, profile):
+        return tiny_models if ref == tiny_config.model else load(ref, profile)
+
+    monkeypatch.setattr(engine, "load", at_hand)
+
+
+@pytest.fixture
+def config_file(tiny_config, tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text(tiny_config.with_(steps=3).to_toml())
+    return file
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "new" / "cat.png"
+
+
+def test_generate_draws_the_picture_that_its_options_say(tiny_model, out, capsys):
+    options = {
+        "--seed": "7",
+        "--steps": "4",
+        "--scheduler": "ddim",
+        "--guidance-scale": "2.5",
+        "--width": "72",
+        "--height": "64",
+        "--negative-prompt": "blurry",
+    }
+    command = ["generate", "A cat in a hat", "--out", str(out), "--model", str(tiny_model), "--refiner"]
+    assert main([*command, *(word for pair in options.items() for word in pair)]) == 0
+    record = read_record(out)
+    config = record["config"]
+    assert (record["prompt"], record["seed"]) == ("A cat in a hat", 7)
+    assert (config["steps"], config["scheduler"], config["guidance_scale"]) == (4, "ddim", 2.5)
+    assert (config["negative_prompt"], config["refiner"]["handover"]) == ("blurry", 0.8)
+    assert open_picture(out).size == (72, 64)
+    assert capsys.readouterr().out.startswith(f"{out}  seed 7  config {record['digest']}  ")
+
+
+def test_generate_repeats_its_own_seed_and_draws_a_new_one_where_none_is_given(config_file, tmp_path):
+    seeds = []
+    for name in ("one.png", "two.png"):
+        assert main(["generate", "a cat", "--config", str(config_file), "--out", str(tmp_path / name)]) == 0
+        seeds.append(read_record(tmp_path / name)["seed"])
+    assert seeds[0] != seeds[1]
+
+
+def test_like_draws_the_same_pixels(config_file, tmp_path):
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    assert main(["generate", "a cat", "--config", str(config_file), "--refiner", "--out", str(first)]) == 0
+    assert main(["generate", "--like", str(first), "--out", str(second)]) == 0
+    assert max_difference(open_picture(first), open_picture(second)) == 0
+    assert read_record(first) == read_record(second)
+
+
+def test_like_draws_a_refined_picture_of_a_refined_picture_again(tiny_config, tiny_models, tmp_path):
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    config = tiny_config.with_(steps=4, refiner=RefinerConfig(0.5))
+    with Engine.load(config, RuntimeProfile()) as drawing:
+        picture = drawing.draw(Job(config, "a cat", 3))
+        for seed, strength in ((4, 0.5), (5, 0.75)):
+            source = Source(picture.image, strength, dict(picture.record))
+            picture = drawing.draw(Job(config, "a red cat", seed, source))
+    picture.save(first)
+    assert main(["generate", "--like", str(first), "--out", str(second)]) == 0
+    assert max_difference(open_picture(first), open_picture(second)) == 0
+    assert read_record(first) == read_record(second)
+
+
+def test_like_takes_changes_on_top(config_file, tmp_path):
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    assert main(["generate", "a cat", "--config", str(config_file), "--seed", "1", "--out", str(first)]) == 0
+    changes = ["a dog", "--seed", "2", "--scheduler", "ddim", "--no-refiner"]
+    assert main(["generate", *changes, "--like", str(first), "--out", str(second)]) == 0
+    record = read_record(second)
+    assert (record["prompt"], record["seed"], record["config"]["scheduler"]) == ("a dog", 2, "ddim")
+    assert record["config"]["steps"] == 3
+    assert max_difference(open_picture(first), open_picture(second)) > 0.01
+
+
+def test_show_prints_the_record_or_the_a1111_text(config_file, out, capsys):
+    assert main(["generate", "a çat", "--config", str(config_file), "--seed", "9", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["show", str(out)]) == 0
+    assert json.loads(capsys.readouterr().out) == read_record(out)
+    assert main(["show", str(out), "--parameters"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("a çat\nSteps: 3, Sampler: Euler, CFG scale: 5.0, Seed: 9, Size: 64x64")
+
+
+def test_promote_draws_the_goldens_and_writes_the_slot(config_file, tmp_path, capsys, monkeypatch):
+    slot = tmp_path / "promoted" / "tiny"
+    command = ["promote", str(config_file), str(slot), "--prompt", "a cat", "--prompt", "a dog", "--seed", "5"]
+    reasons = ["--why", "sharper hats", "--who", "Ada"]
+    monkeypatch.setattr(promotion, "git_state", lambda: ("c0ffee", True))
+    assert main([*command, *reasons]) == 1
+    assert "clean work tree" in capsys.readouterr().err
+    assert not slot.exists()
+    assert main([*command, *reasons, "--allow-dirty"]) == 0
+    written = promotion.load_slot(slot)
+    assert [read_record(path)["prompt"] for path in written.goldens] == ["a cat", "a dog"]
+    assert written.evidence["why"] == "sharper hats"
+    assert capsys.readouterr().out == f"{slot} now holds {written.digest}, with 2 golden pictures\n"
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+BAD = [
+    (["--scheduler", "eular"], "scheduler must be one of euler, euler_a"),
+    (["--width", "100"], "width must be a multiple of 8 from 64 to 4096 (pixels); received 100. Example: width = 256"),
+    (["--height", "-8"], "height must be a multiple of 8"),
+    (["--steps", "0"], "steps must be a whole number from 1 to 1000; received 0. Example: steps = 25"),
+    (["--scheduler", "lcm", "--steps", "60"], "steps must be at most 50 with the scheduler lcm; received 60"),
+    (["--guidance-scale", "101"], "guidance_scale must be a number from 0 to 100; received 101.0"),
+    (["--seed", "-1"], "seed must be a whole number from 0"),
+    (["--model", "/nowhere"], "the base model must be a folder with the model_index.json of an SDXL pipeline"),
+    (["--model", "/nowhere", "--refiner"], "refiner must be left out, since the model '/nowhere' has no refiner"),
+    (["--watermark", "--width", "64"], "watermark must be false below 256x256 pixels of area"),
+    (["--like", "nowhere.png"], "cannot read nowhere.png as a picture"),
+    (["--config", "nowhere.toml"], "No such file or directory: 'nowhere.toml'"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), BAD, ids=[" ".join(options) for options, _ in BAD])
+def test_bad_input_ends_with_one_line_that_says_why(options, said, out, capsys):
+    assert main(["generate", "a cat", "--out", str(out), *options]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert not out.exists()
+
+
+def test_a_missing_prompt_is_asked_for(out, capsys):
+    assert main(["generate", "--out", str(out)]) == 1
+    assert "prompt must be given, or taken from a picture with --like; received None" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["show", "generate --out x.png --like"])
+def test_a_picture_without_a_record_is_refused(tmp_path, capsys, command):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "theirs.png")
+    assert main([*command.split(), str(tmp_path / "theirs.png")]) == 1
+    assert "theirs.png carries no sdxl_lab record" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["paint"], ["generate", "a cat"], ["generate", "--seed", "x", "--out", "y"]])
+def test_a_command_that_does_not_parse_exits_with_the_usage(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == 2
+    assert "usage: python -m sdxl_lab" in capsys.readouterr().err
+
+
+def test_like_config_and_model_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "a", "--out", "x.png", "--like", "y.png", "--model", "nano"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded_ends_with_the_reason(out, capsys, monkeypatch):
+    def broken(*_):
+        raise ModelError("the base model is broken")
+
+    monkeypatch.setattr(engine, "load", broken)
+    assert main(["generate", "a cat", "--out", str(out)]) == 1
+    assert capsys.readouterr().err == "error: the base model is broken\n"
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT as a terminal leaves it: a shell that runs the tests in the background ignores it, also for children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_stops_within_a_step_and_writes_nothing(config_file, out, capsys, monkeypatch):
+    calls, predict = [], Engine._predict
+
+    def interrupting(self, name, inputs):
+        calls.append(name)
+        if len(calls) == 2:
+            _thread.interrupt_main()
+            time.sleep(0.5)  # the main thread looks every 0.05 s
+        return predict(self, name, inputs)
+
+    monkeypatch.setattr(Engine, "_predict", interrupting)
+    command = ["generate", "a cat", "--config", str(config_file), "--steps", "500", "--out", str(out)]
+    assert main(command) == STOPPED == 130
+    assert capsys.readouterr().err == "stopped\n"
+    assert len(calls) <= 3
+    assert not out.exists()
+
+
+NOISY = """
+import sys
+from sdxl_lab import cli
+from sdxl_lab.engine import Engine
+predict = Engine._predict
+def told(self, name, inputs):
+    print("step", flush=True)
+    return predict(self, name, inputs)
+Engine._predict = told
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
+def test_a_sigint_from_the_shell_ends_the_program_with_130(config_file, out):
+    command = [sys.executable, "-c", NOISY, "generate", "a cat", "--config", str(config_file), "--steps", "1000"]
+    process = subprocess.Popen(
+        [*command, "--out", str(out)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+    )
+    try:
+        for _ in range(3):
+            assert process.stdout.readline() == "step\n"
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == STOPPED, errors
+    assert errors.endswith("stopped\n")
+    assert output.count("step") < 100
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_the_module_runs_as_a_program():
+    answer = subprocess.run([sys.executable, "-m", "sdxl_lab", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0
+    assert answer.stdout.strip() == cli.__version__

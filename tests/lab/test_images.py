@@ -1,0 +1,189 @@
+"""Pictures as files: the record, the A1111 text, the watermark, and what is no picture."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig
+from sdxl_lab.images import (
+    RECORD_KEY,
+    WATERMARK_BITS,
+    Picture,
+    PictureError,
+    a1111_parameters,
+    canonical,
+    encode_png,
+    finish,
+    max_difference,
+    open_picture,
+    read_record,
+    read_watermark,
+)
+
+
+def record(config: GenerationConfig | None = None, **more: object) -> dict[str, object]:
+    config = config or GenerationConfig(scheduler="dpmpp_2m_karras", negative_prompt="blurry, 模糊")
+    return {
+        "version": "0.1.0",
+        "prompt": "A cat in a hat, déjà vu",
+        "negative_prompt": config.negative_prompt,
+        "seed": 2**63 - 1,
+        "config": config.to_dict(),
+        "sampler": "DPM++ 2M Karras",
+        **more,
+    }
+
+
+def scene(size: int = 256) -> np.ndarray:
+    """Float pixels of a smooth picture with some edges."""
+    y, x = np.mgrid[0:size, 0:size] / size
+    pixels = np.stack([x, y, (x + y) / 2], -1) * 0.6 + 0.2
+    pixels[size // 4 : size // 2, size // 4 : size // 2] = (0.8, 0.3, 0.2)
+    return pixels.astype(np.float32)
+
+
+def png(image: Image.Image, **text: str) -> bytes:
+    info, buffer = PngInfo(), io.BytesIO()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+# --- the record ------------------------------------------------------------------------------------------------------
+
+
+def test_the_record_comes_back_from_the_file_as_it_went_in(tmp_path):
+    picture = Picture(finish(scene(), watermark=False), record(), {})
+    picture.save(tmp_path / "new" / "folder" / "cat.png")
+    assert read_record(tmp_path / "new" / "folder" / "cat.png") == record()
+    assert read_record(picture.png()) == record()
+    assert max_difference(open_picture(picture.png()), picture.image) == 0
+    assert picture._repr_png_() == picture.png()
+
+
+def test_the_file_holds_the_canonical_json_and_the_a1111_text():
+    image = open_picture(encode_png(Image.new("RGB", (8, 8)), record()))
+    assert image.text[RECORD_KEY] == canonical(record())
+    assert image.text["parameters"] == a1111_parameters(record())
+
+
+def test_equal_content_has_equal_canonical_text():
+    assert canonical({"b": 1, "a": {"d": "é", "c": [1.5]}}) == '{"a":{"c":[1.5],"d":"é"},"b":1}'
+    shuffled = dict(reversed(record().items()))
+    assert canonical(shuffled) == canonical(record())
+    assert json.loads(canonical(record())) == record()
+
+
+def test_the_a1111_text_is_what_a1111_writes():
+    assert a1111_parameters(record()).splitlines() == [
+        "A cat in a hat, déjà vu",
+        "Negative prompt: blurry, 模糊",
+        "Steps: 25, Sampler: DPM++ 2M Karras, CFG scale: 5.0, Seed: 9223372036854775807, Size: 256x256, Model: nano, "
+        "Version: SDXL Lab 0.1.0",
+    ]
+
+
+A1111 = [
+    (record(GenerationConfig()), "Negative prompt", False),
+    (record(GenerationConfig(refiner=RefinerConfig(0.7))), "Refiner: nano, Refiner switch at: 0.7", True),
+    (record(source={}, strength=0.3), "Denoising strength: 0.3", True),
+    (record(GenerationConfig(refiner=RefinerConfig()), source={}, strength=0.3), "Refiner switch at", False),
+    (record(GenerationConfig(width=320, height=64)), "Size: 320x64", True),
+    (record(GenerationConfig(model=ModelRef(base="some/model"))), "Model: some/model", True),
+]
+
+
+@pytest.mark.parametrize(("content", "said", "there"), A1111, ids=[said for _, said, _ in A1111])
+def test_the_a1111_text_says_what_applies(content, said, there):
+    assert (said in a1111_parameters(content)) is there
+
+
+FOREIGN = {
+    "no record": png(Image.new("RGB", (8, 8)), parameters="a cat\nSteps: 20"),
+    "a JPEG": (lambda buffer: (Image.new("RGB", (8, 8)).save(buffer, "JPEG"), buffer.getvalue())[1])(io.BytesIO()),
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_picture_has_no_record(content, tmp_path):
+    (tmp_path / "theirs.png").write_bytes(content)
+    with pytest.raises(PictureError, match=r"theirs\.png carries no sdxl_lab record; only PNGs written by SDXL Lab do"):
+        read_record(tmp_path / "theirs.png")
+    with pytest.raises(PictureError, match="the picture carries no sdxl_lab record"):
+        read_record(content)
+
+
+OURS = encode_png(finish(scene(64), watermark=False), record())
+NO_PICTURES = {"nothing": b"", "text": b"hello", "cut short": OURS[: len(OURS) // 2], "header only": OURS[:8]}
+
+
+@pytest.mark.parametrize("content", NO_PICTURES.values(), ids=NO_PICTURES)
+def test_what_is_no_picture_is_refused(content, tmp_path):
+    (tmp_path / "broken.png").write_bytes(content)
+    with pytest.raises(PictureError, match=r"cannot read .*broken\.png as a picture"):
+        open_picture(tmp_path / "broken.png")
+    with pytest.raises(PictureError, match="cannot read the bytes as a picture"):
+        read_record(content)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(PictureError, match=r"missing\.png"):
+        open_picture(tmp_path / "missing.png")
+
+
+# --- from floats to 8 bits -------------------------------------------------------------------------------------------
+
+
+def test_pixels_are_rounded_not_cut():
+    pixels = np.array([[[0.0, 1.0, 0.5], [0.999, 0.001, 0.1]]], dtype=np.float32)
+    assert np.asarray(finish(pixels, watermark=False)).tolist() == [[[0, 255, 128], [255, 0, 26]]]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_picture_with_one_non_finite_pixel_is_refused(bad):
+    pixels = scene(64)
+    pixels[3, 4, 1] = bad
+    with pytest.raises(PictureError, match=r"non-finite pixels: the VAE overflowed.*madebyollin/sdxl-vae-fp16-fix"):
+        finish(pixels, watermark=False)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_a_picture_of_one_value_is_refused(value):
+    with pytest.raises(PictureError, match=f"every pixel of the picture is {value:g}"):
+        finish(np.full((64, 64, 3), value, dtype=np.float32), watermark=False)
+
+
+def test_the_watermark_can_be_read_and_is_hardly_seen():
+    plain, marked = (finish(scene(), watermark=watermark) for watermark in (False, True))
+    assert read_watermark(marked) == WATERMARK_BITS
+    assert read_watermark(plain) != WATERMARK_BITS
+    assert 0 < max_difference(plain, marked) < 0.15
+
+
+def test_the_watermark_is_the_one_of_diffusers():
+    from diffusers.pipelines.stable_diffusion_xl.watermark import WATERMARK_BITS as THEIRS
+
+    assert THEIRS == WATERMARK_BITS
+
+
+# --- the difference of two pictures ----------------------------------------------------------------------------------
+
+
+def test_one_changed_channel_of_one_pixel_is_noticed():
+    first = Image.new("RGB", (64, 48), (10, 20, 30))
+    second = first.copy()
+    assert max_difference(first, second) == 0
+    second.putpixel((63, 47), (10, 20, 31))
+    assert max_difference(first, second) == pytest.approx(1 / 255)
+    second.putpixel((0, 0), (255, 20, 30))
+    assert max_difference(second, first) == pytest.approx(245 / 255)
+
+
+def test_pictures_of_different_size_are_not_compared():
+    with pytest.raises(PictureError, match=r"different size cannot be compared: \(8, 8\) and \(8, 16\)"):
+        max_difference(Image.new("RGB", (8, 8)), Image.new("RGB", (8, 16)))

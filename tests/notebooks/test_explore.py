@@ -1,0 +1,54 @@
+"""The explore notebook under papermill: judged by what it raises and writes, never by the notebook it leaves."""
+
+from pathlib import Path
+
+import papermill
+import pytest
+
+from sdxl_lab.engine import Engine
+from sdxl_lab.images import max_difference, open_picture, read_record
+from sdxl_lab.promotion import load_slot
+from sdxl_lab.trajectory import Job
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(name: str, folder: Path, /, **parameters: object) -> None:
+    """Execute a notebook from the repository's root, as `papermill --cwd .` does."""
+    papermill.execute_notebook(
+        ROOT / "notebooks" / name,
+        folder / name,
+        parameters=parameters,
+        cwd=ROOT,
+        progress_bar=False,
+        execution_timeout=240,
+        start_timeout=120,
+        iopub_timeout=60,
+    )
+
+
+@pytest.mark.slow
+def test_explore_draws_compares_and_promotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    slot_folder = tmp_path / "slot"
+    run("01_explore.ipynb", tmp_path, steps=6, seed=3, out=str(tmp_path / "pictures"), slot=str(slot_folder))
+
+    written = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert written == ["golden.png", "picture.png", "refiner.png", "schedulers.png"]
+    assert read_record(tmp_path / "pictures" / "picture.png")["prompt"] == "A cat in a hat"
+
+    slot = load_slot(slot_folder)
+    assert slot.config.steps == 6
+    assert slot.config.refiner is not None
+    assert len(slot.goldens) == 2
+    with Engine.load(slot.config) as engine:
+        again = engine.draw(Job(slot.config, "A cat in a hat", 3))
+    assert max_difference(again.image, open_picture(tmp_path / "pictures" / "golden.png")) == 0
+
+
+@pytest.mark.slow
+def test_a_parameter_that_breaks_a_rule_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with pytest.raises(papermill.PapermillExecutionError, match="steps must be a whole number from 1 to 1000"):
+        run("01_explore.ipynb", tmp_path, steps=0, out=str(tmp_path / "pictures"))
+    assert not (tmp_path / "pictures").exists()

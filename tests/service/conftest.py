@@ -1,0 +1,99 @@
+"""A slot with the tiny model, and services that serve it."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import uvicorn
+from starlette.testclient import TestClient
+
+from sdxl_lab.config import GenerationConfig, Limits, ModelRef
+from service.app import create_app
+from service.settings import Settings
+from service.studio import Studio
+
+Serve = Callable[..., TestClient]
+
+
+class Live(NamedTuple):
+    port: int
+    studio: Studio
+    server: uvicorn.Server
+
+
+@pytest.fixture(scope="session")
+def promoted(tiny_model: Path) -> GenerationConfig:
+    """What the slot of these tests holds."""
+    model = ModelRef(base=str(tiny_model / "base"), refiner=str(tiny_model / "refiner"))
+    return GenerationConfig(model=model, steps=4, width=64, height=64, limits=Limits(side=(64, 512)))
+
+
+@pytest.fixture(scope="session")
+def slot(promoted: GenerationConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_slot(tmp_path_factory.mktemp("promoted") / "tiny", promoted)
+
+
+def write_slot(folder: Path, config: GenerationConfig, evidence: dict[str, Any] | None = None) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(config.to_toml())
+    (folder / "evidence.json").write_text(json.dumps(evidence or {"digest": config.digest, "why": "a test"}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def client(slot: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """A ready service that all tests share which leave it as it was."""
+    with TestClient(create_app(Settings(slot=slot, store=tmp_path_factory.mktemp("shared")))) as client:
+        yield wait_until_ready(client)
+
+
+@pytest.fixture
+def serve(slot: Path, tmp_path: Path) -> Iterator[Serve]:
+    """Start a service with settings of its own."""
+    with ExitStack() as stack:
+
+        def start(*, ready: bool = True, **settings: Any) -> TestClient:
+            chosen = Settings(**{"slot": slot, "store": tmp_path / "images"} | settings)
+            client = stack.enter_context(TestClient(create_app(chosen)))
+            studio = client.app.state.studio
+            # Two loads at a time in a process mix up: transformers builds modules under a global meta device.
+            stack.callback(wait_for, lambda: bool(studio.engine or studio.failure))
+            return wait_until_ready(client) if ready else client
+
+        yield start
+
+
+def wait_until_ready(client: TestClient) -> TestClient:
+    wait_for(lambda: client.get("/readyz").status_code == 200)
+    return client
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def live(slot: Path, tmp_path: Path) -> Iterator[Live]:
+    """A service on a real socket."""
+    app = create_app(Settings(slot=slot, store=tmp_path / "images"))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    studio = app.state.studio
+    try:
+        wait_for(lambda: studio.trouble is None)
+        yield Live(port, studio, server)
+    finally:
+        server.should_exit = True
+        thread.join()

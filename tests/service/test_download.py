@@ -1,0 +1,93 @@
+import io
+import uuid
+
+import pytest
+from PIL import Image
+
+from sdxl_lab.images import read_record
+
+
+@pytest.fixture(scope="module")
+def picture(client):
+    return client.post("/generate", json={"prompt": "a red ring", "seed": 3}).json()
+
+
+def test_the_png_is_served_to_be_kept(client, picture):
+    answer = client.get(picture["url"])
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.headers["cache-control"] == "private, max-age=31536000, immutable"
+    assert read_record(answer.content)["seed"] == 3
+    assert "parameters" in Image.open(io.BytesIO(answer.content)).text
+
+
+FORMS = [
+    ("?format=png", "PNG"),
+    ("?format=webp", "WEBP"),
+    ("?format=webp&quality=1", "WEBP"),
+    ("?format=jpeg&quality=100", "JPEG"),
+]
+
+
+@pytest.mark.parametrize(("query", "form"), FORMS)
+def test_a_picture_comes_in_the_form_asked_for(client, picture, query, form):
+    answer = client.get(picture["url"] + query)
+    assert answer.headers["content-type"] == f"image/{form.lower()}"
+    image = Image.open(io.BytesIO(answer.content))
+    assert (image.format, image.size) == (form, (64, 64))
+
+
+def test_quality_changes_the_size(client, picture):
+    small, large = (len(client.get(f"{picture['url']}?format=jpeg&quality={q}").content) for q in (1, 100))
+    assert small < large
+
+
+def test_each_form_has_an_etag_of_its_own(client, picture):
+    queries = ["", "?format=webp", "?format=webp&quality=5", "?format=jpeg"]
+    assert len({client.get(picture["url"] + query).headers["etag"] for query in queries}) == len(queries)
+    assert client.get(picture["url"]).headers["etag"] == client.get(picture["url"] + "?format=png").headers["etag"]
+
+
+@pytest.mark.parametrize(
+    ("header", "status"), [("{tag}", 304), ("W/{tag}", 304), ('"x", {tag}', 304), ("*", 304), ('"x"', 200)]
+)
+def test_a_picture_one_has_is_not_sent_again(client, picture, header, status):
+    tag = client.get(picture["url"]).headers["etag"]
+    answer = client.get(picture["url"], headers={"If-None-Match": header.format(tag=tag)})
+    assert (answer.status_code, bool(answer.content)) == (status, status == 200)
+    assert answer.headers["etag"] == tag
+
+
+BAD = [
+    ("?format=gif", "format"),
+    ("?format=webp&quality=0", "quality"),
+    ("?format=webp&quality=101", "quality"),
+    ("?format=webp&quality=high", "quality"),
+    ("?quality=80", "quality"),
+    ("?size=2", "size"),
+]
+
+
+@pytest.mark.parametrize(("query", "field"), BAD)
+def test_a_bad_query_is_refused_by_name(client, picture, query, field):
+    answer = client.get(picture["url"] + query)
+    assert (answer.status_code, answer.json()["field"]) == (422, field)
+
+
+@pytest.mark.parametrize("unknown", [str(uuid.uuid4()), "x", "..%2F..%2Fetc%2Fpasswd", "%00", "%ff", "a" * 5000])
+def test_an_unknown_id_is_404(client, unknown):
+    answer = client.get(f"/download/{unknown}")
+    assert answer.status_code == 404
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_a_picture_in_the_making_is_404_with_retry_after(client):
+    making = client.app.state.studio.making
+    picture_id = uuid.uuid4()
+    making[picture_id] = None
+    try:
+        answer = client.get(f"/download/{picture_id}")
+    finally:
+        del making[picture_id]
+    assert answer.status_code == 404
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["type"].endswith("still-drawing")

@@ -1,0 +1,167 @@
+import asyncio
+import json
+import socket
+import threading
+import time
+import urllib.request
+import uuid
+
+import numpy as np
+import pytest
+
+from sdxl_lab.images import open_picture, read_record
+from sdxl_lab.trajectory import Job
+from tests.service.conftest import wait_for
+
+PROMPT = {"prompt": "a red circle on a blue background"}
+
+
+def test_a_prompt_is_enough(client, promoted):
+    answer = client.post("/generate", json=PROMPT)
+    assert answer.status_code == 200
+    body = answer.json()
+    assert list(body) == ["id", "url", "seed", "width", "height", "config", "overridden", "timings"]
+    assert uuid.UUID(body["id"]).version == 4
+    assert body["url"] == f"/download/{body['id']}"
+    assert (body["width"], body["height"], body["config"], body["overridden"]) == (64, 64, promoted.digest, [])
+    assert 0 <= body["seed"] < 2**63
+    assert set(body["timings"]) == {"queued_ms", "denoise_ms", "total_ms"}
+    assert body["timings"]["denoise_ms"] <= body["timings"]["total_ms"]
+
+
+OVERRIDES = [
+    ({}, []),
+    ({"steps": 4, "width": 64}, []),
+    ({"seed": None, "steps": None}, []),
+    ({"steps": 3}, ["steps"]),
+    ({"width": 128, "height": 72}, ["width", "height"]),
+    ({"guidance_scale": 1, "scheduler": "dpmpp_2m_karras"}, ["scheduler", "guidance_scale"]),
+    ({"negative_prompt": ""}, ["negative_prompt"]),
+    ({"refiner": True}, ["refiner"]),
+    ({"refiner": False}, []),
+]
+
+
+@pytest.mark.parametrize(("asked", "overridden"), OVERRIDES, ids=[json.dumps(asked) for asked, _ in OVERRIDES])
+def test_the_pixels_are_those_of_the_engine(client, promoted, asked, overridden):
+    body = client.post("/generate", json={**PROMPT, "seed": 7} | asked).json()
+    assert body["overridden"] == overridden
+    png = client.get(body["url"]).content
+    record = read_record(png)
+    assert (record["id"], record["promoted"], record["overridden"]) == (body["id"], promoted.digest, overridden)
+    config = type(promoted).from_dict(record["config"])
+    assert record["digest"] == config.digest
+    changes = {name: value for name, value in asked.items() if name not in ("refiner", "seed") and value is not None}
+    if asked.get("refiner"):
+        changes["refiner"] = config.refiner
+        assert record["unet_calls"] == {"base": 3, "refiner": 1}
+    assert config == promoted.with_(**changes)
+    engine = client.app.state.studio.engine
+    drawn = engine.draw(Job(config, PROMPT["prompt"], body["seed"])).image
+    assert np.array_equal(np.asarray(open_picture(png)), np.asarray(drawn))
+
+
+def test_without_a_seed_each_picture_has_its_own_and_it_repeats_the_picture(client):
+    first, second = (client.post("/generate", json=PROMPT).json() for _ in range(2))
+    assert first["seed"] != second["seed"]
+    again = client.post("/generate", json={**PROMPT, "seed": first["seed"]}).json()
+    assert again["id"] != first["id"]
+    pixels = [np.asarray(open_picture(client.get(body["url"]).content)) for body in (first, again, second)]
+    assert np.array_equal(pixels[0], pixels[1])
+    assert not np.array_equal(pixels[0], pixels[2])
+
+
+def test_the_largest_seed_and_any_text_are_taken(client):
+    prompt = "Katze 🐈 mit Hut\n\t\x7f‮ ' \" \\ </script> {}" + "é" * 200
+    body = client.post("/generate", json={"prompt": prompt, "seed": 2**63 - 1}).json()
+    assert body["seed"] == 2**63 - 1
+    assert read_record(client.get(body["url"]).content)["prompt"] == prompt
+
+
+def test_a_prompt_beyond_77_tokens_is_drawn_with_a_warning(client):
+    body = client.post("/generate", json={"prompt": "a red circle " * 60, "negative_prompt": "blue " * 200}).json()
+    assert [warning.split(":")[0] for warning in body["warnings"]] == ["prompt", "negative_prompt"]
+    assert "77 tokens" in body["warnings"][0]
+
+
+def test_many_pictures_at_once_with_long_prompts_all_come_out(client):
+    answers = []
+
+    def ask(number):
+        answers.append(client.post("/generate", json={"prompt": "a ring " * (10 * number + 1), "seed": number}))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answer.status_code for answer in answers] == [200] * 12
+    assert len({answer.json()["id"] for answer in answers}) == 12
+
+
+LONG = {**PROMPT, "steps": 100, "width": 512, "height": 512}
+
+
+def post(port, body):
+    connection = socket.create_connection(("127.0.0.1", port))
+    content = json.dumps(body).encode()
+    head = ["POST /generate HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(content)}"]
+    connection.sendall("\r\n".join([*head, "", ""]).encode() + content)
+    return connection
+
+
+def test_a_client_that_goes_away_cancels_its_picture(live):
+    port, studio, _ = live
+    connection = post(port, LONG)
+    wait_for(lambda: any(ticket.state == "running" for ticket in studio.making.values()))
+    (ticket,) = studio.making.values()
+    connection.close()
+    wait_for(ticket.future.done)
+    calls, total = ticket.progress
+    assert ticket.state == "cancelled"
+    assert calls < total
+    assert not studio.making
+    assert not list(studio.store.folder.glob("*"))
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as answer:
+        assert answer.status == 200
+
+
+def test_health_answers_while_a_picture_is_drawn(live):
+    port, studio, _ = live
+    with post(port, LONG):
+        wait_for(lambda: any(ticket.state == "running" for ticket in studio.making.values()))
+        (ticket,) = studio.making.values()
+        began = time.monotonic()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
+            assert answer.status == 200
+        assert ticket.state == "running", f"the answer took {time.monotonic() - began:.2f} s"
+
+
+def test_a_service_that_stops_answers_those_who_still_wait(live, caplog):
+    port, studio, server = live
+    with post(port, LONG) as connection:
+        wait_for(lambda: any(ticket.state == "running" for ticket in studio.making.values()))
+        server.should_exit = True
+        connection.settimeout(60)
+        answer = connection.makefile("rb").read().decode()
+    assert answer.startswith("HTTP/1.1 503 ")
+    assert "retry-after: 5" in answer
+    wait_for(lambda: not studio.engine.healthy)
+    assert not [entry for entry in caplog.records if entry.exc_info]
+
+
+def test_a_cancelled_request_leaves_the_engine_whole(client):
+    """A server that ends cancels its tasks: the engine's future must not be cancelled from outside."""
+    studio = client.app.state.studio
+
+    async def cancelled():
+        task = asyncio.create_task(studio.draw(studio.slot.config.with_(steps=100), "a ring", 1))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancelled())
+    assert not studio.making
+    assert client.post("/generate", json=PROMPT).status_code == 200
+    assert studio.engine.healthy

@@ -1,0 +1,73 @@
+import uuid
+
+import numpy as np
+import pytest
+
+from sdxl_lab.images import open_picture, read_record
+from sdxl_lab.trajectory import Job, Source
+
+
+@pytest.fixture(scope="module")
+def source(client):
+    asked = {"prompt": "a red ring", "negative_prompt": "blue", "width": 128, "height": 64, "seed": 3}
+    return client.post("/generate", json=asked).json()
+
+
+def test_a_stored_picture_is_refined_as_the_engine_does_it(client, promoted, source):
+    body = client.post("/refine", json={"id": source["id"], "seed": 5}).json()
+    assert body["source"] == source["id"]
+    assert body["id"] != source["id"]
+    assert (body["width"], body["height"], body["seed"], body["config"]) == (128, 64, 5, promoted.digest)
+    png, before = (client.get(url).content for url in (body["url"], source["url"]))
+    record = read_record(png)
+    assert (record["prompt"], record["negative_prompt"], record["strength"]) == ("a red ring", "blue", 0.3)
+    assert record["source"] == read_record(before)
+    assert record["id"] == body["id"]
+    config = promoted.with_(width=128, height=64, negative_prompt="blue")
+    job = Job(config, "a red ring", 5, Source(open_picture(before), 0.3, read_record(before)))
+    drawn = client.app.state.studio.engine.draw(job).image
+    assert np.array_equal(np.asarray(open_picture(png)), np.asarray(drawn))
+
+
+def test_what_is_asked_goes_before_what_the_picture_had(client, source):
+    asked = {"id": source["id"].upper(), "prompt": "a blue ring", "negative_prompt": "", "strength": 1, "steps": 2}
+    body = client.post("/refine", json=asked).json()
+    assert body["source"] == source["id"]
+    record = read_record(client.get(body["url"]).content)
+    assert (record["prompt"], record["negative_prompt"], record["strength"]) == ("a blue ring", "", 1)
+    assert record["unet_calls"] == {"refiner": 2}
+
+
+def test_a_refined_picture_can_be_refined(client, source):
+    once = client.post("/refine", json={"id": source["id"]}).json()
+    twice = client.post("/refine", json={"id": once["id"]}).json()
+    assert read_record(client.get(twice["url"]).content)["source"]["source"]["id"] == source["id"]
+
+
+@pytest.mark.parametrize("unknown", [str(uuid.uuid4()), "../../etc/passwd", "", "\0", "é", "nil"])
+def test_an_unknown_id_is_404(client, unknown):
+    assert client.post("/refine", json={"id": unknown}).status_code == 404
+
+
+BAD = [
+    ({"strength": 0}, "strength"),
+    ({"strength": 1.1}, "strength"),
+    ({"strength": True}, "strength"),
+    ({"strength": 0.1}, "strength"),  # of 4 steps none is left
+    ({"steps": 101}, "steps"),
+    ({"prompt": ""}, "prompt"),
+    ({"width": 64}, "width"),
+]
+
+
+@pytest.mark.parametrize(("asked", "field"), BAD)
+def test_a_bad_value_is_refused_by_name(client, source, asked, field):
+    answer = client.post("/refine", json={"id": source["id"]} | asked)
+    assert (answer.status_code, answer.json()["field"]) == (422, field)
+
+
+def test_a_picture_that_is_not_ours_is_refused(client, source):
+    foreign = uuid.uuid4()
+    client.app.state.studio.store.put(foreign, b"no picture")
+    answer = client.post("/refine", json={"id": str(foreign)})
+    assert (answer.status_code, answer.json()["field"]) == (422, "id")

@@ -1,0 +1,59 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.settings import PROMOTED, TABLE, Settings, SettingsError
+
+GOOD = [
+    ({}, Settings()),
+    ({"PATH": "/bin", "SDXLX": "?"}, Settings()),
+    ({"SDXL_CONFIG": "sdxl"}, Settings(slot=PROMOTED / "sdxl")),
+    ({"SDXL_CONFIG": "./mine"}, Settings(slot=Path("mine"))),
+    ({"SDXL_STORE": "/tmp/pictures"}, Settings(store=Path("/tmp/pictures"))),
+    ({"SDXL_MAX_QUEUE": "3", "SDXL_MAX_ROWS": "8"}, Settings(max_queue=3, max_rows=8)),
+    ({"SDXL_DEVICE": "cuda:1", "SDXL_DTYPE": "bfloat16"}, Settings(device="cuda:1", dtype="bfloat16")),
+    ({"SDXL_LOG_LEVEL": "debug"}, Settings(log_level="debug")),
+]
+
+
+@pytest.mark.parametrize(("environment", "settings"), GOOD, ids=[str(list(given)) for given, _ in GOOD])
+def test_the_environment_becomes_settings(environment, settings):
+    assert Settings.from_mapping(environment) == settings
+
+
+BAD = [
+    ("SDXL_STEPS", "25"),
+    ("SDXL_", ""),
+    ("SDXL_CONFIG", ""),
+    ("SDXL_STORE", "s3://bucket/prefix"),
+    ("SDXL_MAX_QUEUE", "0"),
+    ("SDXL_MAX_QUEUE", "many"),
+    ("SDXL_MAX_QUEUE", "²"),
+    ("SDXL_MAX_ROWS", "-1"),
+    ("SDXL_MAX_ROWS", "9" * 5000),
+    ("SDXL_DEVICE", "toaster"),
+    ("SDXL_DTYPE", "float8"),
+    ("SDXL_LOG_LEVEL", "LOUD"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_bad_setting_is_refused_and_the_valid_ones_listed(name, value):
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_mapping({name: value})
+    assert name in str(caught.value)
+    for known in TABLE:
+        assert known in str(caught.value)
+
+
+def test_the_table_has_every_field_of_the_settings():
+    assert [setting.field for setting in TABLE.values()] == list(Settings.__dataclass_fields__)
+
+
+def test_importing_the_application_loads_no_torch():
+    program = (
+        "import sys, service.app, service.__main__; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=PROMOTED.parents[1]).returncode == 0

@@ -1,0 +1,68 @@
+"""Imports point one way. The contracts themselves stand in pyproject.toml, under tool.importlinter."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINT = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()", "--no-cache"]
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "fastapi", "ipywidgets")
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(LINT, cwd=folder, capture_output=True, text=True)
+
+
+def test_imports_point_one_way():
+    answer = lint(ROOT)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """The modules of our tree without their contents: a blank ground for one forbidden import."""
+    for package in ("sdxl_lab", "service"):
+        for source in (ROOT / package).rglob("*.py"):
+            target = tmp_path / source.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.touch()
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_modules_without_imports_keep_every_contract(tree):
+    answer = lint(tree)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+FORBIDDEN = [
+    ("sdxl_lab/config.py", "import service"),
+    ("sdxl_lab/engine.py", "import notebooks"),
+    ("sdxl_lab/config.py", "from sdxl_lab import schedulers"),
+    ("sdxl_lab/models.py", "from sdxl_lab.engine import Engine"),
+    ("sdxl_lab/config.py", "import torch"),
+    ("sdxl_lab/utils.py", ""),
+    ("service/__init__.py", "from sdxl_lab import cli"),
+    ("service/__init__.py", "import sdxl_lab.metrics"),
+    ("service/__init__.py", "import bench"),
+    ("sdxl_lab/cli.py", "from sdxl_lab.nano import recipe"),
+]
+
+
+@pytest.mark.parametrize(("module", "line"), FORBIDDEN, ids=[f"{module}: {line}" for module, line in FORBIDDEN])
+def test_a_forbidden_import_is_noticed(tree, module, line):
+    (tree / "sdxl_lab" / "metrics.py").touch()
+    (tree / module).write_text(line + "\n")
+    answer = lint(tree)
+    assert answer.returncode == 1, answer.stdout + answer.stderr
+    assert "BROKEN" in answer.stdout or "not listed as layers" in answer.stdout
+
+
+@pytest.mark.parametrize("module", ["sdxl_lab", "sdxl_lab.config"])
+def test_the_configuration_is_read_without_the_models_libraries(module):
+    program = f"import sys, {module}; print(*[name for name in {HEAVY} if name in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == []

@@ -1,0 +1,123 @@
+"""The README's commands and snippets are executed, and its map is the tree."""
+
+import re
+import shlex
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.strip().splitlines()]
+SNIPPETS = [block for language, block in BLOCKS if language == "python"]
+PORT = "127.0.0.1:8000"
+
+# Who executes what this file does not.
+ELSEWHERE = {
+    "make demo": "test_demo.py",
+    "make lab": "test_lab.py",
+    "make serve": "the fixture `served`",
+    "make check": ".ci/run",
+    "make test": ".ci/run",
+    "make test-fast": "a part of make test",
+    "make bench": "test_bench.py",
+    "make train": "lab/test_recipe.py, with --tiny",
+    "dstack apply -f dev.dstack.yml": "test_dstack.py, through dstack's parser: applying it takes a GPU",
+    "dstack apply -f service.dstack.yml": "test_dstack.py, through dstack's parser: applying it takes a GPU",
+}
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """The tree as a user has it, with `.venv/bin/python` this interpreter, and `runs/` of its own."""
+    for path in ROOT.iterdir():
+        if path.name not in (".venv", "runs", "images", ".git"):
+            (tmp_path / path.name).symlink_to(path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    return tmp_path
+
+
+def test_every_command_is_executed_somewhere() -> None:
+    ours = [line for line in COMMANDS if line.startswith((".venv/bin/python -m ", "curl "))]
+    assert sorted(set(COMMANDS) - set(ours)) == sorted(ELSEWHERE)
+
+
+def test_every_make_target_of_the_readme_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M))
+    assert {line.removeprefix("make ") for line in COMMANDS if line.startswith("make ")} <= targets
+
+
+@pytest.mark.slow
+def test_the_command_lines_run_in_order(clone: Path) -> None:
+    for line in COMMANDS:
+        if line.startswith(".venv/bin/python"):
+            done = subprocess.run(shlex.split(line), cwd=clone, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert {path.name for path in (clone / "runs").iterdir()} == {"cat.png", "pair.png", "again.png", "slot"}
+
+
+@pytest.mark.slow
+def test_the_python_snippets_run(clone: Path) -> None:
+    for snippet in SNIPPETS:
+        subprocess.run([sys.executable, "-c", snippet], cwd=clone, check=True)
+    assert (clone / "runs" / "boat.png").exists()
+
+
+@pytest.mark.slow
+def test_the_curl_lines_are_answered(clone: Path) -> None:
+    """`make serve` itself, on a free port."""
+    import json
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # make's set-up is CI's own; here only the recipe's last line counts.
+    recipe = subprocess.run(
+        ["make", "-s", "-n", "-o", ".venv/.installed", "-o", "system", "serve", f"PORT={port}"],
+        cwd=clone, capture_output=True, text=True, check=True,
+    ).stdout.strip().splitlines()[-1]  # fmt: skip
+    server = subprocess.Popen(shlex.split(recipe), cwd=clone)
+    try:
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
+                    if answer.status == 200:
+                        break
+            except OSError:
+                assert server.poll() is None, "the service ended"
+            time.sleep(0.1)
+        for line in COMMANDS:
+            if line.startswith("curl "):
+                command = [*shlex.split(line.replace(PORT, f"127.0.0.1:{port}")), "--fail", "--silent"]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                assert json.loads(done.stdout)
+    finally:
+        server.terminate()
+        assert server.wait(20) == 0
+
+
+def test_the_map_is_the_tree() -> None:
+    """Each line of the map names something that exists, and every module of the library is on it."""
+    tree = README.split("```text\n")[1].split("```")[0]
+    folder = Path()
+    named = set()
+    for line in tree.strip().splitlines():
+        name = line.split()[0]
+        if line.startswith("  "):
+            path = folder / name
+        else:
+            folder = path = Path(name)
+        assert (ROOT / path).exists(), f"the README's map names {path}"
+        named.add(path)
+    modules = {p.relative_to(ROOT) for p in (ROOT / "sdxl_lab").glob("*.py") if not p.name.startswith("__")}
+    notebooks = {p.relative_to(ROOT) for p in (ROOT / "notebooks").glob("*.ipynb")}
+    assert modules | notebooks <= named
