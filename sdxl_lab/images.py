@@ -145,8 +145,17 @@ def preview(latents: np.ndarray, latent_rgb: np.ndarray) -> Image.Image:
 
 
 def max_difference(first: Image.Image, second: Image.Image) -> float:
-    """The largest absolute difference of two pictures' pixels, on [0, 1]. Sizes must agree."""
+    """The largest absolute difference of two pictures' samples, on [0, 1]. Sizes must agree."""
+    return float(_differences(first, second).max()) / 255
+
+
+def mean_difference(first: Image.Image, second: Image.Image) -> float:
+    """The mean absolute difference of two pictures' samples, on [0, 1]. Sizes must agree."""
+    return float(_differences(first, second).mean()) / 255
+
+
+def _differences(first: Image.Image, second: Image.Image) -> np.ndarray:
     if first.size != second.size:
         raise PictureError(f"pictures of different size cannot be compared: {first.size} and {second.size}")
     a, b = (np.asarray(image.convert("RGB"), dtype=np.int16) for image in (first, second))
-    return float(np.abs(a - b).max()) / 255
+    return np.abs(a - b)

@@ -16,11 +16,40 @@ from typing import Any
 
 from . import __version__
 from .config import GenerationConfig
-from .images import Picture
+from .images import Picture, PictureError, max_difference, mean_difference, open_picture, read_record
 
 
 class SlotError(ValueError):
     """A slot is missing, incomplete, or not what it says it is; or a promotion was refused."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A promoted picture: what the slot's configuration must draw again from `prompt` and `seed`."""
+
+    path: Path
+    prompt: str
+    seed: int
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A golden beside the picture drawn again.
+
+    `difference` and `tolerance` are on [0, 1] and of the same `measure`: `max-abs`, the largest over all samples,
+    where both were drawn on the same kind of device in the same dtype; `mean-abs` otherwise.
+    """
+
+    golden: Golden
+    measure: str
+    difference: float
+    tolerance: float
+    reason: str | None
+
+    @property
+    def passed(self) -> bool:
+        return self.reason is None
 
 
 @dataclass(frozen=True)
@@ -36,8 +65,29 @@ class Slot:
         return self.config.digest
 
     @property
-    def goldens(self) -> list[Path]:
-        return sorted((self.folder / "golden").glob("*.png"))
+    def goldens(self) -> list["Golden"]:
+        """What `evidence.json` lists, each file checked against it; empty without evidence.
+
+        Raises `SlotError` for a golden that is missing, is no picture with our record, or is not of this configuration.
+        """
+        listed = self.evidence["goldens"] if self.evidence is not None else []
+        return [self._golden(entry["file"], entry["prompt"], entry["seed"]) for entry in listed]
+
+    def _golden(self, name: str, prompt: str, seed: int) -> "Golden":
+        path = self.folder / "golden" / name
+        if not path.is_file():
+            raise SlotError(f"the slot {self.folder} must hold every golden of its evidence; {name} is missing")
+        try:
+            record = read_record(path)
+        except PictureError as error:
+            raise SlotError(f"the golden {path} must be a picture as it was promoted: {error}") from error
+        expected = {"digest": self.digest, "prompt": prompt, "seed": seed}
+        for field, value in expected.items():
+            if record.get(field) != value:
+                raise SlotError(
+                    f"the golden {path} must have the {field} {value!r} of its slot; received {record.get(field)!r}"
+                )
+        return Golden(path, prompt, seed, record)
 
 
 def load_slot(folder: Path | str) -> Slot:
@@ -130,6 +180,40 @@ def promote(
                 replaced.rename(folder)
             raise
     return load_slot(folder)
+
+
+# A picture of 8 bits cannot show float32's 1e-3 better than by one step of a sample, where a value is rounded the
+# other way. Another device or dtype moves whole pictures slightly: bfloat16 by 13/255 at most, far less on average.
+SAME_RUNTIME = 1 / 255
+OTHER_RUNTIME = 5 / 255
+
+
+def compare_golden(golden: Golden, picture: Picture) -> Comparison:
+    """Whether `picture`, drawn from the golden's configuration, prompt and seed, is the picture promoted.
+
+    Weights of another checksum fail whatever the pixels say.
+    """
+    before, now = golden.record, picture.record
+    same = all(before["runtime"].get(name) == now["runtime"].get(name) for name in ("device", "dtype"))
+    measure, tolerance = ("max-abs", SAME_RUNTIME) if same else ("mean-abs", OTHER_RUNTIME)
+    with open_picture(golden.path) as promoted:
+        if promoted.size != picture.image.size:
+            difference = 1.0
+        else:
+            difference = (max_difference if same else mean_difference)(promoted, picture.image)
+    reason = None
+    if before["weights"] != now["weights"]:
+        reason = f"the weights are not those it was promoted with: {_changed(before['weights'], now['weights'])}"
+    elif difference > tolerance + 1e-9:
+        reason = f"the picture differs by {difference:.4f} ({measure} on [0, 1]); at most {tolerance:.4f} is allowed"
+    if reason is not None:
+        reason = f"golden {golden.path.name}: {reason}"
+    return Comparison(golden, measure, difference, tolerance, reason)
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in names)
 
 
 def _served(folder: Path) -> str | None:

@@ -128,7 +128,7 @@ def test_promote_draws_the_goldens_and_writes_the_slot(config_file, tmp_path, ca
     assert not slot.exists()
     assert main([*command, *reasons, "--allow-dirty"]) == 0
     written = promotion.load_slot(slot)
-    assert [read_record(path)["prompt"] for path in written.goldens] == ["a cat", "a dog"]
+    assert [golden.prompt for golden in written.goldens] == ["a cat", "a dog"]
     assert written.evidence["why"] == "sharper hats"
     assert capsys.readouterr().out == f"{slot} now holds {written.digest}, with 2 golden pictures\n"
 

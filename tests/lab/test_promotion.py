@@ -9,13 +9,15 @@ from PIL import Image
 
 from sdxl_lab import promotion
 from sdxl_lab.config import ConfigError, GenerationConfig
-from sdxl_lab.images import Picture, read_record
-from sdxl_lab.promotion import SlotError, load_slot, promote
+from sdxl_lab.images import Picture
+from sdxl_lab.promotion import SlotError, compare_golden, load_slot, promote
 
 CONFIG, OTHER = GenerationConfig(), GenerationConfig(steps=7)
 
 
-def picture(config: GenerationConfig = CONFIG, prompt: str = "A cat in a hat", seed: int = 7) -> Picture:
+def picture(
+    config: GenerationConfig = CONFIG, prompt: str = "A cat in a hat", seed: int = 7, colour=(255, 0, 0), **more
+) -> Picture:
     record = {
         "version": "0.1.0",
         "prompt": prompt,
@@ -27,7 +29,7 @@ def picture(config: GenerationConfig = CONFIG, prompt: str = "A cat in a hat", s
         "runtime": {"device": "cpu"},
         "libraries": {"torch": "2.13.0"},
     }
-    return Picture(Image.new("RGB", (8, 8), "red"), record, {})
+    return Picture(Image.new("RGB", (8, 8), colour), record | more, {})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -53,7 +55,7 @@ def test_a_promotion_writes_the_whole_slot(slot):
     written = put(slot, pictures=pictures, metrics={"clip": 0.31})
     assert written == load_slot(slot)
     assert written.config == CONFIG
-    assert [read_record(path)["prompt"] for path in written.goldens] == ["A cat in a hat", "red circle"]
+    assert [golden.prompt for golden in written.goldens] == ["A cat in a hat", "red circle"]
     evidence = written.evidence
     when = evidence.pop("when")
     assert when.endswith("+00:00")
@@ -70,8 +72,8 @@ def test_a_promotion_writes_the_whole_slot(slot):
         "libraries": {"torch": "2.13.0"},
         "metrics": {"clip": 0.31},
         "goldens": [
-            {"file": written.goldens[0].name, "prompt": "A cat in a hat", "seed": 7},
-            {"file": written.goldens[1].name, "prompt": "red circle", "seed": 8},
+            {"file": written.goldens[0].path.name, "prompt": "A cat in a hat", "seed": 7},
+            {"file": written.goldens[1].path.name, "prompt": "red circle", "seed": 8},
         ],
     }
 
@@ -90,8 +92,8 @@ def test_a_second_promotion_replaces_the_first_and_says_so(slot):
 )
 def test_goldens_with_prompts_that_look_alike_are_all_kept(slot, prompts):
     written = put(slot, pictures=[picture(prompt=prompt) for prompt in prompts])
-    assert [read_record(path)["prompt"] for path in written.goldens] == prompts
-    assert {path.parent for path in written.goldens} == {slot / "golden"}
+    assert [golden.prompt for golden in written.goldens] == prompts
+    assert {golden.path.parent for golden in written.goldens} == {slot / "golden"}
 
 
 REFUSED = [
@@ -187,6 +189,72 @@ def test_a_configuration_edited_into_nonsense_is_refused(slot):
     (slot / "config.toml").write_text("steps = 0")
     with pytest.raises(ConfigError, match="steps must be a whole number"):
         load_slot(slot)
+
+
+# --- goldens ---------------------------------------------------------------------------------------------------------
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def redraw(path: Path, **changes) -> None:
+    picture(**changes).save(path)
+
+
+DAMAGE = [
+    (remove, "01-a-cat-in-a-hat-7.png is missing"),
+    (lambda path: path.write_bytes(path.read_bytes()[:50]), "must be a picture as it was promoted"),
+    (lambda path: Image.new("RGB", (8, 8)).save(path), "carries no"),
+    (lambda path: redraw(path, config=OTHER), f"must have the digest '{CONFIG.digest}' of its slot; received"),
+    (lambda path: redraw(path, prompt="A dog"), "must have the prompt 'A cat in a hat' of its slot; received 'A dog'"),
+    (lambda path: redraw(path, seed=8), "must have the seed 7 of its slot; received 8"),
+]
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGE, ids=[said for _, said in DAMAGE])
+def test_a_golden_that_is_not_what_was_promoted_is_refused(slot, damage, said):
+    damage(put(slot).goldens[0].path)
+    with pytest.raises(SlotError) as caught:
+        load_slot(slot).goldens  # noqa: B018
+    assert said in str(caught.value)
+
+
+def test_a_slot_without_evidence_has_no_goldens(slot):
+    put(slot)
+    (slot / "evidence.json").unlink()
+    assert load_slot(slot).goldens == []
+
+
+COMPARED = [
+    ({}, "max-abs", 0.0, None),
+    ({"colour": (254, 0, 0)}, "max-abs", 1 / 255, None),
+    ({"colour": (253, 0, 0)}, "max-abs", 2 / 255, "the picture differs by 0.0078 (max-abs on [0, 1]); at most 0.0039"),
+    ({"colour": (240, 0, 0), "runtime": {"device": "cuda"}}, "mean-abs", 5 / 255, None),
+    ({"colour": (239, 0, 0), "runtime": {"device": "cuda"}}, "mean-abs", 16 / 3 / 255, "differs by 0.0209 (mean-abs"),
+    (
+        {"weights": {"base": "sha256 def"}},
+        "max-abs",
+        0.0,
+        "the weights are not those it was promoted with: base was sha256 abc, is sha256 def",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "measure", "difference", "said"), COMPARED)
+def test_a_golden_is_compared_as_strictly_as_the_runtime_allows(slot, changes, measure, difference, said):
+    found = compare_golden(put(slot).goldens[0], picture(**changes))
+    assert (found.measure, found.difference) == (measure, pytest.approx(difference))
+    assert found.passed == (said is None)
+    if said:
+        assert found.reason.startswith("golden 01-a-cat-in-a-hat-7.png: ")
+        assert said in found.reason
+
+
+def test_a_picture_of_another_size_is_another_picture(slot):
+    bigger = picture()
+    bigger = Picture(bigger.image.resize((16, 16)), bigger.record, {})
+    assert not compare_golden(put(slot).goldens[0], bigger).passed
 
 
 # --- git -------------------------------------------------------------------------------------------------------------
