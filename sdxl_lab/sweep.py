@@ -229,7 +229,7 @@ def _overlaid(config: GenerationConfig, table: Any) -> GenerationConfig:
     if not isinstance(table, Mapping):
         raise SweepError(f"config must be a file or a table of fields; received {table!r}. Example: config.steps = 20")
     for name, value in flat(table).items():
-        _check_axis(name, ())
+        check_axis(name, ())
         config = changed(config, name, value)
     return config
 
@@ -270,7 +270,7 @@ def _groups(axes: Axes, zipped: Sequence[Axes]) -> list[dict[str, list[Any]]]:
         groups.append(group)
     names = [name for group in groups for name in group]
     for name in names:
-        _check_axis(name, ("prompt", "seed", "config"))
+        check_axis(name, ("prompt", "seed", "config"))
         if names.count(name) > 1:
             raise SweepError(f"an axis must be given once; received {name!r} {names.count(name)} times")
     if "prompt" not in names:
@@ -278,7 +278,7 @@ def _groups(axes: Axes, zipped: Sequence[Axes]) -> list[dict[str, list[Any]]]:
     return groups
 
 
-def _check_axis(name: str, more: tuple[str, ...]) -> None:
+def check_axis(name: str, more: tuple[str, ...]) -> None:
     known = [*more, *field_names()]
     if name not in known:
         raise SweepError(
@@ -354,24 +354,24 @@ def run(
     `KeyboardInterrupt` and leaves what is finished; run it again to go on.
     """
     profile = engine.profile if engine else profile or RuntimeProfile()
-    processes = _processes(profile)
-    if processes.num_processes > 1 and engine is None:
-        profile = profile.with_(device=str(processes.device))
+    group = processes(profile)
+    if group.num_processes > 1 and engine is None:
+        profile = profile.with_(device=str(group.device))
     with Cells(cells, profile, engine) as store:
         keys = {store.key(cell): cell for cell in sweep.cells}
         # In the order of their keys, which is as good as shuffled: every process gets easy and hard ones alike.
-        shares = sorted(keys) if processes.num_processes > 1 else list(keys)
-        with processes.split_between_processes(shares) as mine:
+        shares = sorted(keys) if group.num_processes > 1 else list(keys)
+        with group.split_between_processes(shares) as mine:
             errors = store.complete([keys[key] for key in mine], sweep.metrics, sweep.reference, on_progress)
-        if processes.num_processes > 1:
+        if group.num_processes > 1:
             errors = {key: error for part in gather_object([errors]) for key, error in part.items()}
         table = _table(sweep, store, errors)
-    if processes.is_main_process:
+    if group.is_main_process:
         write_table(table, Path(out or OUT / sweep.name) / "table.parquet")
     return table
 
 
-def _processes(profile: RuntimeProfile) -> PartialState:
+def processes(profile: RuntimeProfile) -> PartialState:
     """This process among those of `accelerate launch`; alone without it. Nobody gives up waiting for a slower one."""
     on_cpu = placement(profile)[0].type == "cpu"
     return (
