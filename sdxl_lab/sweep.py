@@ -350,13 +350,14 @@ def run(
     Columns: the axes, `prompt`, `seed`, `digest`, `config` (JSON), the metrics, `unet_calls`, `unet_rows`, `seconds`
     (denoising, shared with its batch), `picture` (the cell's key) and `error` (why there is no picture or no number).
 
-    Under `accelerate launch` every process draws its share, and each gives the same table. An interrupt raises
-    `KeyboardInterrupt` and leaves what is finished; run it again to go on.
+    Under `accelerate launch` every process draws its share, and each gives the whole table: that of one process, but
+    for a sample here and there that rounds to the next of its 256 values. An interrupt raises `KeyboardInterrupt` and
+    leaves what is finished; run it again to go on.
     """
     profile = engine.profile if engine else profile or RuntimeProfile()
     group = processes(profile)
-    if group.num_processes > 1 and engine is None:
-        profile = profile.with_(device=str(group.device))
+    if engine is None:
+        profile = on_own_device(profile, group)
     with Cells(cells, profile, engine) as store:
         keys = {store.key(cell): cell for cell in sweep.cells}
         # In the order of their keys, which is as good as shuffled: every process gets easy and hard ones alike.
@@ -377,6 +378,13 @@ def processes(profile: RuntimeProfile) -> PartialState:
     return (
         PartialState(cpu=on_cpu, timeout=timedelta(days=30)) if "LOCAL_RANK" in os.environ else PartialState(cpu=on_cpu)
     )
+
+
+def on_own_device(profile: RuntimeProfile, group: PartialState) -> RuntimeProfile:
+    """Each of many processes on the GPU that is its own."""
+    if group.num_processes == 1 or group.device.type != "cuda":
+        return profile
+    return profile.with_(device=f"cuda:{group.local_process_index}")
 
 
 def _table(sweep: Sweep, store: Cells, errors: Mapping[str, str]) -> pd.DataFrame:

@@ -31,6 +31,7 @@ from .sweep import (
     check_axis,
     flat_axes,
     named_metric,
+    on_own_device,
     processes,
     read_toml,
     spread,
@@ -250,8 +251,8 @@ def tune(
     out = Path(out or OUT / plan.name)
     profile = engine.profile if engine else profile or RuntimeProfile()
     workers = processes(profile)
-    if workers.num_processes > 1 and engine is None:
-        profile = profile.with_(device=str(workers.device))
+    if engine is None:
+        profile = on_own_device(profile, workers)
     with workers.main_process_first(), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats and names of metrics
         study = _opened(plan, storage or f"sqlite:///{_made(out) / 'study.db'}", workers.process_index)
