@@ -337,7 +337,7 @@ def interval(
             "One picture proves nothing: take more seeds or prompts"
         )
     mean = float(found.mean())
-    if np.ptp(found) == 0:
+    if np.ptp(found) <= 1e-9 * np.abs(found).max():  # equal but for rounding
         return Interval(mean, mean, mean, len(found))
     bounds = stats.bootstrap(
         (found,),

@@ -8,6 +8,7 @@ colour-blind tell apart (Okabe and Ito 2008) and with a mark of its own for ever
 import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,7 +56,8 @@ def said(value: Any) -> str:
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return "none"
     if isinstance(value, str) and value.startswith(("[", "{")):
-        value = json.loads(value)
+        with suppress(ValueError):
+            value = json.loads(value)
     if isinstance(value, list | tuple):
         return " to ".join(said(each) for each in value)
     if isinstance(value, Mapping):
@@ -187,10 +189,11 @@ def _cell(
     """The picture of a place, or why there is none."""
     settings, found = _at(table, axes, place)
     if len(found) > 1:
-        others = [name for name in found.columns if name not in settings and found[name].astype(str).nunique() > 1]
+        others = found.drop(columns=[*settings, "picture"]).astype(str).nunique()
         raise PlotError(
-            f"a grid must have one picture a place; at {settings} the table has {len(found)}, which differ in "
-            f"{', '.join(map(str, others))}. Make one of these the third axis, or keep one: table[table.seed == 0]"
+            f"a grid must have one picture a place; at {said(settings)} the table has {len(found)}, which differ in "
+            f"{', '.join(others[others > 1].index)}. Make one of these the third axis, or keep one. Example: "
+            "table[table.seed == 0]"
         )
     if found.empty:
         return ""
@@ -442,7 +445,7 @@ def quality_against_cost(
             line = _where(found, {series: name}).sort_values(along)
             errors = [line["quality"] - line["low"], line["high"] - line["quality"]]
             ax.errorbar(line["cost"], line["quality"], errors, fmt="none", ecolor=colour, alpha=0.4, elinewidth=1.5)
-            ax.plot(line["cost"], line["quality"], f"-{mark}", color=colour, label=said(name), lw=1.3, ms=6, alpha=0.9)
+            ax.plot(line["cost"], line["quality"], f"-{mark}", color=colour, label=said(name), lw=1.3, ms=6)
         best = found[found["front"]]
         ax.plot(best["cost"], best["quality"], color=INK, lw=2.2, alpha=0.85, label="Pareto front", zorder=4)
         ax.plot(best["cost"], best["quality"], "o", ms=12, mfc="none", mec=INK, mew=1.5, zorder=5)
