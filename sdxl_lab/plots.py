@@ -374,8 +374,9 @@ def front(
     """What `quality_against_cost` shows: a row for each combination of the columns `by`, cheapest first.
 
     Columns: `by`, `quality` (its mean), `low`, `high`, `cost` (its median: one slow moment of a machine is no cost of a
-    setting), `count`, and `front`: whether no other combination is as good for less, or better for the same. `better`
-    is "higher" or "lower", by default as the metric says.
+    setting), `count`, `front` (whether no other combination is as good for less, or better for the same) and `worse`
+    (whether it is worse than the best by more than chance: the interval of the paired difference keeps off zero).
+    `better` is "higher" or "lower", by default as the metric says.
 
     Only prompts and seeds that every combination has count, so that all are judged by the same ones; a combination of
     which no picture is there is left out. The 95 % interval is the one within pairs (Cousineau 2005, corrected by
@@ -402,12 +403,15 @@ def front(
     values = np.array([found.loc[common, quality] for _, found in groups], dtype=np.float64)
     within = values - values.mean(axis=0) + values.mean()
     spread = (len(values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else 1.0
+    prompts, means = list(common.get_level_values("prompt")), values.mean(axis=1)
+    best = values[means.argmax() if up else means.argmin()]
     rows: list[list[Any]] = []
     for (settings, found), each, steadied in zip(groups, values, within if len(values) > 1 else values, strict=True):
-        mean, sure = float(each.mean()), _sure(steadied, list(common.get_level_values("prompt")))
+        mean, sure = float(each.mean()), _sure(steadied, prompts)
         ends = [mean + (end - sure.mean) * spread for end in (sure.low, sure.high)]
-        rows.append([*settings, mean, *ends, float(found.loc[common, cost].median()), len(common)])
-    result = pd.DataFrame(rows, columns=[*by, "quality", "low", "high", "cost", "count"])
+        worse = len(common) > 1 and _sure(each - best, prompts).decided
+        rows.append([*settings, mean, *ends, float(found.loc[common, cost].median()), len(common), worse])
+    result = pd.DataFrame(rows, columns=[*by, "quality", "low", "high", "cost", "count", "worse"])
     result = result.sort_values(["cost", "quality"], ascending=[True, not up], ignore_index=True)
     ranked = result["quality"] if up else -result["quality"]
     return result.assign(front=ranked > ranked.cummax().shift(fill_value=-np.inf))

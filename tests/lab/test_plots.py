@@ -243,6 +243,17 @@ def test_all_are_judged_by_the_same_pictures():
     assert found.quality.max() == pytest.approx(3.0 + 15.5)
 
 
+def test_worse_is_what_the_pairs_agree_on():
+    table = measured(POINTS)
+    found = front(table, ["scheduler", "steps"])
+    assert list(found.worse) == [True, True, True, True, False]
+    doubtful = table.copy()
+    doubtful.loc[(table.scheduler == "euler") & (table.steps == 8), "clip_score"] += [4, 4, -3, -3, 1, 1]
+    chosen = front(doubtful, ["scheduler", "steps"])
+    assert list(chosen[~chosen.worse].cost) == [2, 5]
+    assert not front(table[(table.prompt == "a") & (table.seed == 0)], ["scheduler", "steps"]).worse.any()
+
+
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
