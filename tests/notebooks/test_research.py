@@ -1,4 +1,4 @@
-"""The notebooks that tune: run by papermill on nano, in small; judged by the tables and configurations they leave."""
+"""The notebooks that tune, run by papermill on nano in small; judged by the tables and configurations they leave."""
 
 from pathlib import Path
 
@@ -18,10 +18,13 @@ PROMPTS = ["a red circle on a white background", "A cat in a hat"]
 def run(name: str, folder: Path, /, **parameters: object) -> str:
     """Execute a notebook from the repository's root, as `papermill --cwd .` does; gives what it printed."""
     EXECUTED.mkdir(parents=True, exist_ok=True)
+    config = folder / "start.toml"
+    config.write_text(GenerationConfig(scheduler="dpmpp_2m", width=128, height=128).to_toml())
+    given = {"config": str(config), "prompts": PROMPTS, "cells": str(folder / "cells"), "out": str(folder / "out")}
     executed = papermill.execute_notebook(
         ROOT / "notebooks" / name,
         EXECUTED / name,
-        parameters={"prompts": PROMPTS, "cells": str(folder / "cells"), "out": str(folder / "out")} | parameters,
+        parameters=given | parameters,
         cwd=ROOT,
         progress_bar=False,
         execution_timeout=240,
@@ -70,10 +73,8 @@ def test_schedulers_are_compared_and_a_configuration_is_kept(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_refiner_is_held_against_the_base_alone(tmp_path: Path) -> None:
-    start = tmp_path / "start.toml"
-    start.write_text(GenerationConfig(scheduler="dpmpp_2m").to_toml())
     axes = {"steps": 6, "handovers": [0.5, 0.8], "aesthetic_scores": [2.0, 10.0], "strengths": [0.2, 0.6]}
-    said = run("03_refiner.ipynb", tmp_path, config=str(start), **axes)
+    said = run("03_refiner.ipynb", tmp_path, **axes)
     out = tmp_path / "out"
 
     alone = whole(read_table(out / "alone"), 4)
