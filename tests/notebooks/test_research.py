@@ -20,11 +20,11 @@ def run(name: str, folder: Path, /, **parameters: object) -> str:
     EXECUTED.mkdir(parents=True, exist_ok=True)
     config = folder / "start.toml"
     config.write_text(GenerationConfig(scheduler="dpmpp_2m", width=128, height=128).to_toml())
-    given = {"config": str(config), "prompts": PROMPTS, "cells": str(folder / "cells"), "out": str(folder / "out")}
+    work = {"prompts": PROMPTS, "seeds": 2, "cells": str(folder / "cells"), "out": str(folder / "out")}
     executed = papermill.execute_notebook(
         ROOT / "notebooks" / name,
         EXECUTED / name,
-        parameters=given | parameters,
+        parameters={"config": str(config)} | work | parameters,
         cwd=ROOT,
         progress_bar=False,
         execution_timeout=240,
