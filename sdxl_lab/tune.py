@@ -75,7 +75,9 @@ class Span:
 
     def suggest(self, trial: Trial, name: str) -> Any:
         if self.whole:
-            return trial.suggest_int(name, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)
+            return trial.suggest_int(
+                name, int(self.low), int(self.high), step=1 if self.step is None else int(self.step), log=self.log
+            )
         return round(trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log), 6)
 
     @property
