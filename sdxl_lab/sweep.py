@@ -368,8 +368,9 @@ def run(
 ) -> pd.DataFrame:
     """Draw and measure what is missing, and give the table: one row a cell, also written to `out/table.parquet`.
 
-    Columns: the axes, `prompt`, `seed`, `digest`, `config` (JSON), the metrics, `unet_calls`, `unet_rows`, `seconds`
-    (denoising, shared with its batch), `picture` (the cell's key) and `error` (why there is no picture or no number).
+    Columns: the axes, `prompt`, `seed`, `digest`, `settings` (the whole configuration as JSON), the metrics,
+    `unet_calls`, `unet_rows`, `seconds` (denoising, shared with its batch), `picture` (the cell's key) and `error` (why
+    there is no picture or no number).
 
     Under `accelerate launch` every process draws its share, and each gives the whole table: that of one process, but
     for a sample here and there that rounds to the next of its 256 values. An interrupt raises `KeyboardInterrupt` and
@@ -413,7 +414,7 @@ def _table(sweep: Sweep, store: Cells, errors: Mapping[str, str]) -> pd.DataFram
     for cell, settings in zip(sweep.cells, sweep.settings, strict=True):
         key = store.key(cell)
         row = settings | {"prompt": cell.prompt, "seed": cell.seed, "digest": cell.config.digest}
-        row |= {"config": canonical(cell.config.to_dict())} | {metric.name: math.nan for metric in sweep.metrics}
+        row |= {"settings": canonical(cell.config.to_dict())} | {metric.name: math.nan for metric in sweep.metrics}
         row |= {"unet_calls": math.nan, "unet_rows": math.nan, "seconds": math.nan}
         if key in store:
             reference = store.key(Cell(sweep.reference, cell.prompt, cell.seed)) if sweep.reference else None

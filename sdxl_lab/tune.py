@@ -75,7 +75,9 @@ class Span:
 
     def suggest(self, trial: Trial, name: str) -> Any:
         if self.whole:
-            return trial.suggest_int(name, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)
+            return trial.suggest_int(
+                name, int(self.low), int(self.high), step=1 if self.step is None else int(self.step), log=self.log
+            )
         return round(trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log), 6)
 
     @property
@@ -421,7 +423,7 @@ def read_study(plan: Plan, study: Study) -> Tuned:
     """The tables, the importances and the candidate of a study as it stands."""
     best = {trial.number for trial in study.best_trials}
     rows = [_row(plan, trial) | {"front": trial.number in best} for trial in study.get_trials(deepcopy=False)]
-    columns = ["trial", "state", *plan.space, plan.metric.name, "unet_rows", "pairs", "front", "reason", "config"]
+    columns = ["trial", "state", *plan.space, plan.metric.name, "unet_rows", "pairs", "front", "reason", "settings"]
     table = pd.DataFrame(rows, columns=columns)
     front = table[table["front"]].sort_values("unet_rows").drop_duplicates(["unet_rows", plan.metric.name])
     candidate, rule = _candidate(plan, front)
@@ -439,7 +441,7 @@ def _row(plan: Plan, trial: FrozenTrial) -> dict[str, Any]:
         "unet_rows": attributes.get("unet_rows", math.nan),
         "pairs": len(values),
         "reason": attributes.get("pruned"),
-        "config": attributes.get("config"),
+        "settings": attributes.get("config"),
     }
 
 
@@ -456,7 +458,7 @@ def _candidate(plan: Plan, front: pd.DataFrame) -> tuple[GenerationConfig | None
             return None, f"{rule}: there is none, the cheapest takes {front['unet_rows'].iloc[0]:g}"
         place = sum(affordable) - 1
     chosen = front.iloc[place]
-    return GenerationConfig.from_dict(json.loads(chosen["config"])), f"{rule} (trial {chosen['trial']})"
+    return GenerationConfig.from_dict(json.loads(chosen["settings"])), f"{rule} (trial {chosen['trial']})"
 
 
 def knee(cost: Sequence[float], gain: Sequence[float]) -> int:
@@ -490,7 +492,7 @@ def _written(tuned: Tuned, out: Path) -> None:
     for old in folder.glob("trial-*.toml"):
         old.unlink()
     for _, row in tuned.front.iterrows():
-        config = GenerationConfig.from_dict(json.loads(row["config"]))
+        config = GenerationConfig.from_dict(json.loads(row["settings"]))
         (folder / f"trial-{row['trial']:04}.toml").write_text(config.to_toml())
     if tuned.candidate is not None:
         (out / "candidate.toml").write_text(f"# {tuned.rule}\n{tuned.candidate.to_toml()}")

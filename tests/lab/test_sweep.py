@@ -244,8 +244,9 @@ def test_bad_files_are_refused(file: Path, text: str, kind: type[Exception], sai
 def test_the_table_has_settings_numbers_pictures_and_errors(
     tmp_path: Path, engine: Engine, tiny_config: GenerationConfig
 ) -> None:
+    (tmp_path / "tiny.toml").write_text(tiny_config.to_toml())
     axes = {"prompt": PROMPT, "seed": [0, 1], "steps": [1, 4], "refiner.handover": [0.9]}
-    sweep = Sweep.product(tiny_config, axes, metrics=["sharpness"])
+    sweep = Sweep.product(tiny_config, axes | {"config": [tmp_path / "tiny.toml"]}, metrics=["sharpness"])
     table = run(sweep, out=tmp_path / "out", cells=tmp_path / "cells", engine=engine)
     assert table["steps"].tolist() == [1, 4, 1, 4]
     assert table["seed"].tolist() == [0, 0, 1, 1]
@@ -259,12 +260,13 @@ def test_the_table_has_settings_numbers_pictures_and_errors(
         picture = store.picture(row["picture"])
         assert row["sharpness"] == METRICS["sharpness"]([picture])[0]
         assert row["digest"] == picture.record["digest"]
-        assert GenerationConfig.from_dict(json.loads(row["config"])).digest == row["digest"]
+        assert GenerationConfig.from_dict(json.loads(row["settings"])).digest == row["digest"]
         assert row["seconds"] == picture.timings["denoise_ms"] / 1000
     pd.testing.assert_frame_equal(read_table(tmp_path / "out"), table)
     means = summary(sweep, table)
-    assert means.index.names == ["steps", "refiner.handover"]
-    assert math.isclose(means.loc[(4, 0.9), "sharpness"], drawn["sharpness"].mean())
+    assert set(table["config"]) == {"tiny"}
+    assert means.index.names == ["steps", "refiner.handover", "config"]
+    assert math.isclose(means.loc[(4, 0.9, "tiny"), "sharpness"], drawn["sharpness"].mean())
     assert means["cells"].tolist() == [2, 2]
 
 

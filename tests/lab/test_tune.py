@@ -92,7 +92,7 @@ def test_the_front_of_a_known_quality_is_found_and_what_is_hopeless_is_stopped(
     table = found.table
     assert len(table) == plan.trials
     over = table[table["state"] == "complete"]
-    configs = [json.loads(text) for text in over["config"]]
+    configs = [json.loads(text) for text in over["settings"]]
     # Of the trials that were finished, the front is what the known quality says it is.
     points = [(rows_of(config), truth(config)) for config in configs]
     dominated = [any(r <= rows and q > quality + 0.2 for r, q in points) for rows, quality in points]
@@ -106,14 +106,14 @@ def test_the_front_of_a_known_quality_is_found_and_what_is_hopeless_is_stopped(
     stopped = table[table["state"] == "pruned"]
     assert len(stopped) >= 3
     for _, row in stopped.iterrows():
-        config = json.loads(row["config"])
+        config = json.loads(row["settings"])
         assert row["pairs"] in (4, 8)
         assert row["reason"].startswith("dominated by trial ")
         assert any(rows <= rows_of(config) and quality > truth(config) for rows, quality in points)
     assert not stopped["front"].any()
     drawn = {(job.config.digest, job.prompt, job.seed) for job in submitted}
     assert len(drawn) == len(submitted), "nothing is drawn twice"
-    pairs = table.drop_duplicates("config")["pairs"].sum()
+    pairs = table.drop_duplicates("settings")["pairs"].sum()
     assert len(submitted) <= pairs
     # What was found is on disk too.
     pd.testing.assert_frame_equal(read_table(tmp_path / "out"), table)
@@ -121,7 +121,7 @@ def test_the_front_of_a_known_quality_is_found_and_what_is_hopeless_is_stopped(
     assert names == {f"trial-{number:04}" for number in front["trial"]}
     candidate = GenerationConfig.from_toml(tmp_path / "out" / "candidate.toml")
     assert candidate == found.candidate
-    assert candidate.digest in {GenerationConfig.from_dict(json.loads(text)).digest for text in front["config"]}
+    assert candidate.digest in {GenerationConfig.from_dict(json.loads(text)).digest for text in front["settings"]}
     assert found.rule.startswith("the knee of the front")
 
 
@@ -205,7 +205,7 @@ def test_a_metric_that_cannot_measure_ends_the_study(tuned: Callable, plan: Plan
 def test_the_refiners_fields_are_left_out_where_it_is(tuned: Callable, plan: Plan) -> None:
     space = {"refiner.handover": Span(0.4, 0.6, None, False, False), "refiner": Choices(("none", {}))}
     found = tuned(replace(plan, space=space, trials=8, stop_after=12))
-    configs = [GenerationConfig.from_dict(json.loads(text)) for text in found.table["config"]]
+    configs = [GenerationConfig.from_dict(json.loads(text)) for text in found.table["settings"]]
     assert {config.refiner is None for config in configs} == {True, False}
     for config, handover in zip(configs, found.table["refiner.handover"], strict=True):
         assert pd.isna(handover) if config.refiner is None else config.refiner.handover == round(handover, 6)
@@ -413,7 +413,7 @@ def test_the_command_tunes_says_what_it_found_and_resumes(file: Path, capsys: py
         assert words in said
     table = read_table(out)
     assert table["steps"][0] == 3
-    assert json.loads(table["config"][0])["guidance_interval"] == [0.3, 5.0]
+    assert json.loads(table["settings"][0])["guidance_interval"] == [0.3, 5.0]
     assert GenerationConfig.from_toml(out / "candidate.toml").refiner is not None
     assert main(command) == 0
     assert "complete:" not in capsys.readouterr().out
