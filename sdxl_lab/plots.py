@@ -453,14 +453,17 @@ def quality_against_cost(
         best = found[found["front"]]
         ax.plot(best["cost"], best["quality"], color=INK, lw=2.2, alpha=0.85, label="Pareto front", zorder=4)
         ax.plot(best["cost"], best["quality"], "o", ms=12, mfc="none", mec=INK, mew=1.5, zorder=5)
+        before, reach = -np.inf, np.ptp(found["cost"])
         for _, point in best.iterrows():
+            above = up if point["cost"] - before > 0.25 * reach else not up  # so that names of neighbours keep apart
+            before = point["cost"] if above == up else -np.inf
             text = ax.annotate(
                 f"{said(point[series])}, {said(point[along])}",
                 (point["cost"], point["quality"]),
-                xytext=(-9, 9 if up else -9),
+                xytext=(-9 if above == up else 9, 9 if above else -9),
                 textcoords="offset points",
-                ha="right",
-                va="bottom" if up else "top",
+                ha="right" if above == up else "left",
+                va="bottom" if above else "top",
                 fontsize=9,
                 fontweight="bold",
                 zorder=6,
