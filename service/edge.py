@@ -13,6 +13,7 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import logs
 from service.problems import BodyTooLarge, Stopping, known, problem_of
 from service.studio import Studio
 
@@ -35,6 +36,7 @@ class Edge:
             await self.app(scope, receive, send)
             return
         request_id = _request_id(Headers(scope=scope))
+        logs.begin(request=request_id, digest=self.studio.slot.digest)
         scope.setdefault("state", {})["request_id"] = request_id
         began = time.monotonic()
         status = 0
@@ -64,9 +66,13 @@ class Edge:
             answer = problem_of(error, request_id, self.studio.retry_after()).response()
             await answer(scope, receive, send_marked)
         finally:
-            spent = 1000 * (time.monotonic() - began)
+            route = getattr(scope.get("route"), "path", "none")
+            self.studio.metrics.answers.labels(route, status).inc()
             # The path alone: queries, headers and bodies hold what a log must not.
-            log.info("%s %s %d %.0f ms request=%s", scope["method"], quote(scope["path"]), status, spent, request_id)
+            path, method = quote(scope["path"]), scope["method"]
+            fields = {"method": method, "path": path, "status": status}
+            fields["ms"] = round(1000 * (time.monotonic() - began), 1)
+            log.info("%s %s %d", method, path, status, extra={"fields": fields})
 
 
 def _request_id(headers: Headers) -> str:

@@ -5,6 +5,7 @@ that loads the weights.
 """
 
 import asyncio
+import concurrent.futures
 import copy
 import logging
 import math
@@ -13,6 +14,7 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,9 @@ from sdxl_lab.config import GenerationConfig
 from sdxl_lab.images import Picture, encode_png
 from sdxl_lab.promotion import load_slot
 from sdxl_lab.store import FolderStore, UnknownPicture
+from service.attestation import Attestation, attest
+from service.logs import note
+from service.metrics import Metrics
 from service.problems import NotReady, StillDrawing, StoreRefused
 from service.schemas import overridden
 from service.settings import Settings
@@ -52,9 +57,10 @@ class Studio:
         self.store = FolderStore(settings.store)
         self.engine: Engine | None = None
         self.failure: str | None = None
+        self.attestation = Attestation("the golden pictures have not been drawn again yet")
+        self.metrics = Metrics(self)
         self.making: dict[uuid.UUID, Ticket] = {}
-        self.when_failed: Callable[[], None] = lambda: None
-        self._closing = False
+        self._closing, self._attesting = False, True
         self._counter: TokenCounter | None = None
         self._seconds: deque[float] = deque(maxlen=16)  # of the last pictures, from the first step to the last
 
@@ -74,22 +80,60 @@ class Studio:
         except Exception as error:
             log.error("cannot serve the slot %s: %s", self.slot.folder, error)
             log.debug("loading failed", exc_info=True)
-            self.failure = str(error)
-            _call(loop, self.when_failed)
+            self.failure = f"the models could not be loaded: {error}"
             return
         if not _call(loop, lambda: self._open(engine, counter)):
             engine.close()
+            return
+        self._attest(engine)
 
     def _open(self, engine: "Engine", counter: "TokenCounter") -> None:
         if self._closing:
             threading.Thread(target=engine.close, name="close").start()
             return
         self.engine, self._counter = engine, counter
-        log.info("ready: slot %s, configuration %s", self.slot.folder.name, self.slot.digest)
+
+    def _attest(self, engine: "Engine") -> None:
+        """In the thread that loads: a service that stops closes the engine, and that ends this too."""
+        name, mode = self.slot.folder.name, self.settings.attest
+        if mode == "off":
+            self.attestation = Attestation("switched off by SDXL_ATTEST=off")
+        else:
+            try:
+                self.attestation = attest(self.slot, engine)
+            except Exception as error:
+                log.debug("attestation ended", exc_info=True)
+                self.attestation = Attestation(f"the engine ended before the golden pictures were drawn: {error}")
+        self._attesting = False
+        reason = self.attestation.reason
+        told = {"slot": name, "digest": self.slot.digest, "seconds": round(self.attestation.seconds, 2)}
+        fields = {"fields": told | self.attestation.to_dict()}
+        if reason is None:
+            log.info("ready: the slot %s draws what was promoted", name, extra=fields)
+        elif mode == "strict":
+            log.error("not ready: the slot %s is not attested: %s", name, reason, extra=fields)
+        else:
+            log.warning("ready, but the slot %s is not attested: %s", name, reason, extra=fields)
+
+    def close(self) -> None:
+        """Take no new pictures. Any thread, and a signal's handler, may call it."""
+        self._closing = True
+
+    async def drain(self, seconds: float) -> None:
+        """Take no new pictures and finish at most so long those that are being drawn, and those that wait if the
+        forecast says that they will be done by then; cancel the rest."""
+        self.close()
+        tickets = list(self.making.values())
+        for ticket in tickets:
+            if ticket.position and (ticket.eta or 0.0) > seconds:
+                ticket.cancel()
+        await asyncio.to_thread(concurrent.futures.wait, [ticket.future for ticket in tickets], seconds)
+        for ticket in tickets:
+            ticket.cancel()
 
     async def stop(self) -> None:
         """Cancel what is left and end the engine."""
-        self._closing = True
+        self.close()
         if self.engine is not None:
             await asyncio.to_thread(self.engine.close)
 
@@ -99,11 +143,15 @@ class Studio:
         if self._closing:
             return "the service is stopping"
         if self.failure is not None:
-            return f"the models could not be loaded: {self.failure}"
+            return self.failure
         if self.engine is None:
             return "the models are being loaded"
         if not self.engine.healthy:
             return f"the engine has stopped: {self.engine.failure or 'it is closed'}"
+        if self._attesting:
+            return "the golden pictures are being drawn again"
+        if self.settings.attest == "strict" and not self.attestation.passed:
+            return f"the slot {self.slot.folder.name} is not attested: {self.attestation.reason}"
         return None
 
     def ready_engine(self) -> "Engine":
@@ -138,6 +186,7 @@ class Studio:
         picture_id = uuid.uuid4()
         ticket = engine.submit(job)
         self.making[picture_id] = ticket
+        self._watch(picture_id, ticket)
         try:
             picture = await _outcome(ticket)
             self._seconds.append(picture.timings["denoise_ms"] / 1000)
@@ -145,6 +194,22 @@ class Studio:
         finally:
             ticket.cancel()
             del self.making[picture_id]
+
+    def _watch(self, picture_id: uuid.UUID, ticket: "Ticket") -> None:
+        """Have the picture counted and logged when it is over, in a line that names the request it is for."""
+        note(picture=str(picture_id))
+        context = copy_context()
+        ticket.future.add_done_callback(lambda _: context.run(self._over, picture_id, ticket))
+
+    def _over(self, picture_id: uuid.UUID, ticket: "Ticket") -> None:
+        self.metrics.count(ticket)
+        calls, total = ticket.progress
+        fields: dict[str, Any] = {"picture": str(picture_id), "state": ticket.state, "steps": calls, "of": total}
+        if ticket.first_step is not None:
+            fields["first_step_ms"] = round(1000 * (ticket.first_step - ticket.submitted), 1)
+        if ticket.state == "done":
+            fields |= ticket.future.result().timings
+        log.info("picture %s", ticket.state, extra={"fields": fields})
 
     def _keep(self, picture_id: uuid.UUID, picture: Picture, job: Any) -> Kept:
         assert self._counter is not None
