@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sdxl_lab.promotion import Comparison, Slot, SlotError, compare_golden
+from sdxl_lab.promotion import Comparison, Slot, compare_golden
 
 if TYPE_CHECKING:
     from sdxl_lab.engine import Engine
@@ -57,7 +57,7 @@ def attest(slot: Slot, engine: "Engine") -> Attestation:
     began = time.monotonic()
     try:
         goldens = slot.goldens
-    except SlotError as error:
+    except ValueError as error:
         return Attestation(str(error))
     if not goldens:
         return Attestation(f"the slot {slot.folder.name} has no golden pictures to compare with: promote it with some")

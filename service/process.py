@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # dstack kills a replica 10 s after it asked it to stop: 8 for pictures, the rest to answer and to end the engine.
 DRAIN_SECONDS = 8.0
 ANSWER_SECONDS = 0.5
-LIMIT_SECONDS = 8.9
+END_SECONDS = 0.9
 REARM_SECONDS = 10
 log = logging.getLogger(__name__)
 
@@ -51,14 +51,14 @@ class Server(uvicorn.Server):
             self._seconds = seconds
             self._studio.close()
             # From C, whatever Python's threads are stuck in: prints where they are, exits with 1.
-            faulthandler.dump_traceback_later(LIMIT_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(seconds + END_SECONDS, exit=True)
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn calls it ten times a second."""
         if self._seconds is None:
             if counter % (10 * REARM_SECONDS) == 0:
                 # The same for a step that is stuck with Python's own lock, when not even this would be called.
-                patience = self._watchdog.patience + REARM_SECONDS + LIMIT_SECONDS
+                patience = self._watchdog.patience + REARM_SECONDS + END_SECONDS
                 faulthandler.dump_traceback_later(patience, exit=True)
             self.failure = self._broken()
             if self.failure is not None:

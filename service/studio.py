@@ -60,7 +60,7 @@ class Studio:
         self.attestation = Attestation("the golden pictures have not been drawn again yet")
         self.metrics = Metrics(self)
         self.making: dict[uuid.UUID, Ticket] = {}
-        self._closing, self._attesting = False, True
+        self._closing, self.attesting = False, True
         self._counter: TokenCounter | None = None
         self._seconds: deque[float] = deque(maxlen=16)  # of the last pictures, from the first step to the last
 
@@ -103,8 +103,8 @@ class Studio:
                 self.attestation = attest(self.slot, engine)
             except Exception as error:
                 log.debug("attestation ended", exc_info=True)
-                self.attestation = Attestation(f"the engine ended before the golden pictures were drawn: {error}")
-        self._attesting = False
+                self.attestation = Attestation(f"drawing the golden pictures again broke off: {error}")
+        self.attesting = False
         reason = self.attestation.reason
         told = {"slot": name, "digest": self.slot.digest, "seconds": round(self.attestation.seconds, 2)}
         fields = {"fields": told | self.attestation.to_dict()}
@@ -148,7 +148,7 @@ class Studio:
             return "the models are being loaded"
         if not self.engine.healthy:
             return f"the engine has stopped: {self.engine.failure or 'it is closed'}"
-        if self._attesting:
+        if self.attesting:
             return "the golden pictures are being drawn again"
         if self.settings.attest == "strict" and not self.attestation.passed:
             return f"the slot {self.slot.folder.name} is not attested: {self.attestation.reason}"
