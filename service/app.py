@@ -49,13 +49,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         yield
         await studio.stop()
 
-    app = FastAPI(
-        title="SDXL Lab",
-        version=__version__,
-        lifespan=lifespan,
-        responses={"4XX": PROBLEM, "5XX": PROBLEM},
-        root_path=settings.root_path,
-    )
+    app = FastAPI(title="SDXL Lab", version=__version__, lifespan=lifespan, responses={"4XX": PROBLEM, "5XX": PROBLEM})
     app.state.studio = studio
     # From the innermost to the outermost: what the edge answers has to carry the headers of CORS as well.
     app.add_middleware(Auth, keys=settings.api_keys)

@@ -37,7 +37,11 @@ class Auth:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             holder = self._holder(Headers(scope=scope))
-            if self._hashes and holder is None and not is_open(scope):
+            if (
+                self._hashes
+                and holder is None
+                and not is_open(scope["path"].removeprefix(scope.get("root_path", "")) or "/")
+            ):
                 raise Unauthorized
             scope.setdefault("state", {})["client"] = "anyone" if holder is None else holder
         await self.app(scope, receive, send)
@@ -60,13 +64,8 @@ def client_of(key_hash: bytes) -> str:
     return hashlib.sha256(b"client" + key_hash).hexdigest()[:16]
 
 
-def is_open(scope: Scope) -> bool:
-    """Whether a request's path needs no key, be the prefix of a proxy still before it or not."""
-    path, prefix = scope["path"], scope.get("root_path", "")
-    return _is_open(path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path)
-
-
-def _is_open(path: str) -> bool:
+def is_open(path: str) -> bool:
+    """Whether a path, without the prefix of a proxy, needs no key."""
     return path in OPEN or path.startswith(OPEN_FOLDER)
 
 
@@ -75,7 +74,7 @@ def describe(document: dict[str, Any]) -> dict[str, Any]:
     document.setdefault("components", {})["securitySchemes"] = SCHEMES
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            operation["security"] = [] if _is_open(path) else [{name: []} for name in SCHEMES]
+            operation["security"] = [] if is_open(path) else [{name: []} for name in SCHEMES]
     return document
 
 

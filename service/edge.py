@@ -35,6 +35,7 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        _prefixed(scope, self.studio.settings.root_path)
         request_id = _request_id(Headers(scope=scope))
         logs.begin(request=request_id, digest=self.studio.slot.digest)
         scope.setdefault("state", {})["request_id"] = request_id
@@ -73,6 +74,13 @@ class Edge:
             fields = {"method": method, "path": path, "status": status}
             fields["ms"] = round(1000 * (time.monotonic() - began), 1)
             log.info("%s %s %d", method, path, status, extra={"fields": fields})
+
+
+def _prefixed(scope: Scope, prefix: str) -> None:
+    """The path as the client has it, whether the proxy before us took its prefix off or not; a probe comes without."""
+    scope["root_path"], path = prefix, scope["path"]
+    if path != prefix and not path.startswith(f"{prefix}/"):
+        scope["path"] = prefix + path
 
 
 def _request_id(headers: Headers) -> str:

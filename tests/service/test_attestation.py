@@ -120,7 +120,7 @@ def test_another_weight_file_keeps_the_service_red_although_no_pixel_may_show_it
 def test_a_field_changed_in_config_toml_alone_is_refused_before_anything_is_loaded(copy):
     config = copy / "config.toml"
     config.write_text(config.read_text().replace("steps = 4", "steps = 5", 1))
-    with pytest.raises(ValueError, match="evidence.json speaks of"):
+    with pytest.raises(ValueError, match=r"evidence\.json speaks of"):
         create_app(Settings(slot=copy))
 
 
