@@ -77,10 +77,10 @@ def running(served):
 def test_a_service_that_is_stopped_finishes_what_it_can_and_tells_the_others(slot, tmp_path):
     environment = {"SDXL_API_KEYS": KEY, "SDXL_LOG_LEVEL": "debug", "SDXL_MAX_ROWS": "4"}
     with process(slot, tmp_path, 0.25, **environment) as served, ThreadPoolExecutor(3) as pool:
-        # Two are drawn, the third waits: 3 s, 100 s, and 100 s that begin after 3.
+        # Two are drawn, of 6 and of 25 seconds; the third waits, and would be done after 31.
         asked = []
-        for steps in (12, 100, 100):
-            body = {"prompt": "a ring", "steps": min(steps, 100)}
+        for steps in (24, 100, 100):
+            body = {"prompt": "a ring", "steps": steps}
             asked.append(pool.submit(served.ask, "POST", "/generate", body, Authorization=TOKEN))
             wait_for(
                 lambda: (
