@@ -19,6 +19,8 @@ def test_everything_works_behind_a_prefix(serve, asked_below):
     assert client.get(f"{asked_below}/readyz").status_code == 200
     assert client.get("/readyz").status_code == 200, "a probe comes without the prefix"
     assert client.get(f"{PREFIX}x/readyz").status_code == 404
+    moved = client.get(f"{asked_below}/healthz/", follow_redirects=False)
+    assert moved.headers["location"].endswith(f"{PREFIX}/healthz"), "as the client has to ask for it"
 
 
 SHOP = {"Origin": "https://shop.example"}
