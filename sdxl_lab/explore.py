@@ -271,7 +271,7 @@ class Explorer:
         }
 
     def _guarded(self, action: Callable[[], object]) -> Callable[[object], None]:
-        """A handler whose error stands in the panel: what a handler raises is seen nowhere else."""
+        """A handler whose error stands below the buttons: what a handler raises is seen nowhere else."""
 
         def handler(_: object) -> None:
             try:
@@ -279,7 +279,7 @@ class Explorer:
             except FormError as error:
                 self.panel.tell(error.errors, "")
             except Exception as error:
-                self.panel.say(str(error) or repr(error), failed=True)
+                self.panel.tell({"button": str(error) or repr(error)}, "")
 
         return handler
 
@@ -288,6 +288,7 @@ class Explorer:
         seed = next_seed(controls["policy"].value, job.seed, self._last_seed)
         controls["seed"].value = str(seed)
         self._submit(Job(job.config, job.prompt, seed))
+        self._check()
 
     def _on_stop(self) -> None:
         with self._lock:

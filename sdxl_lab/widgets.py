@@ -93,7 +93,7 @@ class Panel:
             "aesthetic_score": ipy.FloatText(description="Aesthetic score", step=0.5, **auto),
             "negative_aesthetic_score": ipy.FloatText(description="Negative score", step=0.5, **auto),
         }
-        self._wrong = {name: ipy.HTML(layout={"display": "none"}) for name in self.controls}
+        self.wrong = {name: ipy.HTML(layout={"display": "none"}) for name in self.controls}
         self.generate = _button("Generate", "Queue a picture with these settings", "primary")
         self.stop = _button("Stop", "Stop what is being drawn and what is queued", "warning")
         self.use = _button("Use these settings", "Fill the controls with the settings of the picture shown")
@@ -104,7 +104,7 @@ class Panel:
         self.bar = ipy.FloatProgress(value=0, max=1, layout={"width": "auto"})
         self.strip = ipy.HBox(layout={"overflow": "auto", "display": "none"})
         self.comparison = ipy.VBox(layout={"display": "none"})
-        self._rows = {
+        self.rows = {
             "interval": self._row("interval_low", "interval_high"),
             "refiner": self._row("handover", "aesthetic_score", "negative_aesthetic_score"),
         }
@@ -120,11 +120,11 @@ class Panel:
                 self._row("scheduler", "steps"),
                 self._row("guidance_scale", "guidance_rescale"),
                 self._field("interval"),
-                self._rows["interval"],
+                self.rows["interval"],
                 self._row("width", "height"),
                 self._row("seed", "policy"),
                 self._field("refiner"),
-                self._rows["refiner"],
+                self.rows["refiner"],
                 buttons,
                 self.digest,
             ],
@@ -150,7 +150,7 @@ class Panel:
 
     def _field(self, name: str) -> ipy.VBox:
         """A control with room for what is wrong with it."""
-        box = ipy.VBox([self.controls[name], self._wrong[name]], layout={"flex": "1 1 0", "min_width": "0"})
+        box = ipy.VBox([self.controls[name], self.wrong[name]], layout={"flex": "1 1 0", "min_width": "0"})
         box.add_class("sdxl-field")
         return box
 
@@ -171,15 +171,15 @@ class Panel:
 
     def switch(self) -> None:
         """Show the controls of what is switched on."""
-        for name, row in self._rows.items():
+        for name, row in self.rows.items():
             _reveal(row, self.controls[name].value)
 
     def tell(self, errors: Mapping[str, str], digest: str) -> None:
         """Put each error beside its control, and the others below the buttons with the digest."""
-        for name, wrong in self._wrong.items():
+        for name, wrong in self.wrong.items():
             wrong.value = _line(errors[name], "sdxl-wrong") if name in errors else ""
             _reveal(wrong, name in errors)
-        rest = [text for name, text in errors.items() if name not in self._wrong]
+        rest = [text for name, text in errors.items() if name not in self.wrong]
         self.digest.value = _line(" ".join(rest), "sdxl-wrong") if rest else _line(digest, "sdxl-quiet")
 
     # --- what is being drawn -----------------------------------------------------------------------------------------
