@@ -30,13 +30,14 @@ STYLE = """<style>
   font-size: 12px; color: var(--jp-ui-font-color2, #666); }
 .sdxl-field .widget-checkbox { height: 28px; align-items: center; margin-top: 6px; }
 .sdxl-field .widget-checkbox .widget-label-basic { width: auto; height: auto; line-height: 20px; align-items: center; }
-.sdxl-field .widget-checkbox input { margin: 0 6px 0 0; }
+.sdxl-field .widget-checkbox input { margin: 0 6px 0 2px; align-self: center; }
 .sdxl-field input:not([type=checkbox]), .sdxl-field select { height: 28px; }
 .sdxl-field textarea { height: auto; line-height: 1.4; padding: 4px 8px; font-family: inherit; }
 .sdxl-quiet { color: var(--jp-ui-font-color2, #666); font-size: 12px; }
 .sdxl-wrong { color: var(--jp-error-color1, #c62828); font-size: 12px; }
 .sdxl-explore h4 { margin: 14px 2px 4px; font-size: 13px; font-weight: 600; line-height: 1.4; }
-.sdxl-picture { aspect-ratio: 1; background: var(--jp-layout-color2, #eee); border-radius: 4px; overflow: hidden; }
+.sdxl-picture { margin: 2px; aspect-ratio: 1; border-radius: 4px; overflow: hidden;
+  background: var(--jp-layout-color2, #eee); }
 .sdxl-picture img { width: 100%; height: 100%; object-fit: contain; margin: 0; }
 .sdxl-card { border: 1px solid var(--jp-border-color2, #ccc); border-radius: 4px; }
 .sdxl-card .jupyter-button { padding: 0 4px; min-width: 0; }
@@ -209,7 +210,7 @@ class Panel:
         self.bar.bar_style = ""
         self.bar.max, self.bar.value = total, calls
         eta = ticket.eta
-        left = f", {eta:.0f} s left" if eta is not None and eta >= 1 else ""
+        left = f", {_duration(eta)} left" if eta is not None and eta >= 1 else ""
         self.say(f"{f'Step {calls} of {total}' if calls < total else 'Decoding'}{left}{more}")
 
     def show_done(self, ticket: Ticket) -> None:
@@ -313,6 +314,10 @@ def _line(text: str, style: str = "") -> str:
     return f'<p class="{style}">{html.escape(text)}</p>'
 
 
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
 def _shown(value: object) -> str:
     return "–" if value is None else html.escape(str(value))
 
@@ -331,11 +336,8 @@ def _settings(drawn: Drawn) -> list[str]:
         guidance += f", rescale {config.guidance_rescale:g}"
     if config.guidance_interval:
         guidance += " in {:g}–{:g}".format(*config.guidance_interval)
-    lines = [
-        f"{config.scheduler}, {config.steps} steps",
-        guidance,
-        f"{config.width}×{config.height}, seed {drawn.seed}",
-    ]
+    size = f"{config.width}×{config.height}, seed {drawn.seed}"
+    lines = [config.scheduler, f"{config.steps} steps, {guidance}", size]
     if config.refiner:
         scores = f"{config.refiner.aesthetic_score:g}/{config.refiner.negative_aesthetic_score:g}"
         lines.append(f"refiner at {config.refiner.handover:g}, {scores}")

@@ -28,7 +28,6 @@ BUSY = """
 import time
 while not Path(release).exists():
     time.sleep(0.05)
-print("the long cell has ended")
 """
 
 pytestmark = pytest.mark.slow
@@ -42,6 +41,7 @@ class Lab:
         self.folder.mkdir()
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "IPYTHON"))}
         environment |= {"HOME": str(home), "JUPYTER_RUNTIME_DIR": str(self._runtime), "PYTHONPATH": str(ROOT)}
+        environment["OMP_NUM_THREADS"] = "1"  # the browser needs a core too
         command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={self.folder}", "--allow-root"]
         command += ["--no-browser", "--ip=127.0.0.1", "--port=0", f"--IdentityProvider.token={TOKEN}"]
         command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
@@ -84,7 +84,7 @@ class Lab:
     def open(self, page: Page, name: str) -> Locator:
         """Open a notebook, run all its cells; its panel."""
         page.goto(f"{self.address}lab/tree/{name}?token={TOKEN}&reset")
-        expect(kernel(page, "Idle")).to_be_visible(timeout=60_000)
+        expect(page.get_by_role("button", name="Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
         panel = page.locator(".sdxl-explore")
@@ -99,11 +99,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     lab.close()
 
 
-def kernel(page: Page, state: str) -> Locator:
-    """What the status bar says of the kernel."""
-    return page.get_by_role("button", name=f"Python 3 (ipykernel) | {state}")
-
-
 def done(panel: Locator, number: int, seconds: float = 60) -> bytes:
     """Wait until a picture is on the panel; its pixels as the browser shows them."""
     expect(panel).to_contain_text(f"#{number}: ", timeout=1000 * seconds)
@@ -115,10 +110,10 @@ def button(panel: Locator, name: str) -> Locator:
 
 
 def seconds_to_stop(panel: Locator) -> float:
-    """Start a picture of 1000 steps, stop it once it is under way; until the panel says so."""
-    panel.get_by_label("Steps").fill("1000")
+    """Start a picture of 800 steps, stop it once it is under way; until the panel says so."""
+    panel.get_by_label("Steps").fill("800")
     button(panel, "Generate").click()
-    expect(panel).to_contain_text("of 1000", timeout=60_000)
+    expect(panel).to_contain_text("of 800", timeout=60_000)
     began = time.monotonic()
     button(panel, "Stop").click()
     expect(panel).to_contain_text("Stopped", timeout=60_000)
@@ -134,8 +129,9 @@ def test_the_panel_works_while_a_cell_runs_and_after(
     release = lab.folder / "release"
     lab.write("tiny.ipynb", BUSY, config="tiny.toml", steps=4, out="pictures", release=str(release))
     panel = lab.open(page, "tiny.ipynb")
+    running = page.locator(".jp-InputPrompt", has_text="[*]")  # the status bar says Idle whenever a subshell is
     before = done(panel, 6)  # of all the cells that drew
-    expect(kernel(page, "Busy")).to_be_visible()
+    expect(running).to_have_count(1, timeout=60_000)
 
     panel.get_by_label("Scheduler").select_option("ddim")
     button(panel, "Generate").click()
@@ -148,11 +144,9 @@ def test_the_panel_works_while_a_cell_runs_and_after(
     panel.get_by_label("Guidance scale").fill("5")
     took = seconds_to_stop(panel)
     record_testsuite_property("seconds to stop while a cell runs", took)
-    expect(kernel(page, "Busy")).to_be_visible()
-    expect(page.locator(".jp-Notebook")).not_to_contain_text("the long cell has ended\n")
-    assert not release.exists()
+    expect(running).to_have_count(1)
     release.touch()
-    expect(kernel(page, "Idle")).to_be_visible(timeout=30_000)
+    expect(running).to_have_count(0, timeout=30_000)
 
     button(panel, "Generate").click()
     assert done(panel, 9) == during, "the same settings and seed, the same picture"
