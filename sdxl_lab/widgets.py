@@ -104,7 +104,7 @@ class Panel:
         self.stop = _button("Stop", "Stop what is being drawn and what is queued", "warning")
         self.use = _button("Use these settings", "Fill the controls with the settings of the picture shown")
         self.save = _button("Save as candidate", "Write the configuration of the picture shown to a file")
-        self.name = ipy.Text("candidate", description="Name", **text)
+        self.name = ipy.Text("candidate", description="Candidate's name", **text)
         self.digest, self.status, self.caption, self.saved = (ipy.HTML() for _ in range(4))
         self.picture = ipy.Image(value=_png(Image.new("RGBA", (1, 1))), format="png")
         self.bar = ipy.FloatProgress(value=0, max=1, layout={"width": "auto"})
