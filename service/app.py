@@ -14,7 +14,7 @@ from starlette.responses import Response
 from sdxl_lab import __version__
 from service.edge import Edge
 from service.problems import MEDIA_TYPE, ProblemBody, problem_of
-from service.routes import images, ops
+from service.routes import images, ops, page
 from service.settings import Settings
 from service.studio import Studio
 
@@ -41,6 +41,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _problem)
     app.include_router(images.router)
     app.include_router(ops.router)
+    app.include_router(page.router)
+    app.mount("/page", page.files)
     return app
 
 
