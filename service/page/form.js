@@ -143,8 +143,9 @@ export class Form {
       reset.hidden = !(name in differing);
       reset.closest(".field").classList.toggle("overridden", name in differing);
       const shown = { true: "on", false: "off", "": "none" }[this.#promoted[name]] ?? this.#promoted[name];
-      put(reset, name === "negative_prompt" ? "Reset" : `Reset to ${shown}`);
-      reset.setAttribute("aria-label", `Reset ${name.replace("_", " ")} to ${shown}`);
+      const text = name === "negative_prompt" ? "Reset" : `Reset to ${shown}`;
+      put(reset, text);
+      reset.setAttribute("aria-label", `${text}: ${name.replace("_", " ")}`);
     }
     const count = Object.keys(differing).length;
     put("changes", count ? `${count} overridden` : "As promoted");

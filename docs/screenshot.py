@@ -1,0 +1,73 @@
+"""Make docs/playground.png anew: `.venv/bin/python docs/screenshot.py`, a minute on two cores, with Chromium.
+
+The pictures in it are nano's, drawn through the page. The font is the page's own choice: Inter where it is installed.
+"""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = [
+    "a blue boat on a white background",
+    "a red circle left of a blue star on a yellow background",
+    "a large green tree on a cyan background",
+    "an orange fish on a blue background",
+    "a purple flower on a white background",
+    "a yellow house on a green background",
+    "A cat in a hat",
+]
+
+
+def main() -> None:
+    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    with tempfile.TemporaryDirectory() as store:
+        service = subprocess.Popen(
+            [sys.executable, "-m", "service", "--port", "0"],
+            cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "SDXL_STORE": store, "SDXL_LOG_LEVEL": "error"},
+        )  # fmt: skip
+        try:
+            assert service.stdout is not None
+            address = service.stdout.readline().split()[1]
+            with sync_playwright() as playwright:
+                browser = playwright.chromium.launch(
+                    executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"]
+                )
+                page = browser.new_page(viewport={"width": 1280, "height": 820})
+                page.goto(address)
+                page.locator("#readiness[data-state=ready]").wait_for(timeout=120_000)
+                picture = draw_all(page)
+                browser.close()
+        finally:
+            service.terminate()
+            service.wait(20)
+    colours = Image.open(io.BytesIO(picture)).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    colours.save(ROOT / "docs" / "playground.png", optimize=True)
+
+
+def draw_all(page: Page) -> bytes:
+    """Each prompt with its own seed, the last with one setting over the promoted ones."""
+    page.locator("label", has_text="Fixed").click()
+    for seed, prompt in enumerate(PROMPTS, 3):
+        page.locator("#prompt").fill(prompt)
+        page.locator("#seed").fill(str(seed))
+        if prompt == PROMPTS[-1]:
+            page.locator("#steps").fill("30")
+        page.locator("#generate").click()
+        page.locator(f"#picture[alt='{prompt}']").wait_for(timeout=120_000)
+    page.locator("#prompt").blur()
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(1000)
+    return page.screenshot()
+
+
+if __name__ == "__main__":
+    main()
