@@ -192,6 +192,15 @@ class Engine:
         spans = self._forecast(running, waiting, Load("none", 2, 1))
         return spans[-1].start if spans else None
 
+    def room_seconds(self) -> float | None:
+        """Seconds until the queue takes one more picture: 0.0 if it does now; None while nothing was measured."""
+        with self._wake:
+            running, waiting = list(self._running), list(self._waiting)
+        if len(waiting) < self.max_queue:
+            return 0.0
+        spans = self._forecast(running, waiting)
+        return spans[len(running) + len(waiting) - self.max_queue].start if spans else None
+
     def _forecast(self, running: list[Ticket], waiting: list[Ticket], *more: Load) -> list[Span] | None:
         if not self._pace:
             return None

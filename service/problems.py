@@ -26,15 +26,18 @@ class NotReady(RuntimeError):
 
 
 class StillDrawing(LookupError):
-    """The picture is in the making."""
+    """The picture is in the making, for so many more `seconds`, where that is known."""
+
+    def __init__(self, message: str, seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class Stopping(RuntimeError):
     """The service stops before the picture is done."""
 
 
-class StoreRefused(OSError):
-    """The store does not take the picture."""
+RETRY_AFTER = {"description": "seconds after which a new try may succeed", "schema": {"type": "integer", "minimum": 1}}
 
 
 class BodyTooLarge(HTTPException):
@@ -68,15 +71,18 @@ class Problem:
     headers: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def response(self) -> Response:
-        content = {
+    def content(self) -> dict[str, Any]:
+        """The body, as JSON holds it."""
+        return {
             "type": f"urn:sdxl-lab:{self.kind}" if self.kind else "about:blank",
             "title": self.title or HTTPStatus(self.status).phrase,
             "status": self.status,
             "detail": self.detail,
             **{name: _plain(value) for name, value in self.extra.items() if value is not None},
         }
-        return Response(json.dumps(content), self.status, self.headers, MEDIA_TYPE)
+
+    def response(self) -> Response:
+        return Response(json.dumps(self.content()), self.status, self.headers, MEDIA_TYPE)
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,33 @@ TABLE = {
     "service.problems.StillDrawing": Entry(404, "still-drawing", "The picture is in the making", 1, measured=True),
     "service.problems.NotReady": Entry(503, "not-ready", "The service is not ready", 5),
     "service.problems.Stopping": Entry(503, "stopping", "The service stops", 5),
-    "service.problems.StoreRefused": Entry(507, "store-refused", "The store refuses to take the picture"),
+    "service.jobs.KeyReused": Entry(409, "key-reused", "The idempotency key belongs to another request"),
+    "service.jobs.AlreadyOver": Entry(409, "already-over", "The picture cannot be cancelled any more"),
+    "service.jobs.NotOver": Entry(409, "not-over", "The picture is in the making"),
+    "service.jobs.CancelledByClient": Entry(409, "cancelled-by-client", "The picture was cancelled by its id"),
+    "sdxl_lab.store.StoreUnreachable": Entry(503, "store-unreachable", "The store does not answer", 5),
+    "sdxl_lab.store.StoreRefused": Entry(507, "store-refused", "The store refuses to take the picture"),
     "sdxl_lab.engine.QueueFull": Entry(429, "queue-full", "The queue is full", 1, measured=True),
     "sdxl_lab.engine.EngineStopped": Entry(503, "engine-stopped", "The engine has stopped", 5),
     "sdxl_lab.engine.Cancelled": Entry(503, "cancelled", "The picture was cancelled, since the service stops", 5),
 }
+
+
+def answers(*kinds: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's responses for some of the table's kinds, with an example of each, by status."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    for entry in TABLE.values():
+        if entry.kind not in kinds:
+            continue
+        response = responses.setdefault(
+            entry.status, {"model": ProblemBody, "description": "", "content": {MEDIA_TYPE: {"examples": {}}}}
+        )
+        response["description"] = "; ".join(filter(None, (response["description"], entry.title)))
+        content = Problem(entry.status, entry.title, entry.kind, entry.title).content()
+        response["content"][MEDIA_TYPE]["examples"][entry.kind] = {"value": content}
+        if entry.retry_after is not None:
+            response["headers"] = {"Retry-After": RETRY_AFTER}
+    return responses
 
 
 def known(error: BaseException) -> Entry | None:
@@ -121,6 +149,8 @@ def problem_of(error: Exception, request_id: str, measured: int | None = None) -
         detail = "an error inside the service; its log has it under this request id"
         return Problem(500, detail, "bug", "A bug", extra={"request_id": request_id})
     seconds = measured if entry.measured and measured else entry.retry_after
+    if isinstance(error, StillDrawing) and error.seconds is not None:
+        seconds = max(1, math.ceil(error.seconds))
     headers = {} if seconds is None else {"Retry-After": str(seconds)}
     extra = {}
     if isinstance(error, ConfigError):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from sdxl_lab.config import ConfigError, RuntimeProfile
+from sdxl_lab.store import check_place
 
 PROMOTED = Path(__file__).parent / "promoted"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -34,10 +35,11 @@ def _slot(text: str) -> Path:
     return PROMOTED / text if re.fullmatch(r"[\w-]+", text) else Path(text).expanduser()
 
 
-def _folder(text: str) -> Path:
-    if not text.strip() or "://" in text:
-        raise ValueError("must be a folder; object stores are not built yet")
-    return Path(text).expanduser()
+def _retention(text: str) -> int:
+    given = re.fullmatch(r"([1-9]\d{0,5})([smhd])", text, re.ASCII)
+    if given is None:
+        raise ValueError("must be a whole number and one of s, m, h, d, such as 7d")
+    return int(given[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[given[2]]
 
 
 def _count(low: int, high: int) -> Callable[[str], int]:
@@ -71,7 +73,12 @@ TABLE = {
     "SDXL_CONFIG": Setting(
         "slot", "the slot to serve: a name in service/promoted, or the path of a slot folder", _slot
     ),
-    "SDXL_STORE": Setting("store", "the folder that pictures are kept in", _folder),
+    "SDXL_STORE": Setting(
+        "store", "where pictures are kept: a folder, or a URL that begins with s3, gs, az, file or memory", check_place
+    ),
+    "SDXL_RETENTION": Setting(
+        "retention", "how long pictures are kept, such as 7d or 12h; without it, for ever", _retention
+    ),
     "SDXL_MAX_QUEUE": Setting(
         "max_queue", "how many pictures may wait before a request is refused", _count(1, 100_000)
     ),
@@ -87,7 +94,8 @@ class Settings:
     """How one process serves. `slot` is a slot's folder."""
 
     slot: Path = PROMOTED / "nano"
-    store: Path = Path("images")
+    store: Path | str = Path("images")
+    retention: int | None = None
     max_queue: int = 100
     max_rows: int = 16
     device: str = "auto"
