@@ -3,7 +3,6 @@
 import { ask, Dropped, events, Problem } from "./api.js";
 
 const PATIENCE_MS = 3000; // how long a cancel waits for the picture's id before it just hangs up
-const RESTART_S = 5; // an event has no Retry-After: a replica that stops is soon replaced
 
 export class Drawing {
   #hangUp = new AbortController();
@@ -23,7 +22,7 @@ export class Drawing {
     for await (const told of events(`${this.path}?previews=true`, this.body, options)) {
       this.#id ??= told.data.id ?? null;
       if (this.cancelled && told.event === "queued") await this.#tell();
-      if (told.event === "error") throw new Problem(told.data.status, told.data, told.data.status === 503 ? RESTART_S : null);
+      if (told.event === "error") throw new Problem(told.data.status, told.data, told.data.retry_after ?? null);
       yield told;
       if (told.event === "done") return;
     }

@@ -40,8 +40,7 @@ export class Form {
     }
     const [low, high] = limits.side;
     put("size-hint", `Multiples of 8, ${low} to ${high}, promoted ${this.#promoted.width} × ${this.#promoted.height}`);
-    const names = schedulers ?? [this.#promoted.scheduler];
-    element("scheduler").replaceChildren(...names.map((name) => new Option(name, name)));
+    element("scheduler").replaceChildren(...schedulers.map((name) => new Option(name, name)));
     put("scheduler-hint", `Promoted ${this.#promoted.scheduler}`);
     const refinable = Boolean(config.model.refiner);
     element("refiner").disabled = !refinable;

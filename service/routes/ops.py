@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from sdxl_lab import __version__
+from sdxl_lab.config import SCHEDULERS
 from service.studio import Studio
 
 router = APIRouter(tags=["operation"])
@@ -18,6 +19,7 @@ async def config(request: Request) -> dict[str, Any]:
     content: dict[str, Any] = {
         "slot": slot.folder.name,
         "config": slot.config.to_dict(),
+        "schedulers": SCHEDULERS,
         "digest": slot.digest,
         "evidence": slot.evidence,
         "runtime": engine.profile.to_dict() if engine else None,

@@ -12,7 +12,9 @@ import pytest
 from playwright.sync_api import expect
 
 from sdxl_lab.images import open_picture, read_record
-from tests.service.conftest import wait_for
+from service.app import create_app
+from service.settings import Settings
+from tests.service.conftest import on_a_socket, wait_for
 
 PROMPT = "a red circle on a blue background"
 LONG = {"steps": 100, "width": 512, "height": 512}
@@ -64,13 +66,16 @@ def test_a_changed_setting_and_a_fixed_seed_make_the_picture_they_name(home, vis
     expect(page.get_by_role("button", name=f"Reset to {promoted.steps}: steps")).to_be_visible()
     page.get_by_text("Fixed", exact=True).click()
     page.locator("#seed").fill(str(2**63 - 1))
+    page.get_by_label("Scheduler", exact=True).select_option("ddim")
     picture = draw(page)
     record = read_record(fetched(home, f"download/{picture}"))
-    assert (record["prompt"], record["seed"], record["config"]["steps"]) == (PROMPT, 2**63 - 1, 3)
-    assert record["overridden"] == ["steps"]
+    assert (record["prompt"], record["seed"]) == (PROMPT, 2**63 - 1)
+    assert (record["config"]["steps"], record["config"]["scheduler"]) == (3, "ddim")
+    assert sorted(record["overridden"]) == ["scheduler", "steps"]
     assert fact(page, "Seed") == str(2**63 - 1)  # JavaScript's own numbers would end in ...808
     assert fact(page, "Steps") == f"3 (promoted {promoted.steps})"
     page.get_by_role("button", name=f"Reset to {promoted.steps}: steps").click()
+    page.get_by_role("button", name=f"Reset to {promoted.scheduler}: scheduler").click()
     expect(page.locator("#changes")).to_have_text("As promoted")
     assert page.locator("#steps").input_value() == str(promoted.steps)
 
@@ -341,4 +346,42 @@ def test_what_is_pressed_twice_is_drawn_once(home, visit):
     for _ in range(3):
         page.keyboard.press("Control+Enter")
     shown(page)
+    expect(page.locator(".tile")).to_have_count(1)
+
+
+PREFIX = "/proxy/services/main/sdxl"
+
+
+def behind(app):
+    """A proxy that takes its prefix off, as dstack's does: to the service the prefix is unknown."""
+
+    async def proxy(scope, receive, send):
+        if scope["type"] == "http":
+            assert scope["path"].startswith(f"{PREFIX}/"), f"asked beside the prefix: {scope['path']}"
+            path = scope["path"].removeprefix(PREFIX)
+            scope = {**scope, "path": path, "raw_path": path.encode()}
+        await app(scope, receive, send)
+
+    return proxy
+
+
+@pytest.fixture
+def prefixed(slot, tmp_path):
+    app = create_app(Settings(slot=slot, store=tmp_path / "images"))
+    with on_a_socket(app, behind(app)) as live:
+        yield f"http://127.0.0.1:{live.port}{PREFIX}/"
+
+
+def test_it_works_behind_a_prefix(prefixed, visit):
+    page = visit(prefixed).page
+    first = draw(page, steps=3)
+    page.get_by_role("button", name="Refine", exact=True).click()
+    page.get_by_role("form", name="Refine this picture").get_by_role("button", name="Refine").click()
+    expect(page.locator(".tile")).to_have_count(2)
+    shown(page)
+    page.locator(f"[data-id='{first}']").click()
+    assert shown(page) == first
+    expect(page.locator("#download-webp")).to_have_attribute("href", re.compile(f"^{prefixed}download/"))
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     expect(page.locator(".tile")).to_have_count(1)

@@ -5,13 +5,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from starlette.testclient import TestClient
+from starlette.types import ASGIApp
 
 from sdxl_lab.config import GenerationConfig, Limits, ModelRef
 from service.app import create_app
@@ -84,8 +86,15 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 @pytest.fixture
 def live(slot: Path, tmp_path: Path) -> Iterator[Live]:
     """A service on a real socket."""
-    app = create_app(Settings(slot=slot, store=tmp_path / "images"))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    with on_a_socket(create_app(Settings(slot=slot, store=tmp_path / "images"))) as live:
+        yield live
+
+
+@contextmanager
+def on_a_socket(app: FastAPI, front: ASGIApp | None = None) -> Iterator[Live]:
+    """An application on a real socket, behind `front` where there is one, once it can draw."""
+    options = uvicorn.Config(front or app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(options)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
