@@ -66,12 +66,18 @@ class Slot:
 
     @property
     def goldens(self) -> list["Golden"]:
-        """What `evidence.json` lists, each file checked against it; empty without evidence.
+        """What `evidence.json` lists, each file checked against it; empty where it lists none, or is missing.
 
         Raises `SlotError` for a golden that is missing, is no picture with our record, or is not of this configuration.
         """
-        listed = self.evidence["goldens"] if self.evidence is not None else []
-        return [self._golden(entry["file"], entry["prompt"], entry["seed"]) for entry in listed]
+        listed = (self.evidence or {}).get("goldens", [])
+        try:
+            entries = [(entry["file"], entry["prompt"], entry["seed"]) for entry in listed]
+        except (KeyError, TypeError) as error:
+            raise SlotError(
+                f"evidence.json of the slot {self.folder} must list its goldens with file, prompt and seed: {error!r}"
+            ) from error
+        return [self._golden(*entry) for entry in entries]
 
     def _golden(self, name: str, prompt: str, seed: int) -> "Golden":
         path = self.folder / "golden" / name

@@ -6,6 +6,7 @@ reading it imports no torch; a test holds that every name exists.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -23,6 +24,13 @@ MEDIA_TYPE = "application/problem+json"
 
 class NotReady(RuntimeError):
     """The service cannot draw: the message says why."""
+
+
+class Unauthorized(PermissionError):
+    """The request brings none of the keys."""
+
+    def __init__(self) -> None:
+        super().__init__("this service asks for a key: send it as X-API-Key, or as Authorization: Bearer")
 
 
 class StillDrawing(LookupError):
@@ -95,11 +103,15 @@ class Entry:
     title: str
     retry_after: int | None = None
     measured: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 TABLE = {
     "sdxl_lab.config.ConfigError": Entry(422, "invalid-value", "A value is out of range"),
     "sdxl_lab.store.UnknownPicture": Entry(404, "unknown-picture", "There is no such picture"),
+    "service.problems.Unauthorized": Entry(
+        401, "unauthorized", "A key is needed", headers={"WWW-Authenticate": 'Bearer realm="sdxl-lab"'}
+    ),
     "service.problems.StillDrawing": Entry(404, "still-drawing", "The picture is in the making", 1, measured=True),
     "service.problems.NotReady": Entry(503, "not-ready", "The service is not ready", 5),
     "service.problems.Stopping": Entry(503, "stopping", "The service stops", 5),
@@ -151,7 +163,7 @@ def problem_of(error: Exception, request_id: str, measured: int | None = None) -
     seconds = measured if entry.measured and measured else entry.retry_after
     if isinstance(error, StillDrawing) and error.seconds is not None:
         seconds = max(1, math.ceil(error.seconds))
-    headers = {} if seconds is None else {"Retry-After": str(seconds)}
+    headers = {**entry.headers, **({} if seconds is None else {"Retry-After": str(seconds)})}
     extra = {}
     if isinstance(error, ConfigError):
         extra = {"field": error.field, "received": error.received, "limit": error.rule}

@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -21,7 +22,10 @@ from sdxl_lab.config import ConfigError, GenerationConfig
 from sdxl_lab.images import Picture, PictureError, encode_png, open_picture, read_record
 from sdxl_lab.promotion import load_slot
 from sdxl_lab.store import Page, Store, StoreRefused, UnknownPicture, picture_id
+from service.attestation import Attestation, attest
 from service.jobs import AlreadyOver, CancelledByClient, Drawing, KeyReused, NotOver, Order, SourcePicture, derived
+from service.logs import note
+from service.metrics import Metrics
 from service.problems import NotReady, StillDrawing, Stopping, known
 from service.schemas import EXAMPLES, overridden
 from service.settings import Settings
@@ -50,8 +54,10 @@ class Studio:
         self.store = Store(settings.store)
         self.engine: Engine | None = None
         self.failure: str | None = None
+        self.attestation = Attestation("the golden pictures have not been drawn again yet")
+        self.attesting = True
+        self.metrics = Metrics(self)
         self.making: dict[uuid.UUID, Drawing] = {}
-        self.when_failed: Callable[[], None] = lambda: None
         self._ended: dict[uuid.UUID, Drawing] = {}  # failed or cancelled, the last at the end
         self._locks: WeakValueDictionary[uuid.UUID, asyncio.Lock] = WeakValueDictionary()
         self._housekeeper: asyncio.Task[None] | None = None
@@ -74,11 +80,12 @@ class Studio:
         except Exception as error:
             log.error("cannot serve the slot %s: %s", self.slot.folder, error)
             log.debug("loading failed", exc_info=True)
-            self.failure = str(error)
-            _call(loop, self.when_failed)
+            self.failure = f"the models could not be loaded: {error}"
             return
         if not _call(loop, lambda: self._open(engine, counter)):
             engine.close()
+            return
+        self._attest(engine)
 
     def _open(self, engine: "Engine", counter: "TokenCounter") -> None:
         if self._closing:
@@ -86,7 +93,32 @@ class Studio:
             return
         self.engine, self._counter = engine, counter
         self._housekeeper = asyncio.create_task(self._keep_house())
-        log.info("ready: slot %s, configuration %s", self.slot.folder.name, self.slot.digest)
+
+    def _attest(self, engine: "Engine") -> None:
+        """In the thread that loads: a service that stops closes the engine, and that ends this too."""
+        name, mode = self.slot.folder.name, self.settings.attest
+        if mode == "off":
+            self.attestation = Attestation("switched off by SDXL_ATTEST=off")
+        else:
+            try:
+                self.attestation = attest(self.slot, engine)
+            except Exception as error:
+                log.debug("attestation ended", exc_info=True)
+                self.attestation = Attestation(f"drawing the golden pictures again broke off: {error}")
+        self.attesting = False
+        reason = self.attestation.reason
+        told = {"slot": name, "digest": self.slot.digest, "seconds": round(self.attestation.seconds, 2)}
+        fields = {"fields": told | self.attestation.to_dict()}
+        if reason is None:
+            log.info("ready: the slot %s draws what was promoted", name, extra=fields)
+        elif mode == "strict":
+            log.error("not ready: the slot %s is not attested: %s", name, reason, extra=fields)
+        else:
+            log.warning("ready, but the slot %s is not attested: %s", name, reason, extra=fields)
+
+    def close(self) -> None:
+        """Take no new pictures. Any thread, and a signal's handler, may call it."""
+        self._closing = True
 
     async def drain(self, seconds: float) -> None:
         """Take no new work, tell those who have not begun, give the others so many seconds, then tell them too.
@@ -94,7 +126,7 @@ class Studio:
         Whoever is told gets `Stopping`; a lasting picture stays recorded as queued, for the next start. Returns when
         everybody is answered, whether or not the engine is.
         """
-        self._closing = True
+        self.close()
         stopping = Stopping("the service stops before the picture is done; ask again")
         for drawing in list(self.making.values()):
             if drawing.state == "queued":
@@ -129,11 +161,15 @@ class Studio:
         if self._closing:
             return "the service is stopping"
         if self.failure is not None:
-            return f"the models could not be loaded: {self.failure}"
+            return self.failure
         if self.engine is None:
             return "the models are being loaded"
         if not self.engine.healthy:
             return f"the engine has stopped: {self.engine.failure or 'it is closed'}"
+        if self.attesting:
+            return "the golden pictures are being drawn again"
+        if self.settings.attest == "strict" and not self.attestation.passed:
+            return f"the slot {self.slot.folder.name} is not attested: {self.attestation.reason}"
         return None
 
     def ready_engine(self) -> "Engine":
@@ -214,6 +250,7 @@ class Studio:
             _call(loop, lambda: drawing.stepped(calls, total))
 
         drawing.ticket = engine.submit(job, stepped)
+        self._watch(picture, drawing.ticket)
         self.making[picture] = drawing
         self._ended.pop(picture, None)
         accepted = asyncio.Event()
@@ -222,6 +259,22 @@ class Studio:
         if isinstance(drawing.error, StoreRefused):
             raise drawing.error
         return drawing
+
+    def _watch(self, picture_id: uuid.UUID, ticket: "Ticket") -> None:
+        """Have the picture counted and logged when it is over, in a line that names the request it is for."""
+        note(picture=str(picture_id))
+        context = copy_context()
+        ticket.future.add_done_callback(lambda _: context.run(self._over, picture_id, ticket))
+
+    def _over(self, picture_id: uuid.UUID, ticket: "Ticket") -> None:
+        self.metrics.count(ticket)
+        calls, total = ticket.progress
+        fields: dict[str, Any] = {"picture": str(picture_id), "state": ticket.state, "steps": calls, "of": total}
+        if ticket.first_step is not None:
+            fields["first_step_ms"] = round(1000 * (ticket.first_step - ticket.submitted), 1)
+        if ticket.state == "done":
+            fields |= ticket.future.result().timings
+        log.info("picture %s", ticket.state, extra={"fields": fields})
 
     async def _follow(self, drawing: Drawing, ticket: "Ticket", accepted: asyncio.Event) -> None:
         """From the acceptance to the end, whatever it is."""
