@@ -1,6 +1,7 @@
 """The playground, in Chromium, against a live service with the tiny model."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -365,10 +366,11 @@ def behind(app):
     return proxy
 
 
-@pytest.fixture
-def prefixed(slot, tmp_path):
-    app = create_app(Settings(slot=slot, store=tmp_path / "images"))
-    with on_a_socket(app, behind(app)) as live:
+@pytest.fixture(params=["taken off by the proxy", "told to the service"])
+def prefixed(request, slot, tmp_path):
+    told = request.param == "told to the service"
+    app = create_app(Settings(slot=slot, store=tmp_path / "images", root_path=PREFIX if told else ""))
+    with on_a_socket(app, None if told else behind(app)) as live:
         yield f"http://127.0.0.1:{live.port}{PREFIX}/"
 
 
@@ -385,3 +387,56 @@ def test_it_works_behind_a_prefix(prefixed, visit):
     page.get_by_role("button", name="Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     expect(page.locator(".tile")).to_have_count(1)
+
+
+def test_the_root_without_its_slash_leads_to_the_page(slot, tmp_path, visit):
+    with on_a_socket(create_app(Settings(slot=slot, store=tmp_path / "images", root_path=PREFIX))) as live:
+        page = visit(f"http://127.0.0.1:{live.port}{PREFIX}").page
+        assert page.url == f"http://127.0.0.1:{live.port}{PREFIX}/"
+
+
+KEY = "a-key-of-many-letters"
+
+
+@pytest.fixture
+def locked(slot, tmp_path):
+    with on_a_socket(create_app(Settings(slot=slot, store=tmp_path / "images", api_keys=(KEY,)))) as live:
+        yield f"http://127.0.0.1:{live.port}/"
+
+
+def test_where_a_key_is_asked_for_it_is_entered_once_and_sent_in_a_header(locked, visit, tmp_path):
+    page, _, expected = visit(locked, ready=False, permissions=["clipboard-read", "clipboard-write"])
+    expected.append("401")
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    form = page.get_by_role("form", name="This service asks for an API key")
+    form.get_by_label("API key").fill("another-key-of-many-letters")
+    form.get_by_role("button").click()
+    form = page.get_by_role("form", name="The service does not know this API key")
+    form.get_by_label("API key").fill(KEY)
+    form.get_by_role("button").click()
+    expect(form).to_be_hidden()
+    expect(page.locator("#readiness")).to_have_text("Ready")
+    picture = draw(page)
+    assert page.locator("#picture").get_attribute("src").startswith("blob:")
+    page.wait_for_function("document.querySelector('.tile img').naturalWidth > 0")
+    with page.expect_download() as download:
+        page.locator("#download-webp").click()
+    assert open_picture(download.value.path()).format == "WEBP"
+    page.get_by_role("button", name="Copy as curl").click()
+    expect(page.locator("#toast")).to_have_text("Copied the command")
+    command = page.evaluate("navigator.clipboard.readText()")
+    assert KEY not in command
+    environment = {"PATH": os.environ["PATH"], "SDXL_API_KEY": KEY}
+    subprocess.run(
+        [shutil.which("bash"), "-c", command], cwd=tmp_path, check=True, capture_output=True, env=environment
+    )
+    made = (tmp_path / f"sdxl-lab-{picture[:8]}.png").read_bytes()
+    assert np.array_equal(pixels(made), pixels(fetched(locked, f"download/{picture}", **{"X-API-Key": KEY})))
+    assert not [url for url in asked if KEY in url]
+    assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+    page.reload()
+    expect(page.locator(".tile")).to_have_count(2)  # the key is still there
+    page.get_by_role("button", name="Forget key").click()
+    page.get_by_role("form", name="This service asks for an API key").wait_for()
+    assert page.evaluate("sessionStorage.length") == 0
