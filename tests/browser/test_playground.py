@@ -7,18 +7,59 @@ import shutil
 import subprocess
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from sdxl_lab.images import open_picture, read_record
 from service.app import create_app
 from service.settings import Settings
+from tests.service import conftest as shared
 from tests.service.conftest import on_a_socket, wait_for
+
+promoted, slot, live = shared.promoted, shared.slot, shared.live  # its fixtures serve here too
 
 PROMPT = "a red circle on a blue background"
 LONG = {"steps": 100, "width": 512, "height": 512}
+PATIENCE_MS = 20_000
+expect.set_options(timeout=PATIENCE_MS)
+
+
+class Visit(NamedTuple):
+    page: Page
+    context: BrowserContext
+    expected: list[str]  # what the console may say: parts of its messages
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Callable[..., Visit]]:
+    """Open the playground and wait until the service is ready; in the end no error may stand in the console."""
+    contexts: list[BrowserContext] = []
+    visits: list[Visit] = []
+    errors: list[str] = []
+
+    def start(address: str, *, ready: bool = True, width: int = 1280, **options: object) -> Visit:
+        context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+        contexts.append(context)
+        context.set_default_timeout(PATIENCE_MS)
+        page = context.new_page()
+        page.on("console", lambda message: message.type in ("error", "warning") and errors.append(message.text))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        opened = Visit(page, context, [])
+        visits.append(opened)
+        page.goto(address)
+        if ready:
+            page.locator("#readiness[data-state=ready]").wait_for()
+        return opened
+
+    yield start
+    for context in contexts:
+        context.close()
+    expected = [part for opened in visits for part in opened.expected]
+    assert [error for error in errors if not any(part in error for part in expected)] == []
 
 
 @pytest.fixture
