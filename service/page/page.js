@@ -50,7 +50,7 @@ async function run(started, subject, origin) {
   element("problem").hidden = true;
   viewer.reveal(false);
   making.begin(subject);
-  element("stage").scrollIntoView({ block: "nearest" });
+  inSight(element("stage"));
   let news = "Cancelled";
   let failed = null;
   try {
@@ -124,6 +124,12 @@ function tell(error, origin) {
   element("problem").hidden = false;
 }
 
+/** Scroll to something whose head is out of sight, and leave the page alone otherwise. */
+function inSight(part) {
+  const { top } = part.getBoundingClientRect();
+  if (top < 0 || top > innerHeight / 2) part.scrollIntoView({ block: "start" });
+}
+
 const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 // --- look ------------------------------------------------------------------------------------------------------------
@@ -138,7 +144,7 @@ async function pick(id) {
   try {
     await viewer.show(await pictures.read(id));
     gallery.select(id);
-    element("stage").scrollIntoView({ block: "nearest" });
+    inSight(element("stage"));
   } catch (error) {
     tell(error);
   }

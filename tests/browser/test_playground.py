@@ -481,3 +481,17 @@ def test_where_a_key_is_asked_for_it_is_entered_once_and_sent_in_a_header(locked
     page.get_by_role("button", name="Forget key").click()
     page.get_by_role("form", name="This service asks for an API key").wait_for()
     assert page.evaluate("sessionStorage.length") == 0
+
+
+def test_until_the_service_is_ready_the_page_says_why_and_asks_on(home, visit):
+    page, _, expected = visit(home)
+    expected.append("503")
+    problem = {"title": "The service is not ready", "status": 503, "detail": "the golden pictures differ"}
+    answer = {"status": 503, "content_type": "application/problem+json", "body": json.dumps(problem)}
+    page.route("**/readyz", lambda route: route.fulfill(**answer))
+    page.reload()
+    expect(page.locator("#readiness")).to_have_text("Not ready")
+    expect(page.get_by_text("The golden pictures differ")).to_be_visible()
+    page.unroute("**/readyz")
+    expect(page.locator("#readiness")).to_have_text("Ready")
+    expect(page.get_by_text("The golden pictures differ")).to_be_hidden()
