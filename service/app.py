@@ -15,9 +15,9 @@ from starlette.responses import Response
 
 from sdxl_lab import __version__
 from service.auth import Auth, describe
-from service.edge import Edge
-from service.problems import MEDIA_TYPE, ProblemBody, problem_of
-from service.routes import images, ops
+from service.edge import Edge, told
+from service.problems import MEDIA_TYPE, ProblemBody
+from service.routes import images, openai, ops
 from service.settings import Settings
 from service.studio import Studio
 
@@ -59,6 +59,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _problem)
     app.add_exception_handler(RequestValidationError, _problem)
     app.include_router(images.router)
+    app.include_router(openai.router)
     app.include_router(ops.router)
     if settings.api_keys:
         undescribed = app.openapi
@@ -68,4 +69,4 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 async def _problem(request: Request, error: Exception) -> Response:
     """What FastAPI raises itself; all else comes to the edge."""
-    return problem_of(error, request.state.request_id).response()
+    return told(request.scope, error)

@@ -107,6 +107,7 @@ class Entry:
 
 
 TABLE = {
+    "service.openai.UnknownModel": Entry(404, "model-not-found", "There is no such model"),
     "sdxl_lab.config.ConfigError": Entry(422, "invalid-value", "A value is out of range"),
     "sdxl_lab.store.UnknownPicture": Entry(404, "unknown-picture", "There is no such picture"),
     "service.problems.Unauthorized": Entry(
@@ -150,10 +151,13 @@ def known(error: BaseException) -> Entry | None:
     return next((TABLE[name] for name in names if name in TABLE), None)
 
 
-def problem_of(error: Exception, request_id: str, measured: int | None = None) -> Problem:
-    """What a client is told of `error`. `measured` is the speed of the last pictures, in seconds."""
+def problem_of(
+    error: Exception, request_id: str, measured: int | None = None, examples: Mapping[str, Any] = EXAMPLES
+) -> Problem:
+    """What a client is told of `error`. `measured` is the speed of the last pictures, in seconds; `examples` are good
+    values by the name of their field."""
     if isinstance(error, RequestValidationError):
-        return _of_validation(error)
+        return _of_validation(error, examples)
     if isinstance(error, HTTPException):
         return _of_http(error)
     entry = known(error)
@@ -185,7 +189,7 @@ def _of_http(error: HTTPException) -> Problem:
     return Problem(error.status_code, detail, headers=headers, extra={"limit": limit})
 
 
-def _of_validation(error: RequestValidationError) -> Problem:
+def _of_validation(error: RequestValidationError, examples: Mapping[str, Any]) -> Problem:
     """The first thing that is wrong with a body or a query, and how many more there are."""
     errors = error.errors()
     first = errors[0]
@@ -202,7 +206,10 @@ def _of_validation(error: RequestValidationError) -> Problem:
         )
         return Problem(422, detail, "invalid-body", "The body is not a JSON object")
     received = first.get("input") if first["type"] != "missing" else None
-    example = f" Example: {json.dumps({name: EXAMPLES[name]})}" if name in EXAMPLES else ""
+    if isinstance(received, Mapping) and name in received:  # a rule about the whole body names the field that broke it
+        received = received[name]
+    alone = name in examples and first["type"] != "disagree"  # no value is an example where fields have to agree
+    example = f" Example: {json.dumps({name: examples[name]})}" if alone else ""
     more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
     shown = "" if first["type"] == "missing" else f"; received {_plain(received)!r}"
     detail = f"{name}: {first['msg']}{shown}.{example}{more}"

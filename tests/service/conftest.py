@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +94,14 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 @pytest.fixture
 def live(slot: Path, tmp_path: Path) -> Iterator[Live]:
     """A service on a real socket."""
-    app = create_app(Settings(slot=slot, store=tmp_path / "images"))
+    with serving(Settings(slot=slot, store=tmp_path / "images")) as live:
+        yield live
+
+
+@contextmanager
+def serving(settings: Settings) -> Iterator[Live]:
+    """A ready service on a real socket."""
+    app = create_app(settings)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
