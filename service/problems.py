@@ -108,6 +108,7 @@ class Entry:
 
 TABLE = {
     "service.openai.UnknownModel": Entry(404, "model-not-found", "There is no such model"),
+    "service.problems.BodyTooLarge": Entry(413, "body-too-large", "The body is too large"),
     "sdxl_lab.config.ConfigError": Entry(422, "invalid-value", "A value is out of range"),
     "sdxl_lab.store.UnknownPicture": Entry(404, "unknown-picture", "There is no such picture"),
     "service.problems.Unauthorized": Entry(
@@ -134,12 +135,11 @@ def answers(*kinds: str) -> dict[int | str, dict[str, Any]]:
     for entry in TABLE.values():
         if entry.kind not in kinds:
             continue
-        response = responses.setdefault(
-            entry.status, {"model": ProblemBody, "description": "", "content": {MEDIA_TYPE: {"examples": {}}}}
-        )
+        content = {MEDIA_TYPE: {"schema": ProblemBody.model_json_schema(), "examples": {}}}
+        response = responses.setdefault(entry.status, {"description": "", "content": content})
         response["description"] = "; ".join(filter(None, (response["description"], entry.title)))
-        content = Problem(entry.status, entry.title, entry.kind, entry.title).content()
-        response["content"][MEDIA_TYPE]["examples"][entry.kind] = {"value": content}
+        example = Problem(entry.status, "what exactly, and an example of how it is right", entry.kind, entry.title)
+        response["content"][MEDIA_TYPE]["examples"][entry.kind] = {"value": example.content()}
         if entry.retry_after is not None:
             response["headers"] = {"Retry-After": RETRY_AFTER}
     return responses
@@ -185,8 +185,10 @@ def _of_http(error: HTTPException) -> Problem:
         404: "nothing is served at this path",
         405: f"this path answers to {headers.get('allow', headers.get('Allow', 'another method'))}",
     }.get(error.status_code, str(error.detail))
-    limit = error.limit if isinstance(error, BodyTooLarge) else None
-    return Problem(error.status_code, detail, headers=headers, extra={"limit": limit})
+    if isinstance(error, BodyTooLarge):
+        entry = TABLE["service.problems.BodyTooLarge"]
+        return Problem(entry.status, detail, entry.kind, entry.title, headers, {"limit": error.limit})
+    return Problem(error.status_code, detail, headers=headers)
 
 
 def _of_validation(error: RequestValidationError, examples: Mapping[str, Any]) -> Problem:

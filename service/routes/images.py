@@ -71,7 +71,7 @@ def _drawing_answers(model: type[Drawn], *kinds: str) -> dict[int | str, dict[st
                 "Preference-Applied": _header("`respond-async`"),
             },
         },
-        **answers("invalid-value", "key-reused", "cancelled-by-client", *NOT_DRAWING, *kinds),
+        **answers("invalid-value", "body-too-large", "key-reused", "cancelled-by-client", *NOT_DRAWING, *kinds),
     }
 
 

@@ -27,7 +27,7 @@ def test_a_repeat_gives_the_stored_picture(client):
     again = client.post("/generate", json=PROMPT, headers=keyed("repeat"))
     assert first.json() == again.json()
     assert ticks().ticks == before
-    picture, seed = derived("", "repeat")
+    picture, seed = derived("anyone", "repeat")
     assert (first.json()["id"], first.json()["seed"]) == (str(picture), seed)
     assert uuid.UUID(first.json()["id"]).version == 5
 
@@ -112,7 +112,7 @@ def test_a_picture_with_a_key_is_drawn_although_its_client_leaves(live):
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
         wait_for(lambda: any(drawing.progress[0] for drawing in studio.making.values()))
     wait_for(lambda: not studio.making)
-    assert studio.store.record(derived("", "left")[0])["prompt"] == "a red ring"
+    assert studio.store.record(derived("anyone", "left")[0])["prompt"] == "a red ring"
 
 
 def test_after_a_crash_the_very_same_picture_is_made_under_the_very_same_id(serve, tmp_path):
@@ -153,7 +153,7 @@ def test_a_failed_picture_is_tried_again(client, monkeypatch):
 
     monkeypatch.setattr(studio, "_keep", broken)
     assert client.post("/generate", json=PROMPT, headers=keyed("again")).status_code == 500
-    picture = derived("", "again")[0]
+    picture = derived("anyone", "again")[0]
     assert client.get(f"/images/{picture}").json()["state"] == "failed"
     monkeypatch.setattr(studio, "_keep", keep)
     assert client.post("/generate", json=PROMPT, headers=keyed("again")).status_code == 200
