@@ -62,7 +62,9 @@ data: {"type": "image_generation.completed", "b64_json": "iVBORw0KGgo...", ...}
             "content": {EVENTS: {"schema": {"type": "string"}, "example": STREAM}},
             "headers": {"X-Image-Id": {"description": "their ids, in order", "schema": {"type": "string"}}},
         },
-        **answers("invalid-value", "model-not-found", "key-reused", "cancelled-by-client", *NOT_DRAWING),
+        **answers(
+            "invalid-value", "model-not-found", "key-reused", "cancelled-by-client", *"body-too-large", *NOT_DRAWING
+        ),
     },
 )
 async def generations(asked: ImagesRequest, request: Request, idempotency_key: IdempotencyKey = None) -> Any:
