@@ -15,10 +15,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs, openai
-from service.problems import BodyTooLarge, Stopping, known, problem_of
+from service.problems import BodyTooLarge, BodyTooSlow, Stopping, known, problem_of
 from service.studio import Studio
 
 MAX_BODY = 64 * 1024
+BODY_SECONDS = 30.0
 log = logging.getLogger("service.access")
 
 
@@ -61,7 +62,7 @@ class Edge:
                 answer = told(scope, Stopping("the service stops before the picture is done"))
                 await answer(scope, receive, send_marked)
         except Exception as error:
-            if known(error) is None and not isinstance(error, BodyTooLarge):
+            if known(error) is None:
                 log.exception("request %s failed", request_id)
             if status:
                 raise  # half an answer is out: the server has to break the connection
@@ -99,16 +100,24 @@ def _request_id(headers: Headers) -> str:
 
 
 def _limited(scope: Scope, receive: Receive) -> Receive:
-    """`receive`, refusing bodies above the limit, whether they announce their length or come in chunks."""
+    """`receive`, refusing bodies above the limit, whether they announce their length or come in chunks, and those that
+    take too long."""
     announced = Headers(scope=scope).get("content-length", "0")
     announced_bytes = int(announced) if announced.isdigit() else 0
     received = 0
+    ends: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
 
     async def limited() -> Message:
-        nonlocal received
+        nonlocal received, ends
         if announced_bytes > MAX_BODY:
             raise BodyTooLarge(MAX_BODY)
-        message = await receive()
+        try:
+            async with asyncio.timeout_at(ends):
+                message = await receive()
+        except TimeoutError as error:
+            raise BodyTooSlow(BODY_SECONDS) from error
+        if not message.get("more_body"):
+            ends = None  # what comes from here on is the client's leaving, and may take as long as it likes
         received += len(message.get("body", b""))
         if received > MAX_BODY:
             raise BodyTooLarge(MAX_BODY)

@@ -56,6 +56,13 @@ class BodyTooLarge(HTTPException):
         self.limit = limit
 
 
+class BodyTooSlow(HTTPException):
+    """The request's body takes longer to come in than it may."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(408, f"the body must come in within {seconds:g} seconds")
+
+
 class ProblemBody(BaseModel):
     """What an error's body holds (RFC 9457)."""
 
@@ -108,6 +115,7 @@ class Entry:
 
 TABLE = {
     "service.openai.UnknownModel": Entry(404, "model-not-found", "There is no such model"),
+    "service.problems.BodyTooSlow": Entry(408, "body-too-slow", "The body takes too long"),
     "service.problems.BodyTooLarge": Entry(413, "body-too-large", "The body is too large"),
     "sdxl_lab.config.ConfigError": Entry(422, "invalid-value", "A value is out of range"),
     "sdxl_lab.store.UnknownPicture": Entry(404, "unknown-picture", "There is no such picture"),
@@ -185,10 +193,9 @@ def _of_http(error: HTTPException) -> Problem:
         404: "nothing is served at this path",
         405: f"this path answers to {headers.get('allow', headers.get('Allow', 'another method'))}",
     }.get(error.status_code, str(error.detail))
-    if isinstance(error, BodyTooLarge):
-        entry = TABLE["service.problems.BodyTooLarge"]
-        return Problem(entry.status, detail, entry.kind, entry.title, headers, {"limit": error.limit})
-    return Problem(error.status_code, detail, headers=headers)
+    entry = known(error)
+    kind, title = (None, None) if entry is None else (entry.kind, entry.title)
+    return Problem(error.status_code, detail, kind, title, headers, {"limit": getattr(error, "limit", None)})
 
 
 def _of_validation(error: RequestValidationError, examples: Mapping[str, Any]) -> Problem:

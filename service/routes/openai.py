@@ -16,7 +16,7 @@ from PIL import Image
 from sse_starlette import ServerSentEvent
 from starlette.responses import Response
 
-from service.events import EventStream
+from service.events import EventStream, described
 from service.jobs import CancelledByClient, Done, Drawing, Event, Order, Step, derived, fingerprint
 from service.openai import (
     PREFIX,
@@ -59,11 +59,19 @@ data: {"type": "image_generation.completed", "b64_json": "iVBORw0KGgo...", ...}
     responses={
         200: {
             "description": "The pictures; with `stream` their events",
-            "content": {EVENTS: {"schema": {"type": "string"}, "example": STREAM}},
+            "content": {
+                EVENTS: described(STREAM, "image_generation.partial_image", "image_generation.completed", "error")
+            },
             "headers": {"X-Image-Id": {"description": "their ids, in order", "schema": {"type": "string"}}},
         },
         **answers(
-            "invalid-value", "model-not-found", "key-reused", "cancelled-by-client", *"body-too-large", *NOT_DRAWING
+            "invalid-value",
+            "model-not-found",
+            "key-reused",
+            "cancelled-by-client",
+            *"body-too-large",
+            "body-too-slow",
+            *NOT_DRAWING,
         ),
     },
 )

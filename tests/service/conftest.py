@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from sdxl_lab.config import GenerationConfig, Limits, ModelRef
 from sdxl_lab.promotion import promote
 from service.app import create_app
+from service.connection import Connection
 from service.settings import Settings
 from service.studio import Studio
 
@@ -102,7 +103,9 @@ def live(slot: Path, tmp_path: Path) -> Iterator[Live]:
 def serving(settings: Settings) -> Iterator[Live]:
     """A ready service on a real socket."""
     app = create_app(settings)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=Connection, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    )
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
