@@ -11,6 +11,7 @@ An id is a UUID, minted or derived by the caller; anything else is unknown, and 
 
 import heapq
 import json
+import logging
 import os
 import re
 import time
@@ -25,7 +26,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import BaseError, GenericError
 from obstore.store import LocalStore, from_url
 
 from .config import ConfigError
@@ -34,10 +35,13 @@ from .images import PictureError, canonical, read_record
 SCHEMES = ("s3", "gs", "az", "file", "memory")
 EXAMPLE = "s3://bucket/prefix"
 LAST = 10**15  # milliseconds; names count down from here, so that the newest sorts first
+CURSOR = r"^[0-9]{15}-[0-9a-f-]{36}$"  # a name under newest/
 ABANDONED = 600  # seconds after which a half-written file has lost its writer
 # obstore's own would try for three minutes, with a client waiting.
 RETRIES = {"max_retries": 4, "retry_timeout": timedelta(seconds=15)}
 CLIENT = {"timeout": timedelta(seconds=30), "allow_http": True}  # http: only where an endpoint says so, such as MinIO
+
+log = logging.getLogger(__name__)
 
 
 class UnknownPicture(KeyError):
@@ -130,7 +134,7 @@ class Store:
     def page(self, limit: int, cursor: str | None = None) -> Page:
         """Up to `limit` pictures, the newest first, from after `cursor`. Raises `ConfigError` for a cursor of no
         page."""
-        if cursor is not None and not re.fullmatch(r"\d{15}-[0-9a-f-]{36}", cursor, re.ASCII):
+        if cursor is not None and not re.fullmatch(CURSOR, cursor):
             raise ConfigError("cursor", cursor, "what an earlier page gave as next", f"{0:015d}-{uuid.UUID(int=0)}")
         records: list[dict[str, Any]] = []
         names = self._names(cursor)
@@ -268,7 +272,8 @@ def reason(error: Exception) -> str:
     code = re.search(r"os error (\d+)", str(error))
     if code or getattr(error, "errno", None):
         return os.strerror(int(code[1]) if code else error.errno)  # type: ignore[attr-defined]
-    return type(error).__name__
+    log.error("the store fails: %s", str(error).partition("\n")[0])
+    return "the log says why" if isinstance(error, GenericError) else type(error).__name__
 
 
 def check_place(place: str) -> Path | str:

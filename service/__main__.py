@@ -1,6 +1,4 @@
 import argparse
-import logging
-import os
 import signal
 import socket
 import sys
@@ -34,9 +32,7 @@ def main() -> int:
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     print(f"service: http://{host}:{listener.getsockname()[1]} (slot {studio.slot.folder.name})", flush=True)
     server.run(sockets=[listener])
-    logging.shutdown()
-    # A thread that loads cannot be stopped, and torch takes seconds to end: nothing is left that they would save.
-    os._exit(1 if server.failure else 0)
+    server.leave()
 
 
 def parse() -> argparse.Namespace:

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.problems import Unauthorized
+from service.problems import Unauthorized, answers
 
 OPEN = ("/healthz", "/readyz", "/", "/docs", "/docs/oauth2-redirect", "/openapi.json")
 OPEN_FOLDER = "/page/"  # the playground's own files
@@ -72,9 +72,12 @@ def is_open(path: str) -> bool:
 def describe(document: dict[str, Any]) -> dict[str, Any]:
     """An OpenAPI document with the ways to send a key, and on which paths one is needed."""
     document.setdefault("components", {})["securitySchemes"] = SCHEMES
+    refused = answers("unauthorized")[401]
     for path, operations in document["paths"].items():
         for operation in operations.values():
             operation["security"] = [] if is_open(path) else [{name: []} for name in SCHEMES]
+            if not is_open(path):
+                operation["responses"]["401"] = refused
     return document
 
 

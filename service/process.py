@@ -4,15 +4,19 @@ Only `python -m service` has it; another ASGI server has ways of its own. Knows 
 """
 
 import asyncio
+import contextlib
 import faulthandler
 import logging
+import os
+import socket
 import time
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from service.connection import Connection
 from service.studio import Studio
 
 if TYPE_CHECKING:
@@ -21,7 +25,8 @@ if TYPE_CHECKING:
 # dstack kills a replica 10 s after it asked it to stop: 8 for pictures, the rest to answer and to end the engine.
 DRAIN_SECONDS = 8.0
 ANSWER_SECONDS = 0.5
-END_SECONDS = 0.9
+SHUTDOWN_SECONDS = 0.75
+END_SECONDS = 0.95
 REARM_SECONDS = 10
 log = logging.getLogger(__name__)
 
@@ -33,12 +38,14 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: ASGIApp, studio: Studio) -> None:
-        options = uvicorn.Config(app, log_config=None, access_log=False)
+        options = uvicorn.Config(app, http=Connection, log_config=None, access_log=False)
         options.timeout_graceful_shutdown = ANSWER_SECONDS  # type: ignore[assignment]  # it takes fractions as well
         super().__init__(options)
         self.failure: str | None = None
         self._studio = studio
-        self._watchdog = Watchdog(studio.settings.watchdog)
+        self._watchdog = Watchdog()
+        # It has to outlast the longest step, the first one of a compiled UNet with it.
+        self._patience = studio.settings.watchdog
         self._seconds: float | None = None
         self._draining: asyncio.Task[None] | None = None
 
@@ -55,12 +62,15 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn calls it ten times a second."""
+        engine = self._studio.engine
+        standing = 0.0 if engine is None else self._watchdog.standing(engine)
         if self._seconds is None:
             if counter % (10 * REARM_SECONDS) == 0:
-                # The same for a step that is stuck with Python's own lock, when not even this would be called.
-                patience = self._watchdog.patience + REARM_SECONDS + END_SECONDS
-                faulthandler.dump_traceback_later(patience, exit=True)
-            self.failure = self._broken()
+                # For an engine that is stuck with Python's own lock, when not even this would be called.
+                faulthandler.dump_traceback_later(self._patience + REARM_SECONDS + END_SECONDS, exit=True)
+            self.failure = self._studio.failure if engine is None else engine.failure
+            if self.failure is None and standing >= self._patience:
+                self.failure = f"the engine is stuck: it has pictures to draw, and made no step in {standing:.0f} s"
             if self.failure is not None:
                 log.critical("the process ends: %s", self.failure)
                 self._stop(0)
@@ -71,30 +81,37 @@ class Server(uvicorn.Server):
     async def _drain(self, seconds: float) -> None:
         try:
             await self._studio.drain(seconds)
+            engine = self._studio.engine
+            if self.failure is None and engine is not None and self._watchdog.standing(engine) >= DRAIN_SECONDS:
+                self.failure = "the engine is stuck: it made no step since it was told to stop"
+                log.critical("the process ends with an error: %s", self.failure)
         finally:
             self.should_exit = True
 
-    def _broken(self) -> str | None:
-        engine = self._studio.engine
-        if engine is None:
-            return self._studio.failure
-        return engine.failure or self._watchdog.stuck(engine)
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Everybody is told by now. A step that takes its time, or a stuck one, is not waited for."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SHUTDOWN_SECONDS):
+                await super().shutdown(sockets)
+        self.leave()
+
+    def leave(self) -> NoReturn:
+        """End the process here and now: a thread that loads cannot be stopped, and torch takes seconds to end."""
+        if self.failure is not None:
+            faulthandler.dump_traceback()
+        logging.shutdown()
+        os._exit(1 if self.failure is not None else 0)
 
 
 class Watchdog:
-    """Sees whether an engine that has pictures to draw goes on. `patience` in seconds has to outlast the longest step,
-    the first one of a compiled UNet with it."""
+    """Sees how long an engine that has pictures to draw stands still. Ask it often."""
 
-    def __init__(self, patience: float) -> None:
-        self.patience = patience
+    def __init__(self) -> None:
         self._ticks, self._since = -1, time.monotonic()
 
-    def stuck(self, engine: "Engine") -> str | None:
-        """Why the engine counts as stuck; None if it goes on, or has nothing to do."""
+    def standing(self, engine: "Engine") -> float:
+        """Seconds since the engine went on, or had nothing to do."""
         stats, now = engine.stats(), time.monotonic()
         if stats.ticks != self._ticks or not (stats.queued or stats.running):
             self._ticks, self._since = stats.ticks, now
-        waited = now - self._since
-        if waited < self.patience:
-            return None
-        return f"the engine is stuck: {stats.running} pictures are being drawn, and no step was made in {waited:.0f} s"
+        return now - self._since

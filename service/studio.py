@@ -106,6 +106,8 @@ class Studio:
                 log.debug("attestation ended", exc_info=True)
                 self.attestation = Attestation(f"drawing the golden pictures again broke off: {error}")
         self.attesting = False
+        if self._closing:
+            return
         reason = self.attestation.reason
         told = {"slot": name, "digest": self.slot.digest, "seconds": round(self.attestation.seconds, 2)}
         fields = {"fields": told | self.attestation.to_dict()}

@@ -89,7 +89,7 @@ def test_the_curl_lines_are_answered(clone: Path) -> None:
     ).stdout.strip().splitlines()[-1]  # fmt: skip
     server = subprocess.Popen(shlex.split(recipe), cwd=clone)
     try:
-        for _ in range(600):
+        for _ in range(2000):  # it is attested first
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
                     if answer.status == 200:

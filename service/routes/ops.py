@@ -7,6 +7,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from sdxl_lab import __version__
 from sdxl_lab.config import SCHEDULERS
+from service.problems import answers
 from service.studio import Studio
 
 router = APIRouter(tags=["operation"])
@@ -41,7 +42,7 @@ async def healthz() -> dict[str, str]:
     return {"status": "alive"}
 
 
-@router.get("/readyz")
+@router.get("/readyz", responses=answers("not-ready"))
 async def readyz(request: Request) -> dict[str, Any]:
     """Whether a picture can be drawn now; 503 says why not. `attested` false comes with the reason."""
     studio: Studio = request.app.state.studio

@@ -33,5 +33,11 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/")
 async def index(request: Request) -> Response:
-    """The playground. What it consists of is under `/page`, so that every address in it is relative."""
+    """The playground. Every address in it is relative, so that it works under any prefix."""
     return await files.get_response("index.html", request.scope)
+
+
+@router.get("/page/{name}")
+async def part(name: str, request: Request) -> Response:
+    """What the playground consists of."""
+    return await files.get_response(name, request.scope)

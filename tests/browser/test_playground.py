@@ -15,10 +15,9 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from sdxl_lab.images import open_picture, read_record
-from service.app import create_app
 from service.settings import Settings
 from tests.service import conftest as shared
-from tests.service.conftest import on_a_socket, wait_for
+from tests.service.conftest import serving, wait_for
 
 promoted, slot, live = shared.promoted, shared.slot, shared.live  # its fixtures serve here too
 
@@ -234,7 +233,9 @@ def test_the_copied_command_makes_the_same_pixels(home, visit, tmp_path):
     page = visit(home, permissions=["clipboard-read", "clipboard-write"]).page
     first = draw(page, QUOTED, steps=3, negative_prompt="don't\nblur")
     page.get_by_role("button", name="Refine", exact=True).click()
-    page.get_by_role("form", name="Refine this picture").get_by_role("button", name="Refine").click()
+    form = page.get_by_role("form", name="Refine this picture")
+    form.get_by_label("Strength", exact=True).fill("0.6")
+    form.get_by_role("button", name="Refine").click()
     expect(page.locator(".tile")).to_have_count(2)
     second = shown(page, QUOTED)
     for picture in (second, first):
@@ -410,8 +411,8 @@ def behind(app):
 @pytest.fixture(params=["taken off by the proxy", "told to the service"])
 def prefixed(request, slot, tmp_path):
     told = request.param == "told to the service"
-    app = create_app(Settings(slot=slot, store=tmp_path / "images", root_path=PREFIX if told else ""))
-    with on_a_socket(app, None if told else behind(app)) as live:
+    settings = Settings(slot=slot, store=tmp_path / "images", root_path=PREFIX if told else "")
+    with serving(settings, *([] if told else [behind])) as live:
         yield f"http://127.0.0.1:{live.port}{PREFIX}/"
 
 
@@ -431,7 +432,7 @@ def test_it_works_behind_a_prefix(prefixed, visit):
 
 
 def test_the_root_without_its_slash_leads_to_the_page(slot, tmp_path, visit):
-    with on_a_socket(create_app(Settings(slot=slot, store=tmp_path / "images", root_path=PREFIX))) as live:
+    with serving(Settings(slot=slot, store=tmp_path / "images", root_path=PREFIX)) as live:
         page = visit(f"http://127.0.0.1:{live.port}{PREFIX}").page
         assert page.url == f"http://127.0.0.1:{live.port}{PREFIX}/"
 
@@ -441,7 +442,7 @@ KEY = "a-key-of-many-letters"
 
 @pytest.fixture
 def locked(slot, tmp_path):
-    with on_a_socket(create_app(Settings(slot=slot, store=tmp_path / "images", api_keys=(KEY,)))) as live:
+    with serving(Settings(slot=slot, store=tmp_path / "images", api_keys=(KEY,))) as live:
         yield f"http://127.0.0.1:{live.port}/"
 
 

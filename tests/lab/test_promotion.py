@@ -220,6 +220,15 @@ def test_a_golden_that_is_not_what_was_promoted_is_refused(slot, damage, said):
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("listed", [[{"file": "a.png", "seed": 7}], ["a.png"], 5], ids=str)
+def test_goldens_that_are_not_listed_with_file_prompt_and_seed_are_refused(slot, listed):
+    put(slot)
+    evidence = json.loads((slot / "evidence.json").read_text()) | {"goldens": listed}
+    (slot / "evidence.json").write_text(json.dumps(evidence))
+    with pytest.raises(SlotError, match="must list its goldens with file, prompt and seed"):
+        load_slot(slot).goldens  # noqa: B018
+
+
 def test_a_slot_without_evidence_has_no_goldens(slot):
     put(slot)
     (slot / "evidence.json").unlink()

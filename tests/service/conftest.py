@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import uvicorn
-from fastapi import FastAPI
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
 from sdxl_lab.config import GenerationConfig, Limits, ModelRef
 from sdxl_lab.promotion import promote
 from service.app import create_app
+from service.connection import Connection
 from service.settings import Settings
 from service.studio import Studio
 
@@ -96,14 +96,17 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 @pytest.fixture
 def live(slot: Path, tmp_path: Path) -> Iterator[Live]:
     """A service on a real socket."""
-    with on_a_socket(create_app(Settings(slot=slot, store=tmp_path / "images"))) as live:
+    with serving(Settings(slot=slot, store=tmp_path / "images")) as live:
         yield live
 
 
 @contextmanager
-def on_a_socket(app: FastAPI, front: ASGIApp | None = None) -> Iterator[Live]:
-    """An application on a real socket, behind `front` where there is one, once it can draw."""
-    options = uvicorn.Config(front or app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+def serving(settings: Settings, front: Callable[[ASGIApp], ASGIApp] = lambda app: app) -> Iterator[Live]:
+    """A ready service on a real socket, behind `front`."""
+    app = create_app(settings)
+    options = uvicorn.Config(
+        front(app), http=Connection, log_config=None, access_log=False, timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(options)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]

@@ -61,6 +61,7 @@ def test_every_path_but_the_open_ones_is_closed(closed):
             answer = closed.request(method, path.replace("{id}", "0b8ff2ee-3c51-4c1c-a9c5-7c8b3b1f5a10"))
             assert (answer.status_code == 401) == (path not in OPEN), path
             assert operation["security"] == ([] if path in OPEN else [{"key": []}, {"bearer": []}])
+            assert ("401" in operation["responses"]) == (path not in OPEN)
     assert set(document["components"]["securitySchemes"]) == {"key", "bearer"}
     assert closed.get("/docs").status_code == 200
     for path in ("/nothing", "/x//config", "/page", "/healthz/../config", "/config/"):
