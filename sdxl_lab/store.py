@@ -35,6 +35,7 @@ from .images import PictureError, canonical, read_record
 SCHEMES = ("s3", "gs", "az", "file", "memory")
 EXAMPLE = "s3://bucket/prefix"
 LAST = 10**15  # milliseconds; names count down from here, so that the newest sorts first
+CURSOR = r"^[0-9]{15}-[0-9a-f-]{36}$"  # a name under newest/
 ABANDONED = 600  # seconds after which a half-written file has lost its writer
 # obstore's own would try for three minutes, with a client waiting.
 RETRIES = {"max_retries": 4, "retry_timeout": timedelta(seconds=15)}
@@ -133,7 +134,7 @@ class Store:
     def page(self, limit: int, cursor: str | None = None) -> Page:
         """Up to `limit` pictures, the newest first, from after `cursor`. Raises `ConfigError` for a cursor of no
         page."""
-        if cursor is not None and not re.fullmatch(r"\d{15}-[0-9a-f-]{36}", cursor, re.ASCII):
+        if cursor is not None and not re.fullmatch(CURSOR, cursor):
             raise ConfigError("cursor", cursor, "what an earlier page gave as next", f"{0:015d}-{uuid.UUID(int=0)}")
         records: list[dict[str, Any]] = []
         names = self._names(cursor)

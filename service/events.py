@@ -73,6 +73,13 @@ async def told(
         yield _event("error", problem.content() | ({} if wait is None else {"retry_after": int(wait)}))
 
 
+def described(example: str, *names: str) -> dict[str, Any]:
+    """A stream for OpenAPI: the schema is that of each event, whose data is a JSON object."""
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"type": "object"}}
+    event = {"type": "object", "properties": {"event": {"enum": list(names)}, "data": data}}
+    return {"schema": event | {"required": ["event", "data"]}, "example": example}
+
+
 def _event(name: str, content: Mapping[str, Any]) -> ServerSentEvent:
     return ServerSentEvent(json.dumps(content, ensure_ascii=False), event=name)
 

@@ -56,6 +56,13 @@ class BodyTooLarge(HTTPException):
         self.limit = limit
 
 
+class BodyTooSlow(HTTPException):
+    """The request's body takes longer to come in than it may."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(408, f"the body must come in within {seconds:g} seconds")
+
+
 class ProblemBody(BaseModel):
     """What an error's body holds (RFC 9457)."""
 
@@ -107,6 +114,8 @@ class Entry:
 
 
 TABLE = {
+    "service.openai.UnknownModel": Entry(404, "model-not-found", "There is no such model"),
+    "service.problems.BodyTooSlow": Entry(408, "body-too-slow", "The body takes too long"),
     "service.problems.BodyTooLarge": Entry(413, "body-too-large", "The body is too large"),
     "sdxl_lab.config.ConfigError": Entry(422, "invalid-value", "A value is out of range"),
     "sdxl_lab.store.UnknownPicture": Entry(404, "unknown-picture", "There is no such picture"),
@@ -150,10 +159,13 @@ def known(error: BaseException) -> Entry | None:
     return next((TABLE[name] for name in names if name in TABLE), None)
 
 
-def problem_of(error: Exception, request_id: str, measured: int | None = None) -> Problem:
-    """What a client is told of `error`. `measured` is the speed of the last pictures, in seconds."""
+def problem_of(
+    error: Exception, request_id: str, measured: int | None = None, examples: Mapping[str, Any] = EXAMPLES
+) -> Problem:
+    """What a client is told of `error`. `measured` is the speed of the last pictures, in seconds; `examples` are good
+    values by the name of their field."""
     if isinstance(error, RequestValidationError):
-        return _of_validation(error)
+        return _of_validation(error, examples)
     if isinstance(error, HTTPException):
         return _of_http(error)
     entry = known(error)
@@ -181,13 +193,12 @@ def _of_http(error: HTTPException) -> Problem:
         404: "nothing is served at this path",
         405: f"this path answers to {headers.get('allow', headers.get('Allow', 'another method'))}",
     }.get(error.status_code, str(error.detail))
-    if isinstance(error, BodyTooLarge):
-        entry = TABLE["service.problems.BodyTooLarge"]
-        return Problem(entry.status, detail, entry.kind, entry.title, headers, {"limit": error.limit})
-    return Problem(error.status_code, detail, headers=headers)
+    entry = known(error)
+    kind, title = (None, None) if entry is None else (entry.kind, entry.title)
+    return Problem(error.status_code, detail, kind, title, headers, {"limit": getattr(error, "limit", None)})
 
 
-def _of_validation(error: RequestValidationError) -> Problem:
+def _of_validation(error: RequestValidationError, examples: Mapping[str, Any]) -> Problem:
     """The first thing that is wrong with a body or a query, and how many more there are."""
     errors = error.errors()
     first = errors[0]
@@ -204,7 +215,10 @@ def _of_validation(error: RequestValidationError) -> Problem:
         )
         return Problem(422, detail, "invalid-body", "The body is not a JSON object")
     received = first.get("input") if first["type"] != "missing" else None
-    example = f" Example: {json.dumps({name: EXAMPLES[name]})}" if name in EXAMPLES else ""
+    if isinstance(received, Mapping) and name in received:  # a rule about the whole body names the field that broke it
+        received = received[name]
+    alone = name in examples and first["type"] != "disagree"  # no value is an example where fields have to agree
+    example = f" Example: {json.dumps({name: examples[name]})}" if alone else ""
     more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
     shown = "" if first["type"] == "missing" else f"; received {_plain(received)!r}"
     detail = f"{name}: {first['msg']}{shown}.{example}{more}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 import uvicorn
 from starlette.types import ASGIApp
 
+from service.connection import Connection
 from service.studio import Studio
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: ASGIApp, studio: Studio) -> None:
-        options = uvicorn.Config(app, log_config=None, access_log=False)
+        options = uvicorn.Config(app, http=Connection, log_config=None, access_log=False)
         options.timeout_graceful_shutdown = ANSWER_SECONDS  # type: ignore[assignment]  # it takes fractions as well
         super().__init__(options)
         self.failure: str | None = None

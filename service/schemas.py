@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from sdxl_lab.config import MAX_PROMPT, MAX_SEED, SCHEDULERS, ConfigError, GenerationConfig, RefinerConfig
+from sdxl_lab.config import MAX_PROMPT, MAX_SEED, SCHEDULERS, ConfigError, GenerationConfig, Limits, RefinerConfig
 
 EXAMPLES: Mapping[str, Any] = {
     "body": '{"prompt": "A cat in a hat"}',
@@ -122,6 +122,24 @@ def check_limits(promoted: GenerationConfig, changes: Mapping[str, Any]) -> None
         if value is not None and not low <= value <= high:
             multiple = ", a multiple of 8" if name in ("width", "height") else ""
             raise ConfigError(name, value, f"from {low:g} to {high:g}{multiple}", getattr(promoted, name))
+
+
+def bounded(document: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """An OpenAPI document with what `check_limits` allows. FastAPI writes bounds as floats: no seed is exact there."""
+    sides = {"minimum": limits.side[0], "maximum": limits.side[1], "multipleOf": 8}
+    bounds: dict[str, dict[str, Any]] = {
+        "width": sides,
+        "height": sides,
+        "steps": dict(zip(("minimum", "maximum"), limits.steps, strict=True)),
+        "guidance_scale": dict(zip(("minimum", "maximum"), limits.guidance_scale, strict=True)),
+        "scheduler": {"enum": list(SCHEDULERS)},
+        "seed": {"minimum": 0, "maximum": MAX_SEED},
+    }
+    for model in (GenerateRequest, RefineRequest):
+        fields = document["components"]["schemas"][model.__name__]["properties"]
+        for name in bounds.keys() & fields.keys():
+            fields[name]["anyOf"][0] |= bounds[name]  # the other is null
+    return document
 
 
 def overridden(promoted: GenerationConfig, config: GenerationConfig) -> list[str]:

@@ -11,6 +11,18 @@ from fastapi import Header, Query, Request
 EVENTS = "text/event-stream"
 JSON = "application/json"
 FORMS = ("image/png", "image/webp", "image/jpeg")
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=128,
+        pattern=r"^[ -~]*$",
+        description="id and seed are derived from it: a repeat gives the stored picture, joins the running one, or "
+        "makes the very same picture again",
+        examples=["order-4711"],
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -29,18 +41,7 @@ def wish(
     prefer: Annotated[
         str | None, Header(description="`respond-async`: 202 at once, and the picture is drawn whoever waits")
     ] = None,
-    idempotency_key: Annotated[
-        str | None,
-        Header(
-            alias="Idempotency-Key",
-            min_length=1,
-            max_length=128,
-            pattern=r"^[ -~]*$",
-            description="id and seed are derived from it: a repeat gives the stored picture, joins the running one, or "
-            "makes the very same picture again",
-            examples=["order-4711"],
-        ),
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
     previews: Annotated[bool, Query(description="events of steps show previews: small JPEGs as data URLs")] = False,
 ) -> Wish:
     """The headers, read. Whoever tells clients apart sets `request.state.client`."""

@@ -10,8 +10,9 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from sdxl_lab.images import open_picture
+from sdxl_lab.store import CURSOR
 from service.edge import ClientGone
-from service.events import EventStream, told
+from service.events import EventStream, described, told
 from service.jobs import Drawing, Order, fingerprint
 from service.problems import answers
 from service.schemas import (
@@ -47,10 +48,14 @@ def _header(description: str, kind: str = "string") -> dict[str, Any]:
     return {"description": description, "schema": {"type": kind}}
 
 
+def _link(operation: str) -> dict[str, Any]:
+    return {"operationId": operation, "parameters": {"id": "$response.body#/id"}}
+
+
 def _drawing_answers(model: type[Drawn], *kinds: str) -> dict[int | str, dict[str, Any]]:
     """What a path that draws answers, for OpenAPI."""
     binary = {form: {"schema": {"type": "string", "format": "binary"}} for form in FORMS}
-    events = {EVENTS: {"schema": {"type": "string"}, "example": STREAM}}
+    events = {EVENTS: described(STREAM, "queued", "step", "done", "error")}
     return {
         200: {
             "model": model,
@@ -62,6 +67,8 @@ def _drawing_answers(model: type[Drawn], *kinds: str) -> dict[int | str, dict[st
                 "X-Config-Digest": _header("the promoted configuration's digest"),
                 "X-Accel-Buffering": _header("`no`, where the answer is a stream of events"),
             },
+            "links": {name: _link(name) for name in ("picture", "download", "delete")}
+            | {"refine": {"operationId": "refine", "requestBody": {"id": "$response.body#/id"}}},
         },
         202: {
             "model": Accepted,
@@ -70,8 +77,17 @@ def _drawing_answers(model: type[Drawn], *kinds: str) -> dict[int | str, dict[st
                 "Location": _header("where its state is told"),
                 "Preference-Applied": _header("`respond-async`"),
             },
+            "links": {name: _link(name) for name in ("picture", "cancel")},
         },
-        **answers("invalid-value", "body-too-large", "key-reused", "cancelled-by-client", *NOT_DRAWING, *kinds),
+        **answers(
+            "invalid-value",
+            "body-too-large",
+            "body-too-slow",
+            "key-reused",
+            "cancelled-by-client",
+            *NOT_DRAWING,
+            *kinds,
+        ),
     }
 
 
@@ -145,7 +161,7 @@ async def _answer(request: Request, wish: Wish, order: Order, shape: type[Drawn]
 async def pictures(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=100, description="pictures on a page")] = 24,
-    cursor: Annotated[str | None, Query(max_length=200, description="`next` of the page before")] = None,
+    cursor: Annotated[str | None, Query(pattern=CURSOR, description="`next` of the page before")] = None,
 ) -> PicturePage:
     """The stored pictures, the newest first."""
     page = await request.app.state.studio.page(limit, cursor)

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
 from sdxl_lab import __version__
+from sdxl_lab.config import SCHEDULERS
 from service.problems import answers
 from service.studio import Studio
 
@@ -20,6 +21,7 @@ async def config(request: Request) -> dict[str, Any]:
     content: dict[str, Any] = {
         "slot": slot.folder.name,
         "config": slot.config.to_dict(),
+        "schedulers": SCHEDULERS,
         "digest": slot.digest,
         "evidence": slot.evidence,
         "runtime": engine.profile.to_dict() if engine else None,
