@@ -18,6 +18,7 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.strip().splitlines()]
 SNIPPETS = [block for language, block in BLOCKS if language == "python"]
 PORT = "127.0.0.1:8000"
+SERVED = [snippet for snippet in SNIPPETS if PORT in snippet]  # they ask the service
 
 # Who executes what this file does not.
 ELSEWHERE = {
@@ -68,13 +69,13 @@ def test_the_command_lines_run_in_order(clone: Path) -> None:
 
 @pytest.mark.slow
 def test_the_python_snippets_run(clone: Path) -> None:
-    for snippet in SNIPPETS:
+    for snippet in set(SNIPPETS) - set(SERVED):
         subprocess.run([sys.executable, "-c", snippet], cwd=clone, check=True)
     assert (clone / "runs" / "boat.png").exists()
 
 
 @pytest.mark.slow
-def test_the_curl_lines_are_answered(clone: Path) -> None:
+def test_what_asks_the_service_is_answered(clone: Path) -> None:
     """`make serve` itself, on a free port."""
     import json
     import socket
@@ -107,6 +108,11 @@ def test_the_curl_lines_are_answered(clone: Path) -> None:
                     assert "event: done" in done.stdout
                 else:
                     assert json.loads(done.stdout)
+        for snippet in SERVED:
+            command = [sys.executable, "-c", snippet.replace(PORT, f"127.0.0.1:{port}")]
+            done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True)
+            assert done.stdout.split()[::2] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+            assert open_picture(clone / "runs" / "openai-1.png").size == (256, 256)
     finally:
         server.terminate()
         assert server.wait(20) == 0
