@@ -1,10 +1,13 @@
-"""The terminal's door to the engine: draw a picture, show or repeat one, promote a configuration."""
+"""The terminal's door: draw a picture, show or repeat one, sweep over settings, promote a configuration."""
 
 import argparse
 import json
+import os
 import secrets
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,19 @@ def parser() -> argparse.ArgumentParser:
     promote.add_argument("--who", required=True, help="who promotes")
     promote.add_argument("--allow-dirty", action="store_true", help="promote from a work tree with changes")
     promote.set_defaults(run=_promote)
+
+    sweep = commands.add_parser("sweep", help="draw and measure every combination of the axes in a file; resumes")
+    sweep.add_argument("file", type=Path, help="a sweep's TOML; studies/ has examples")
+    sweep.add_argument("--out", type=Path, help="the folder for table.parquet (default runs/sweeps/NAME)")
+    sweep.add_argument("--cells", type=Path, default=Path("runs/cells"), help="where pictures and numbers are kept")
+    sweep.set_defaults(run=_sweep)
+
+    tune = commands.add_parser("tune", help="search the settings in a file for quality against cost; resumes")
+    tune.add_argument("file", type=Path, help="a study's TOML; studies/ has examples")
+    tune.add_argument("--out", type=Path, help="the folder for what is found (default runs/studies/NAME)")
+    tune.add_argument("--storage", help="a database URL that workers share (default a SQLite file in the folder)")
+    tune.add_argument("--cells", type=Path, default=Path("runs/cells"), help="where pictures and numbers are kept")
+    tune.set_defaults(run=_tune)
     return top
 
 
@@ -158,3 +174,74 @@ def _promote(asked: argparse.Namespace) -> None:
         pictures = [ticket.result() for ticket in tickets]
     slot = promote(config, asked.slot, pictures=pictures, why=asked.why, who=asked.who, allow_dirty=asked.allow_dirty)
     print(f"{slot.folder} now holds {slot.digest}, with {len(slot.goldens)} golden pictures")
+
+
+def _sweep(asked: argparse.Namespace) -> None:
+    from .sweep import OUT, Sweep, run, summary
+
+    sweep = Sweep.from_toml(asked.file)
+    out = asked.out or OUT / sweep.name
+    with _resumable(asked.cells), _cells_bar() as on_progress:
+        table = run(sweep, out=out, cells=asked.cells, on_progress=on_progress)
+    if not _first():
+        return
+    failed = table["error"].dropna()
+    print(summary(sweep, table).to_string())
+    print(f"{out / 'table.parquet'}  {len(table)} cells, {len(failed)} failed")
+    for error, count in failed.value_counts().items():
+        print(f"  {count} x {error}", file=sys.stderr)
+
+
+@contextmanager
+def _cells_bar() -> Iterator[Callable[[Any], None]]:
+    """A progress bar on the terminal, with a forecast that knows long cells from short ones."""
+    from tqdm import tqdm
+
+    form = "{n_fmt}/{total_fmt} cells |{bar}| {elapsed}{postfix}"
+    with tqdm(total=1, bar_format=form, leave=False, disable=None) as bar:
+
+        def show(progress: Any) -> None:
+            bar.n, bar.total = progress.done, progress.total
+            left = "?" if progress.eta is None else tqdm.format_interval(progress.eta)
+            bar.set_postfix_str(f"{left} left, {progress.drawn} drawn, {progress.failed} failed")
+
+        yield show
+
+
+def _tune(asked: argparse.Namespace) -> None:
+    from .tune import OUT, Plan, tune
+
+    plan = Plan.from_toml(asked.file)
+    out = asked.out or OUT / plan.name
+
+    def told(trial: Any) -> None:
+        settings = "  ".join(f"{name} {value}" for name, value in trial.params.items())
+        outcome = trial.user_attrs.get("pruned", "interrupted")
+        if trial.values:
+            outcome = f"{plan.metric.name} {trial.values[0]:.4g} at {trial.values[1]:g} UNet rows"
+        print(f"trial {trial.number}  {settings}\n  {trial.state.name.lower()}: {outcome}", flush=True)
+
+    with _resumable(asked.cells):
+        tuned = tune(plan, out=out, storage=asked.storage, cells=asked.cells, on_trial=told)
+    if not _first():
+        return
+    names = ["trial", *plan.space, plan.metric.name, "unet_rows"]
+    print(f"\nThe front, cheapest first\n{tuned.front[names].to_string(index=False)}")
+    print(f"\nImportance of each field\n{tuned.importance.round(3).to_string()}")
+    print(f"\nCandidate: {tuned.rule}")
+    if tuned.candidate is not None:
+        print(f"{out / 'candidate.toml'}  config {tuned.candidate.digest}")
+
+
+def _first() -> bool:
+    """Whether this is the one of many processes that speaks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+@contextmanager
+def _resumable(cells: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nwhat is finished is kept in {cells}; to go on, run the same command again", file=sys.stderr)
+        raise

@@ -1,0 +1,52 @@
+"""`python -m studies.nano_report`: what the sweep that confirms nano's study says, as Markdown and as plots."""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from sdxl_lab.cells import Cells
+from sdxl_lab.metrics import paired
+from sdxl_lab.plots import picture_grid, quality_against_cost
+from sdxl_lab.sweep import OUT, read_table
+
+METRICS = ("scene_right", "scene_parts", "clip_score")
+SERVED = "nano_served"
+
+
+def judged(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a configuration: its cost, its means, and how far it is from what was served, pair by pair, with the 95 %
+    interval over prompts."""
+    pairs = ["prompt", "seed"]
+    served = table[table["config"] == SERVED].set_index(pairs)
+    rows = []
+    for name, found in table.groupby("config", sort=False):
+        found = found.set_index(pairs).loc[served.index]
+        row = {"configuration": name, "UNet rows": f"{found['unet_rows'].mean():.0f}"}
+        for metric in METRICS:
+            row[metric] = f"{found[metric].mean():.3g}"
+            if name != SERVED:
+                by = list(served.index.get_level_values("prompt"))
+                gain = paired(found[metric].to_numpy(), served[metric].to_numpy(), by=by)
+                row[metric] += f" ({gain.mean:+.2g}, {gain.low:+.2g} to {gain.high:+.2g})"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    lines = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def main() -> None:
+    table = read_table(OUT / "nano_confirm")
+    print(markdown(judged(table)))
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
+    quality_against_cost(table, "config", "unet_rows", "scene_parts", "unet_rows").save(out / "nano-confirmed.png")
+    some = table[table["prompt"].isin(table["prompt"].unique()[:6])]
+    with Cells() as cells:
+        picture_grid(some, cells.picture, "prompt", "config", notes=["scene_parts"]).save(out / "nano-pictures.png")
+
+
+if __name__ == "__main__":
+    main()
