@@ -43,9 +43,11 @@ def main() -> None:
     print(markdown(judged(table)))
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
     quality_against_cost(table, "config", "unet_rows", "scene_parts", "unet_rows").save(out / "nano-confirmed.png")
-    some = table[table["prompt"].isin(table["prompt"].unique()[:6])]
+    shown = [SERVED, "nano_trial_06", "nano_trial_08", "nano_trial_20"]
+    some = table[table["prompt"].isin(table["prompt"].unique()[:6]) & table["config"].isin(shown)]
     with Cells() as cells:
-        picture_grid(some, cells.picture, "prompt", "config", notes=["scene_parts"]).save(out / "nano-pictures.png")
+        sheet = picture_grid(some, cells.picture, "prompt", "config", notes=["scene_parts"], side=128)
+    sheet.quantize(128).save(out / "nano-pictures.png", optimize=True)
 
 
 if __name__ == "__main__":
