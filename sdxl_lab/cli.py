@@ -10,6 +10,7 @@ from typing import Any
 
 from . import __version__
 from .config import MAX_SEED, SCHEDULERS, ConfigError, GenerationConfig, RefinerConfig
+from .notebook import NotebookError
 
 STOPPED = 130  # what a shell expects of a program ended by Ctrl-C
 
@@ -51,6 +52,15 @@ def parser() -> argparse.ArgumentParser:
     promote.add_argument("--who", required=True, help="who promotes")
     promote.add_argument("--allow-dirty", action="store_true", help="promote from a work tree with changes")
     promote.set_defaults(run=_promote)
+
+    notebook = commands.add_parser("notebook", help="run a notebook to its end, or say why it did not get there")
+    notebook.add_argument("file", type=Path, help="an .ipynb, such as notebooks/05_regression.ipynb")
+    notebook.add_argument(
+        "-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="may be repeated"
+    )
+    notebook.add_argument("--out", type=Path, metavar="FILE", help="the executed copy; default runs/notebooks/NAME")
+    notebook.add_argument("--cell-seconds", type=float, default=600, help="what one cell may take (default 600)")
+    notebook.set_defaults(run=_notebook)
     return top
 
 
@@ -62,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return STOPPED
-    except (ValueError, OSError) as error:  # ConfigError, ModelError, PictureError, SlotError are ValueErrors
+    except (ValueError, OSError, NotebookError) as error:  # ConfigError, ModelError, SlotError... are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -158,3 +168,17 @@ def _promote(asked: argparse.Namespace) -> None:
         pictures = [ticket.result() for ticket in tickets]
     slot = promote(config, asked.slot, pictures=pictures, why=asked.why, who=asked.who, allow_dirty=asked.allow_dirty)
     print(f"{slot.folder} now holds {slot.digest}, with {len(slot.goldens)} golden pictures")
+
+
+def _notebook(asked: argparse.Namespace) -> None:
+    from . import notebook
+
+    words = {}
+    for pair in asked.parameter:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"a parameter must be NAME=VALUE; received {pair!r}. Example: steps=6")
+        words[name] = value
+    began = time.monotonic()
+    out = notebook.run(asked.file, notebook.parsed(asked.file, words), out=asked.out, cell_seconds=asked.cell_seconds)
+    print(f"{out}  ran to its end in {time.monotonic() - began:.0f} s")

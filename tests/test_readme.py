@@ -25,6 +25,7 @@ ELSEWHERE = {
     "make check": ".ci/run",
     "make test": ".ci/run",
     "make test-fast": "a part of make test",
+    "make notebooks": "notebooks/, one by one, through sdxl_lab/notebook.py",
     "make bench": "test_bench.py",
     "make train": "lab/test_recipe.py, with --tiny",
     "dstack apply -f dev.dstack.yml": "test_dstack.py, through dstack's parser: applying it takes a GPU",
