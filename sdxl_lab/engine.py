@@ -465,6 +465,7 @@ class Engine:
             "sampler": schedulers.spec(job.config.scheduler).a1111,
             "scheduler": schedulers.effective(trajectory.stages[-1].scheduler),
             "unet_calls": {stage.name: len(stage.timesteps) for stage in trajectory.stages},
+            "unet_rows": {stage.name: stage.total_rows for stage in trajectory.stages},
             "weights": self.weights,
             "runtime": self.profile.to_dict(),
             "libraries": {module.__name__: module.__version__ for module in (diffusers, torch, transformers)},

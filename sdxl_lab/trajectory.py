@@ -191,6 +191,11 @@ class Stage:
     def row_count(self) -> int:
         return 2 if self.guides[self.index] else 1
 
+    @property
+    def total_rows(self) -> int:
+        """UNet rows of the whole stage: what it costs."""
+        return len(self.guides) + sum(self.guides)
+
     def inputs(self, latents: torch.Tensor) -> Rows:
         timestep = self.timesteps[self.index]
         self._scaled = scaled = self.scheduler.scale_model_input(latents, timestep)
