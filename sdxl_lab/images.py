@@ -154,6 +154,11 @@ def mean_difference(first: Image.Image, second: Image.Image) -> float:
     return float(_differences(first, second).mean()) / 255
 
 
+def magnified_difference(first: Image.Image, second: Image.Image, gain: float) -> Image.Image:
+    """Where two pictures differ: each sample's absolute difference times `gain`, black where they agree."""
+    return Image.fromarray(np.clip(_differences(first, second) * gain, 0, 255).astype(np.uint8))
+
+
 def _differences(first: Image.Image, second: Image.Image) -> np.ndarray:
     if first.size != second.size:
         raise PictureError(f"pictures of different size cannot be compared: {first.size} and {second.size}")

@@ -1,0 +1,163 @@
+"""Is a slot still what was promoted? Its goldens and its metric set are drawn again and compared.
+
+On the same kind of machine (device and dtype) a golden must come back as `promotion.compare_golden` has it, to one step
+of an 8-bit sample. Elsewhere that is not promised: there it must also be as similar as `LEAST_SSIM`. The metric set is
+compared everywhere, pair by pair, with the relative gates that the candidate had to pass itself.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .config import RuntimeProfile
+from .gates import DEFAULT_GATES, LEAST_PROMPTS, Gate, Verdict
+from .images import Picture, magnified_difference, open_picture
+from .metrics import METRICS, find
+from .promotion import Comparison, Slot, SlotError, compare_golden
+from .trajectory import Job
+from .trial import draw
+
+# nano's pictures in bfloat16 have an SSIM of 0.9988 to 0.9994 with those in float32; two more steps go below 0.99.
+LEAST_SSIM = 0.99
+MAGNIFIED = 8
+
+
+class RegressionError(RuntimeError):
+    """The slot's configuration no longer draws what was promoted."""
+
+
+@dataclass(frozen=True)
+class Redrawn:
+    """A golden drawn again. `ssim` (Wang et al. 2004) is None where the sizes differ."""
+
+    comparison: Comparison
+    picture: Picture
+    ssim: float | None
+
+    @property
+    def reason(self) -> str | None:
+        """Why this is a regression; None where it is none."""
+        if self.comparison.reason is not None or self.comparison.measure == "max-abs":
+            return self.comparison.reason
+        if self.ssim is not None and self.ssim < LEAST_SSIM:
+            name = self.comparison.golden.path.name
+            return f"golden {name}: the SSIM is {self.ssim:.4f}; at least {LEAST_SSIM} is asked for on another machine"
+        return None
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """Expected, actual, and the difference magnified; of a picture of another size there is no difference."""
+        expected, actual = open_picture(self.comparison.golden.path), self.picture.image
+        if expected.size != actual.size:
+            return [expected, actual.resize(expected.size), Image.new("RGB", expected.size, "white")]
+        return [expected, actual, magnified_difference(expected, actual, MAGNIFIED)]
+
+    @property
+    def labels(self) -> list[str]:
+        found = self.comparison
+        return [
+            f"expected: {found.golden.prompt}, seed {found.golden.seed}",
+            f"actual: {'regressed' if self.reason else 'the same'}",
+            f"difference x{MAGNIFIED}: {found.difference:.4f} ({found.measure})",
+        ]
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A slot held against itself. `verdicts` are those of the metric set, empty where its evidence has none."""
+
+    slot: Slot
+    goldens: Sequence[Redrawn]
+    verdicts: Sequence[Verdict]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Every regression found, in words."""
+        failed = [f"{verdict.gate}: {verdict.figures}" for verdict in self.verdicts if not verdict.passed]
+        return [reason for golden in self.goldens if (reason := golden.reason)] + failed
+
+    @property
+    def passed(self) -> bool:
+        return not self.reasons
+
+    def result(self) -> dict[str, Any]:
+        """The whole finding as plain values."""
+        first = self.goldens[0]
+        return {
+            "passed": self.passed,
+            "reasons": self.reasons,
+            "slot": str(self.slot.folder),
+            "digest": self.slot.digest,
+            "goldens": [
+                {
+                    "file": golden.comparison.golden.path.name,
+                    "measure": golden.comparison.measure,
+                    "difference": golden.comparison.difference,
+                    "tolerance": golden.comparison.tolerance,
+                    "ssim": golden.ssim,
+                    "reason": golden.reason,
+                }
+                for golden in self.goldens
+            ],
+            "metrics": [vars(verdict) for verdict in self.verdicts],
+            "promoted": {name: first.comparison.golden.record[name] for name in RAN},
+            "redrawn": {name: first.picture.record[name] for name in RAN},
+        }
+
+    def write(self, path: Path | str) -> None:
+        """`result` as JSON."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(self.result(), indent=2, sort_keys=True) + "\n")
+
+    def check(self) -> None:
+        """Raises `RegressionError` with every reason."""
+        if not self.passed:
+            raise RegressionError(f"{self.slot.folder} has regressed: " + "; ".join(self.reasons))
+
+
+RAN = ("weights", "runtime", "libraries", "version")
+
+
+def regress(slot: Slot, *, metrics: bool = True, profile: RuntimeProfile | None = None) -> Regression:
+    """Draw the slot's goldens, and with `metrics` the pictures of its metric set, and compare. Raises `SlotError` for a
+    slot without goldens, which promises nothing that could be checked."""
+    goldens = slot.goldens
+    if not goldens:
+        raise SlotError(f"a slot must have goldens to be held against; {slot.folder} has none. Promote into it first")
+    evidence = slot.evidence or {}
+    judged = evidence if metrics and evidence.get("metrics") else {}
+    pairs = [(prompt, seed) for prompt in judged.get("prompts", ()) for seed in judged["seeds"]]
+    wanted = list(dict.fromkeys([(golden.prompt, golden.seed) for golden in goldens] + pairs))
+    drawn = dict(zip(wanted, draw([Job(slot.config, *pair) for pair in wanted], profile), strict=True))
+    redrawn = []
+    for golden in goldens:
+        picture = drawn[golden.prompt, golden.seed]
+        redrawn.append(Redrawn(compare_golden(golden, picture), picture, _ssim(golden.path, picture)))
+    return Regression(slot, redrawn, _verdicts(judged, [drawn[pair] for pair in pairs]))
+
+
+def _ssim(path: Path, picture: Picture) -> float | None:
+    expected = open_picture(path)
+    if expected.size != picture.image.size:
+        return None
+    return float(METRICS["ssim"]([picture], [Picture(expected, {}, {})])[0])
+
+
+def _verdicts(judged: dict[str, Any], pictures: Sequence[Picture]) -> list[Verdict]:
+    """The relative gates, with what was promoted in the place of what is served."""
+    if len(set(judged.get("prompts", ()))) < LEAST_PROMPTS:
+        return []
+    gates = [gate for gate in (Gate.parse(said["gate"]) for said in judged["gates"]) if gate.relative]
+    prompts = [prompt for prompt in judged["prompts"] for _ in judged["seeds"]]
+    verdicts = []
+    for gate in gates or DEFAULT_GATES:
+        then = judged["metrics"].get(gate.metric)
+        if then is not None:
+            metric = find(gate.metric, judged["clip"])
+            verdicts.append(gate.judge(metric, metric(pictures), np.array(then["values"]), prompts))
+    return verdicts
