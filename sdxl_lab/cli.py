@@ -11,6 +11,7 @@ from typing import Any
 
 from . import __version__
 from .config import MAX_SEED, SCHEDULERS, ConfigError, GenerationConfig, RefinerConfig
+from .notebook import NotebookError
 
 STOPPED = 130  # what a shell expects of a program ended by Ctrl-C
 
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return STOPPED
-    except (ValueError, OSError, RuntimeError) as error:  # every error of this library is one of these
+    except (ValueError, OSError, NotebookError) as error:  # ConfigError, ModelError, SlotError... are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -185,7 +186,7 @@ def _promote(asked: argparse.Namespace) -> None:
         if given := [name for name in ("plan", "prompt", "seed", "gate") if getattr(asked, name) is not None]:
             raise ValueError(f"--evidence says what was tried, and must come without --{given[0]}")
         judged = read_judged(asked.evidence)
-        goldens = trial.draw([Job(config, prompt, seed) for prompt, seed in trial.golden_pairs(judged)])
+        goldens = trial.draw([Job(config, golden["prompt"], golden["seed"]) for golden in judged["goldens"]])
     else:
         found = trial.run(config, asked.slot, _plan(asked))
         judged, goldens = found.judged(), found.goldens
@@ -206,8 +207,9 @@ def _plan(asked: argparse.Namespace) -> Any:
     from .trial import Plan
 
     plan = Plan.from_toml(asked.plan) if asked.plan else Plan()
-    changes = {"prompts": asked.prompt, "seeds": asked.seed, "gates": asked.gate}
-    return dataclasses.replace(plan, **{name: tuple(value) for name, value in changes.items() if value is not None})
+    return dataclasses.replace(
+        plan, prompts=asked.prompt or plan.prompts, seeds=asked.seed or plan.seeds, gates=asked.gate or plan.gates
+    )
 
 
 def _verify(asked: argparse.Namespace) -> None:

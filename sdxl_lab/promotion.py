@@ -133,6 +133,7 @@ JUDGED_FIELDS = (
     "runtime",
     "libraries",
     "version",
+    "goldens",
 )
 # Evidence is of these weights, libraries and code; drawn with others, a picture is not the one that was judged.
 STALE_FIELDS = ("weights", "libraries", "version")

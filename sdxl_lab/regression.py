@@ -27,7 +27,7 @@ LEAST_SSIM = 0.99
 MAGNIFIED = 8
 
 
-class RegressionError(RuntimeError):
+class RegressionError(SlotError):
     """The slot's configuration no longer draws what was promoted."""
 
 

@@ -144,6 +144,7 @@ class Trial:
             "commit": commit,
             "dirty": dirty,
             "notebook": dict(notebook) if notebook else None,
+            "goldens": [{"prompt": golden.record["prompt"], "seed": golden.record["seed"]} for golden in self.goldens],
         }
         plain: dict[str, Any] = json.loads(json.dumps(judged))
         return plain
@@ -207,11 +208,6 @@ def draw(jobs: Sequence[Job], profile: RuntimeProfile | None = None) -> list[Pic
             tickets = [engine.submit(jobs[index]) for index in mine]
             pictures |= {index: ticket.result() for index, ticket in zip(mine, tickets, strict=True)}
     return [pictures[index] for index in range(len(jobs))]
-
-
-def golden_pairs(judged: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """The prompts and seeds of the goldens that a trial would give, from what it wrote."""
-    return [(prompt, judged["seeds"][0]) for prompt in judged["prompts"][: Plan.goldens]]
 
 
 def candidate_of(path: Path | str) -> GenerationConfig:
