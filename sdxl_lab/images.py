@@ -154,9 +154,12 @@ def mean_difference(first: Image.Image, second: Image.Image) -> float:
     return float(_differences(first, second).mean()) / 255
 
 
-def magnified_difference(first: Image.Image, second: Image.Image, gain: float) -> Image.Image:
-    """Where two pictures differ: each sample's absolute difference times `gain`, black where they agree."""
-    return Image.fromarray(np.clip(_differences(first, second) * gain, 0, 255).astype(np.uint8))
+def magnified_difference(first: Image.Image, second: Image.Image) -> tuple[Image.Image, float]:
+    """Where two pictures differ: their absolute difference, black where they agree, and by how much it was multiplied
+    so that the largest one is white (1.0 for equal pictures). Sizes must agree."""
+    differences = _differences(first, second)
+    gain = 255 / max(1, int(differences.max())) if differences.any() else 1.0
+    return Image.fromarray((differences * gain).round().astype(np.uint8)), gain
 
 
 def _differences(first: Image.Image, second: Image.Image) -> np.ndarray:

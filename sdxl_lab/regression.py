@@ -24,7 +24,6 @@ from .trial import draw
 
 # nano's pictures in bfloat16 have an SSIM of 0.9988 to 0.9994 with those in float32; two more steps go below 0.99.
 LEAST_SSIM = 0.99
-MAGNIFIED = 8
 
 
 class RegressionError(SlotError):
@@ -50,21 +49,18 @@ class Redrawn:
         return None
 
     @property
-    def images(self) -> list[Image.Image]:
-        """Expected, actual, and the difference magnified; of a picture of another size there is no difference."""
-        expected, actual = open_picture(self.comparison.golden.path), self.picture.image
+    def panels(self) -> dict[str, Image.Image]:
+        """By its label: what was expected, what came, and the difference magnified; none where the sizes differ."""
+        found, actual = self.comparison, self.picture.image
+        expected = open_picture(found.golden.path)
+        panels = {
+            f"expected: {found.golden.prompt}, seed {found.golden.seed}": expected,
+            f"actual: {'regressed' if self.reason else 'the same'}": actual.resize(expected.size),
+        }
         if expected.size != actual.size:
-            return [expected, actual.resize(expected.size), Image.new("RGB", expected.size, "white")]
-        return [expected, actual, magnified_difference(expected, actual, MAGNIFIED)]
-
-    @property
-    def labels(self) -> list[str]:
-        found = self.comparison
-        return [
-            f"expected: {found.golden.prompt}, seed {found.golden.seed}",
-            f"actual: {'regressed' if self.reason else 'the same'}",
-            f"difference x{MAGNIFIED}: {found.difference:.4f} ({found.measure})",
-        ]
+            return panels | {"no difference: the sizes differ": Image.new("RGB", expected.size, "white")}
+        difference, gain = magnified_difference(expected, actual)
+        return panels | {f"difference x{gain:.0f}, {found.measure} {found.difference:.4f}": difference}
 
 
 @dataclass(frozen=True)
@@ -84,6 +80,11 @@ class Regression:
     @property
     def passed(self) -> bool:
         return not self.reasons
+
+    @property
+    def panels(self) -> list[tuple[str, Image.Image]]:
+        """Three a golden, for a sheet: each picture under its label."""
+        return [panel for golden in self.goldens for panel in golden.panels.items()]
 
     def result(self) -> dict[str, Any]:
         """The whole finding as plain values."""

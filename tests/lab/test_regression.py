@@ -286,19 +286,20 @@ def test_elsewhere_a_picture_of_another_structure_is_red_though_its_mean_differe
 
 def test_the_report_shows_expected_actual_and_the_difference_magnified(slot, monkeypatch):
     monkeypatch.setattr(regression, "Job", lambda config, *pair: Job(config.with_(guidance_scale=5.5), *pair))
-    golden = regress(slot, metrics=False, profile=FLOAT32).goldens[0]
-    expected, actual, difference = map(np.asarray, golden.images)
+    found = regress(slot, metrics=False, profile=FLOAT32)
+    assert len(found.panels) == 3 * len(found.goldens)
+    labels, images = zip(*found.panels[:3], strict=True)
+    assert labels[:2] == ("expected: a cat, seed 3", "actual: regressed")
+    assert labels[2].startswith("difference x")
+    expected, actual, difference = map(np.asarray, images)
     apart = np.abs(expected.astype(int) - actual)
-    assert apart.max() > 0
-    np.testing.assert_array_equal(difference, np.clip(apart * regression.MAGNIFIED, 0, 255))
-    assert golden.labels[0] == "expected: a cat, seed 3"
-    assert golden.labels[1] == "actual: regressed"
+    np.testing.assert_array_equal(difference, (apart * (255 / apart.max())).round())
 
 
 def test_a_picture_of_another_size_is_shown_and_red(slot, monkeypatch):
     monkeypatch.setattr(regression, "Job", lambda config, *pair: Job(config.with_(width=72), *pair))
     golden = regress(slot, metrics=False, profile=FLOAT32).goldens[0]
-    assert {image.size for image in golden.images} == {(64, 64)}
+    assert {image.size for image in golden.panels.values()} == {(64, 64)}
     assert golden.reason
 
 
