@@ -1,11 +1,14 @@
-"""The terminal's door: draw a picture, show or repeat one, promote and verify a configuration, run a notebook."""
+"""The terminal's door: draw, show or repeat a picture, sweep, promote and verify settings, run a notebook."""
 
 import argparse
 import dataclasses
 import json
+import os
 import secrets
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,12 @@ def parser() -> argparse.ArgumentParser:
     notebook.add_argument("--out", type=Path, metavar="FILE", help="the executed copy; default runs/notebooks/NAME")
     notebook.add_argument("--cell-seconds", type=float, default=600, help="what one cell may take (default 600)")
     notebook.set_defaults(run=_notebook)
+
+    sweep = commands.add_parser("sweep", help="draw and measure every combination of the axes in a file; resumes")
+    sweep.add_argument("file", type=Path, help="a sweep's TOML; studies/ has examples")
+    sweep.add_argument("--out", type=Path, help="the folder for table.parquet (default runs/sweeps/NAME)")
+    sweep.add_argument("--cells", type=Path, default=Path("runs/cells"), help="where pictures and numbers are kept")
+    sweep.set_defaults(run=_sweep)
     return top
 
 
@@ -250,3 +259,39 @@ def _notebook(asked: argparse.Namespace) -> None:
     began = time.monotonic()
     out = notebook.run(asked.file, notebook.parsed(asked.file, words), out=asked.out, cell_seconds=asked.cell_seconds)
     print(f"{out}  ran to its end in {time.monotonic() - began:.0f} s")
+
+
+def _sweep(asked: argparse.Namespace) -> None:
+    from .sweep import OUT, Sweep, run, summary
+
+    sweep = Sweep.from_toml(asked.file)
+    out = asked.out or OUT / sweep.name
+    try:
+        with _cells_bar() as on_progress:
+            table = run(sweep, out=out, cells=asked.cells, on_progress=on_progress)
+    except KeyboardInterrupt:
+        print(f"\nwhat is finished is kept in {asked.cells}; to go on, run the same command again", file=sys.stderr)
+        raise
+    if int(os.environ.get("RANK", 0)) > 0:  # one of many processes: the first speaks
+        return
+    failed = table["error"].dropna()
+    print(summary(sweep, table).to_string())
+    print(f"{out / 'table.parquet'}  {len(table)} cells, {len(failed)} failed")
+    for error, count in failed.value_counts().items():
+        print(f"  {count} x {error}", file=sys.stderr)
+
+
+@contextmanager
+def _cells_bar() -> Iterator[Callable[[Any], None]]:
+    """A progress bar on the terminal, with a forecast that knows long cells from short ones."""
+    from tqdm import tqdm
+
+    form = "{n_fmt}/{total_fmt} cells |{bar}| {elapsed}{postfix}"
+    with tqdm(total=1, bar_format=form, leave=False, disable=None) as bar:
+
+        def show(progress: Any) -> None:
+            bar.n, bar.total = progress.done, progress.total
+            left = "?" if progress.eta is None else tqdm.format_interval(progress.eta)
+            bar.set_postfix_str(f"{left} left, {progress.drawn} drawn, {progress.failed} failed")
+
+        yield show

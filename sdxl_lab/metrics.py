@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from .images import Picture, max_difference
-from .models import NANO
+from .models import NANO, loading
 
 Measure = Callable[[Sequence[Picture], Sequence[Picture]], Iterable[float]]
 
@@ -272,9 +272,10 @@ def _load_clip(model: str, revision: str | None) -> _Clip:
     place = str(NANO / "clip") if model == "nano" else model
     variant = "fp16" if Path(place, "model.fp16.safetensors").is_file() else None
     try:
-        loaded = CLIPModel.from_pretrained(place, revision=revision, variant=variant, dtype=torch.float32)
-        tokenizer = CLIPTokenizer.from_pretrained(place, revision=revision)
-        processor = CLIPImageProcessorPil.from_pretrained(place, revision=revision)
+        with loading():
+            loaded = CLIPModel.from_pretrained(place, revision=revision, variant=variant, dtype=torch.float32)
+            tokenizer = CLIPTokenizer.from_pretrained(place, revision=revision)
+            processor = CLIPImageProcessorPil.from_pretrained(place, revision=revision)
     except (OSError, ValueError) as error:
         raise MetricError(
             f"a CLIP model must be nano, a folder or a hub id of a CLIPModel; received {model!r}: {error}. Example: "
@@ -311,11 +312,12 @@ def interval(
     *,
     by: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
-    resamples: int = 2000,
+    resamples: int = 4000,
     seed: int = 0,
 ) -> Interval:
-    """The bootstrap interval of the mean: bias-corrected and accelerated (Efron 1987), from scipy. The same values give
-    the same interval.
+    """The bootstrap interval of the mean: bias-corrected and accelerated (Efron 1987), from scipy, and expanded for few
+    values as Hesterberg 2015 (arXiv 1411.5279, section 4.2.2) has it: from eight values of a normal distribution, 95 %
+    held the true mean in 88 % of trials before and in 93 % after. The same values give the same interval.
 
     With `by`, one label a value (the prompts, say), values of a label are averaged first and the labels are resampled:
     then the interval speaks of prompts not drawn yet, without it only of more seeds of these.
@@ -335,12 +337,23 @@ def interval(
             "One picture proves nothing: take more seeds or prompts"
         )
     mean = float(found.mean())
-    if np.ptp(found) == 0:
+    if np.ptp(found) <= 1e-9 * np.abs(found).max():  # equal but for rounding
         return Interval(mean, mean, mean, len(found))
     bounds = stats.bootstrap(
-        (found,), np.mean, n_resamples=resamples, confidence_level=confidence, method="BCa", rng=seed
+        (found,),
+        np.mean,
+        n_resamples=resamples,
+        confidence_level=min(_expanded(confidence, len(found)), 1 - 1 / resamples),
+        method="BCa",
+        rng=seed,
     ).confidence_interval
     return Interval(mean, float(bounds.low), float(bounds.high), len(found))
+
+
+def _expanded(confidence: float, count: int) -> float:
+    """Wider by as much as Student's t is wider than the normal, and as a sample's spread is too small."""
+    reach = stats.t.ppf((1 + confidence) / 2, count - 1) * np.sqrt(count / (count - 1))
+    return float(1 - 2 * stats.norm.sf(reach))
 
 
 def paired(
@@ -349,7 +362,7 @@ def paired(
     *,
     by: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
-    resamples: int = 2000,
+    resamples: int = 4000,
     seed: int = 0,
 ) -> Interval:
     """The `interval` of the mean of `a - b`, where a[i] and b[i] are of the same prompt and seed.

@@ -158,7 +158,7 @@ def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:
     """Load a base, its refiner if named, and another VAE if named. Raises `ModelError`."""
     profile = profile or RuntimeProfile()
     device, dtype = placement(profile)
-    with _LOADING, _quiet():
+    with loading():
         base, refiner, vae = _load_parts(ref, _dtypes(device, dtype))
     parts = [_steadied(vae), base.unet, base.text_encoder, base.text_encoder_2, *([refiner.unet] if refiner else [])]
     for part in parts:
@@ -227,18 +227,20 @@ def _load_parts(ref: ModelRef, dtype: Dtypes) -> tuple[Any, Any, AutoencoderKL]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars for reading weights from disk; those of a download come from the hub client and stay."""
+def loading() -> Iterator[None]:
+    """Around whatever loads weights: one load at a time, and no progress bars for reading them from disk; those of a
+    download come from the hub client and stay."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
-    shown = [library.is_progress_bar_enabled() for library in libraries]
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, was in zip(libraries, shown, strict=True):
-            if was:
-                library.enable_progress_bar()
+    with _LOADING:
+        shown = [library.is_progress_bar_enabled() for library in libraries]
+        for library in libraries:
+            library.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for library, was in zip(libraries, shown, strict=True):
+                if was:
+                    library.enable_progress_bar()
 
 
 def placement(profile: RuntimeProfile) -> tuple[torch.device, torch.dtype]:
