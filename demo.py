@@ -103,6 +103,9 @@ def served_pictures(address: str) -> list[Row]:
         rows.append((f"HTTP /{name}, /download", str(path), f"config {answer['config']}"))
     verdict = same_pixels(RUN / "served-generate.png", RUN / "notebook" / "golden.png")
     rows[0] = (*rows[0][:2], f"{verdict} as the notebook, {rows[0][2]}")
+    again = RUN / "served-generate-again.png"
+    run(sys.executable, "-m", "sdxl_lab", "generate", "--like", RUN / "served-generate.png", "--out", again)
+    rows.append(("served PNG, --like", str(again), same_pixels(RUN / "served-generate.png", again)))
     return rows
 
 

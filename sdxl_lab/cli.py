@@ -186,9 +186,10 @@ def _show(asked: argparse.Namespace) -> None:
 def _promote(asked: argparse.Namespace) -> None:
     from . import trial
     from .difference import difference_table
-    from .promotion import promote, read_judged, served
+    from .promotion import clean_state, promote, read_judged, served
     from .trajectory import Job
 
+    clean_state(asked.allow_dirty)
     config = trial.candidate_of(asked.candidate)
     before = served(asked.slot)
     if asked.evidence:

@@ -36,11 +36,16 @@ def difference_table(
     parts.append(_markdown(("setting", "served", "candidate"), rows) if rows else "The settings are the same.")
     if judged:
         parts.append(_markdown(("metric", "better", "served", "candidate", "difference [95 %]"), _metric_rows(judged)))
-        parts.append(f"{len(judged['prompts'])} prompts x {len(judged['seeds'])} seeds; intervals are over prompts.")
+        drawn = " x ".join(_count(len(judged[names]), names) for names in ("prompts", "seeds"))
+        parts.append(f"{drawn}; intervals are over prompts.")
         verdicts = [("pass" if g["passed"] else "**fail**", g["gate"], g["figures"]) for g in judged["gates"]]
         if verdicts:
             parts.append(_markdown(("", "gate", "figures"), verdicts))
     return "\n\n".join(parts) + "\n"
+
+
+def _count(number: int, names: str) -> str:
+    return f"{number} {names if number != 1 else names.removesuffix('s')}"
 
 
 def _metric_rows(judged: Mapping[str, Any]) -> list[tuple[str, ...]]:

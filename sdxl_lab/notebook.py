@@ -7,6 +7,8 @@ nothing of pictures.
 """
 
 import ast
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,6 +81,15 @@ def parsed(path: Path | str, words: Mapping[str, str]) -> dict[str, Any]:
     spells. papermill guesses from the word alone, and makes the prompt "7" a number."""
     own = defaults(_read(Path(path)))
     return {name: word if isinstance(own.get(name), str) else _literal(word) for name, word in words.items()}
+
+
+def origin(path: Path | str, **parameters: Any) -> dict[str, Any]:
+    """Which notebook something was made in, for the evidence of a promotion: its name, the sha256 of its cells' sources
+    (outputs and execution counts do not matter), and the parameters it ran with."""
+    cells = json.loads(Path(path).read_text())["cells"]
+    sources = json.dumps([["".join(cell["source"]), cell["cell_type"]] for cell in cells])
+    digest = hashlib.sha256(sources.encode()).hexdigest()
+    return {"file": Path(path).name, "sha256": digest, "parameters": parameters}
 
 
 def _literal(word: str) -> Any:

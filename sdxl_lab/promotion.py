@@ -197,13 +197,7 @@ def promote(
     if judged is not None:
         _check_judged(judged, "the evidence")
         _check_promotable(config, judged, drawn)
-    commit, dirty = git_state()
-    dirty = dirty or bool(judged and judged.get("dirty"))
-    if dirty and not allow_dirty:
-        raise SlotError(
-            "a promotion must come from a clean work tree, so that its commit says all; commit first, or "
-            "pass allow_dirty=True"
-        )
+    commit, dirty = clean_state(allow_dirty, was_dirty=bool(judged and judged.get("dirty")))
     goldens = {_golden_name(number, picture): picture for number, picture in enumerate(pictures, 1)}
     evidence = {
         "replaces": None,
@@ -342,6 +336,19 @@ def _golden_name(number: int, picture: Picture) -> str:
     """Numbered, since two prompts may have the same words or begin alike."""
     words = "".join(letter if letter.isalnum() else "-" for letter in picture.record["prompt"].lower())
     return f"{number:02}-{words[:60].strip('-')}-{picture.record['seed']}.png"
+
+
+def clean_state(allow_dirty: bool, *, was_dirty: bool = False) -> tuple[str | None, bool]:
+    """`git_state`; `SlotError` for a work tree with uncommitted changes, now or when something was judged, unless they
+    are allowed. Whoever draws for long before promoting asks first."""
+    commit, dirty = git_state()
+    dirty = dirty or was_dirty
+    if dirty and not allow_dirty:
+        raise SlotError(
+            "a promotion must come from a clean work tree, so that its commit says all; commit first, or "
+            "pass allow_dirty=True (--allow-dirty)"
+        )
+    return commit, dirty
 
 
 def git_state() -> tuple[str | None, bool]:

@@ -4,7 +4,6 @@ Gives what a promotion is decided on (`Trial.judged`, for `promotion.promote`) a
 nothing.
 """
 
-import hashlib
 import json
 import platform
 import tomllib
@@ -127,7 +126,7 @@ class Trial:
     def judged(self, notebook: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What `promotion.promote` takes and a slot keeps as evidence: plain values, as JSON has them.
 
-        `notebook` is what `notebook_origin` gives, where the trial runs in one.
+        `notebook` is what `notebook.origin` gives, where the trial runs in one.
         """
         record = self.pictures[0].record
         commit, dirty = git_state()
@@ -216,12 +215,3 @@ def candidate_of(path: Path | str) -> GenerationConfig:
     if path.suffix == ".png":
         return GenerationConfig.from_dict(read_record(path)["config"])
     return GenerationConfig.from_toml(path)
-
-
-def notebook_origin(path: Path | str, **parameters: Any) -> dict[str, Any]:
-    """Which notebook a trial ran in, for the evidence: its name, the sha256 of its cells' sources (outputs and
-    execution counts do not matter), and the parameters it ran with."""
-    cells = json.loads(Path(path).read_text())["cells"]
-    sources = json.dumps([["".join(cell["source"]), cell["cell_type"]] for cell in cells])
-    digest = hashlib.sha256(sources.encode()).hexdigest()
-    return {"file": Path(path).name, "sha256": digest, "parameters": parameters}

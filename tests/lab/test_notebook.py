@@ -1,12 +1,13 @@
 """The runner of notebooks: what papermill lets pass is a failure here, and the copy that is kept says so."""
 
+import json
 from pathlib import Path
 
 import nbformat
 import pytest
 
 from sdxl_lab.cli import main
-from sdxl_lab.notebook import NotebookError, defaults, parsed, run
+from sdxl_lab.notebook import NotebookError, defaults, origin, parsed, run
 
 OWN = "words = 'a cat'\nsteps = 4  # of diffusion\nscale = 1.5\nsizes = [\n    1,\n    2,\n]\nslot = None"
 
@@ -82,6 +83,18 @@ def test_words_of_the_command_line_become_what_the_notebook_has(notebook):
     words = {"words": "7", "steps": "7", "scale": "2", "sizes": "(1, 2)", "slot": "here", "unknown": "x"}
     read = {"words": "7", "steps": 7, "scale": 2, "sizes": (1, 2), "slot": "here", "unknown": "x"}
     assert parsed(notebook(), words) == read
+
+
+def test_a_notebook_is_known_by_its_sources_and_parameters(tmp_path):
+    cell = {"cell_type": "code", "source": ["a = 1\n", "b"], "outputs": [], "execution_count": None}
+
+    def known(**changes) -> dict:
+        (tmp_path / "04.ipynb").write_text(json.dumps({"cells": [cell | changes]}))
+        return origin(tmp_path / "04.ipynb", steps=3)
+
+    assert known() == known(outputs=["a picture"], execution_count=3) == known(source="a = 1\nb")
+    assert known()["sha256"] != known(source="a = 2\nb")["sha256"]
+    assert (known()["file"], known()["parameters"]) == ("04.ipynb", {"steps": 3})
 
 
 @pytest.mark.slow
