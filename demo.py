@@ -62,13 +62,9 @@ def command_line() -> list[Row]:
 
 def notebook() -> list[Row]:
     parameters = {"prompt": PROMPT, "seed": str(SEED), "out": str(RUN / "notebook"), "slot": str(RUN / "slot")}
-    given = [word for name, value in parameters.items() for word in ("-p", name, value)]
+    given = [word for name, value in parameters.items() for word in ("-p", f"{name}={value}")]
     executed = RUN / "01_explore.ipynb"
-    run(
-        *(sys.executable, "-m", "papermill", "notebooks/01_explore.ipynb", executed, *given),
-        *("--cwd", ".", "--no-progress-bar", "--execution-timeout", "300"),
-        PYTHONPATH=str(ROOT),
-    )
+    run(sys.executable, "-m", "sdxl_lab", "notebook", "notebooks/01_explore.ipynb", "--out", executed, *given)
     golden = RUN / "notebook" / "golden.png"
     return [
         ("notebook (papermill)", str(executed), "ran to its end"),
