@@ -4,6 +4,7 @@ Gives what a promotion is decided on (`Trial.judged`, for `promotion.promote`) a
 nothing.
 """
 
+import dataclasses
 import json
 import platform
 import tomllib
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import ConfigError, GenerationConfig, RuntimeProfile, checked_prompt, checked_seed
+from .config import ConfigError, GenerationConfig, ModelRef, RuntimeProfile, checked_prompt, checked_seed
 from .engine import Engine
 from .gates import DEFAULT_GATES, Gate, Verdict
 from .images import Picture, read_record
@@ -40,7 +41,8 @@ PROMPTS = (
 @dataclass(frozen=True)
 class Plan:
     """What a candidate is tried on. The first seed of the first `goldens` prompts gives the golden pictures; `clip` is
-    the CLIP model of the metric clip_score. TOML has the same names:
+    the CLIP model of the metric clip_score, by default the one that comes with the candidate's model. TOML has the same
+    names:
 
         prompts = ["a red circle on a white background", "..."]
         seeds = [0, 1]
@@ -52,7 +54,7 @@ class Plan:
     gates: tuple[Gate, ...] = DEFAULT_GATES
     metrics: tuple[str, ...] = METRICS
     goldens: int = 3
-    clip: str = "nano"
+    clip: str = ""
 
     def __post_init__(self) -> None:
         for name, check in (("prompts", checked_prompt), ("seeds", checked_seed)):
@@ -177,6 +179,7 @@ def run(
     engine and its calls.
     """
     plan = plan or Plan()
+    plan = plan if plan.clip else dataclasses.replace(plan, clip=clip_of(candidate.model))
     before = served(slot)
     _check_gates(plan, before)
     configs = [candidate] if before is None else [candidate, before]
@@ -191,6 +194,14 @@ def _check_gates(plan: Plan, before: GenerationConfig | None) -> None:
     metrics = {metric.name: metric for metric in plan.measures}
     for gate in plan.gates:
         gate.judge(metrics[gate.metric], zeros, None if before is None else zeros, [prompt for prompt, _ in plan.pairs])
+
+
+def clip_of(model: ModelRef) -> str:
+    """The CLIP model to score a model's pictures with: one trained beside it, as nano's, else OpenAI's, whose text
+    half is SDXL's first text encoder."""
+    places = [Path(model.base) / "clip", Path(model.base).parent / "clip"]
+    beside = next((str(place) for place in places if place.is_dir()), "openai/clip-vit-large-patch14")
+    return "nano" if model.base == "nano" else beside
 
 
 def measure(plan: Plan, pictures: Sequence[Picture]) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from sdxl_lab.metrics import MetricError
 from sdxl_lab.models import load
 from sdxl_lab.promotion import JUDGED_FIELDS, load_slot, promote
 from sdxl_lab.trajectory import Job
-from sdxl_lab.trial import PROMPTS, Plan, candidate_of, run
+from sdxl_lab.trial import PROMPTS, Plan, candidate_of, clip_of, run
 
 ROOT = Path(__file__).parents[2]
 FIVE = ("a cat", "a dog", "a red hat", "a blue boat", "a tree")
@@ -111,6 +111,14 @@ def test_a_gate_that_cannot_be_judged_is_refused_before_anything_is_drawn(tiny_c
         run(tiny_config, slot, Plan(prompts=FIVE[:2]))
     with pytest.raises(GateError, match="contrast is in none"):
         run(tiny_config, slot, Plan(prompts=FIVE, gates=("contrast: better",)))
+
+
+def test_pictures_are_scored_by_the_clip_that_comes_with_their_model(tiny_model, tiny_config, tmp_path):
+    assert clip_of(ModelRef.named("nano")) == "nano"
+    assert clip_of(tiny_config.model) == clip_of(ModelRef.named(str(tiny_model))) == str(tiny_model / "clip")
+    assert clip_of(ModelRef.named("sdxl")) == "openai/clip-vit-large-patch14"
+    plan = Plan(prompts=("a cat",), seeds=(1,), metrics=("sharpness",), gates=())
+    assert run(tiny_config, tmp_path / "new", plan, FLOAT32).judged()["clip"] == str(tiny_model / "clip")
 
 
 # --- the plan ------------------------------------------------------------------------------------------------------
