@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import engine, gpu, serving, throughput, truesize
+from bench import clip_truth, engine, gpu, serving, throughput, truesize
 from bench.measure import RESULTS
 from bench.settings import Size
 
@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[Size], None]] = {
     "cancel": engine.cancel,
     "growth": engine.growth,
     "truesize": truesize.main,
+    "clip-truth": clip_truth.main,
     "gpu": gpu.main,
 }
 

@@ -1,7 +1,7 @@
 """Does the CLIP score track what is in the picture? Held against the scene check that shares no code with it."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -20,7 +20,8 @@ from sdxl_lab.nano.recipe.scenes import COLOURS, NOUNS, RELATIONS, Scene, captio
 from sdxl_lab.trajectory import Job
 
 GUIDANCE = (1.0, 3.0, 6.0)
-PARTS = ("right", "background", "count", "colour", "noun", "relation")
+PARTS = ("right", "colour", "noun", "relation")
+Verdicts = Sequence[Sequence[Verdict]]
 RENDERINGS = 200
 
 
@@ -38,9 +39,12 @@ def main(size: Size) -> None:
         f"caption wrong in {part}: the true one wins": _interval(_wins(clip, scenes[:RENDERINGS], part))
         for part in ("background", "colour", "noun", "relation")
     }
-    lines |= {f"pictures: AUC for {part}": _over_prompts(scores, verdicts, drawn, part) for part in PARTS}
+    for part in PARTS:
+        lines[f"two pictures: AUC for {part}"] = _area(scores, verdicts, drawn, part)
+    for part in ("right", "colour", "noun"):
+        lines[f"... of one prompt: AUC for {part}"] = _area_within(scores, verdicts, drawn, part)
     share = np.array([[verdict.right for verdict in row] for row in verdicts]).mean(axis=1)
-    lines["settings: rank correlation with scenes right"] = [_rank(scores.mean(axis=1), share)]
+    lines["settings: rank correlation with scenes right"] = _rank(scores.mean(axis=1), share)
     lines["settings: scenes right, worst"] = [float(share.min())]
     lines["settings: scenes right, best"] = [float(share.max())]
     lines["settings: scenes right, of the best score"] = [float(share[scores.mean(axis=1).argmax()])]
@@ -49,7 +53,8 @@ def main(size: Size) -> None:
         f"{', '.join(map(str, _steps(size)))} x guidance {', '.join(f'{g:g}' for g in GUIDANCE)}); lowest and highest "
         "are 95 % intervals over scenes; chance is 0.5, for rank correlation 0"
     )
-    Report("clip-truth", "CLIP score against the scene check", lines, conditions, {}).show(size.folder)
+    measured = {label: values for label, values in lines.items() if values}
+    Report("clip-truth", "CLIP score against the scene check", measured, conditions, {}).show(size.folder)
 
 
 def _scenes(count: int, seed: int) -> list[Scene]:
@@ -108,22 +113,34 @@ def _wins(clip: Metric, scenes: Sequence[Scene], part: str) -> list[float]:
     return [float(value) for value in true > false]
 
 
-def _over_prompts(
-    scores: np.ndarray, verdicts: Sequence[Sequence[Verdict]], scenes: Sequence[Scene], part: str
-) -> list[float]:
-    """AUC: how often a picture that holds to `part` scores above one that does not, of two of one prompt."""
-    areas = list(_areas(scores, verdicts, scenes, part))
-    return _interval(areas) if areas else []
+def _held_to(verdicts: Verdicts, scenes: Sequence[Scene], part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Which pictures hold to `part`, (settings, scenes told of), and the scenes' places."""
+    told = np.array([i for i, scene in enumerate(scenes) if part != "relation" or scene.relation])
+    return np.array([[getattr(row[index], part) for index in told] for row in verdicts]), told
 
 
-def _areas(
-    scores: np.ndarray, verdicts: Sequence[Sequence[Verdict]], scenes: Sequence[Scene], part: str
-) -> Iterator[float]:
-    for index, scene in enumerate(scenes):
-        held = np.array([getattr(row[index], part) for row in verdicts])
-        if (part != "relation" or scene.relation) and 0 < held.sum() < len(held):
-            u = mannwhitneyu(scores[held, index], scores[~held, index]).statistic
-            yield float(u / (held.sum() * (~held).sum()))
+def _auc(scores: np.ndarray, held: np.ndarray) -> float | None:
+    """How often a picture that holds scores above one that does not (Mann and Whitney's U); None without both."""
+    if not 0 < held.sum() < held.size:
+        return None
+    return float(mannwhitneyu(scores[held], scores[~held]).statistic / (held.sum() * (~held).sum()))
+
+
+def _area(scores: np.ndarray, verdicts: Verdicts, scenes: Sequence[Scene], part: str) -> list[float]:
+    """Of any two pictures, with the interval from 500 resamples of the scenes."""
+    held, told = _held_to(verdicts, scenes, part)
+    rng = np.random.default_rng(0)
+    drawn = [rng.integers(len(told), size=len(told)) for _ in range(500)]
+    areas = [area for index in drawn if (area := _auc(scores[:, told[index]], held[:, index])) is not None]
+    whole = _auc(scores[:, told], held)
+    return [] if whole is None else [whole, *np.percentile(areas, [2.5, 97.5]).tolist()]
+
+
+def _area_within(scores: np.ndarray, verdicts: Verdicts, scenes: Sequence[Scene], part: str) -> list[float]:
+    """Of two pictures of one prompt and seed under different settings, with the interval over prompts."""
+    held, told = _held_to(verdicts, scenes, part)
+    areas = [_auc(scores[:, index], held[:, place]) for place, index in enumerate(told)]
+    return _interval([area for area in areas if area is not None])
 
 
 def _interval(values: Sequence[float]) -> list[float]:
@@ -133,5 +150,5 @@ def _interval(values: Sequence[float]) -> list[float]:
     return [found.mean, found.low, found.high]
 
 
-def _rank(first: np.ndarray, second: np.ndarray) -> float:
-    return float(spearmanr(first, second).statistic)
+def _rank(first: np.ndarray, second: np.ndarray) -> list[float]:
+    return [float(spearmanr(first, second).statistic)] if np.ptp(first) and np.ptp(second) else []

@@ -87,6 +87,13 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--out", type=Path, help="the folder for table.parquet (default runs/sweeps/NAME)")
     sweep.add_argument("--cells", type=Path, default=Path("runs/cells"), help="where pictures and numbers are kept")
     sweep.set_defaults(run=_sweep)
+
+    tune = commands.add_parser("tune", help="search the settings in a file for quality against cost; resumes")
+    tune.add_argument("file", type=Path, help="a study's TOML; studies/ has examples")
+    tune.add_argument("--out", type=Path, help="the folder for what is found (default runs/studies/NAME)")
+    tune.add_argument("--storage", help="a database URL that workers share (default a SQLite file in the folder)")
+    tune.add_argument("--cells", type=Path, default=Path("runs/cells"), help="where pictures and numbers are kept")
+    tune.set_defaults(run=_tune)
     return top
 
 
@@ -267,13 +274,9 @@ def _sweep(asked: argparse.Namespace) -> None:
 
     sweep = Sweep.from_toml(asked.file)
     out = asked.out or OUT / sweep.name
-    try:
-        with _cells_bar() as on_progress:
-            table = run(sweep, out=out, cells=asked.cells, on_progress=on_progress)
-    except KeyboardInterrupt:
-        print(f"\nwhat is finished is kept in {asked.cells}; to go on, run the same command again", file=sys.stderr)
-        raise
-    if int(os.environ.get("RANK", 0)) > 0:  # one of many processes: the first speaks
+    with _resumable(asked.cells), _cells_bar() as on_progress:
+        table = run(sweep, out=out, cells=asked.cells, on_progress=on_progress)
+    if not _first():
         return
     failed = table["error"].dropna()
     print(summary(sweep, table).to_string())
@@ -296,3 +299,42 @@ def _cells_bar() -> Iterator[Callable[[Any], None]]:
             bar.set_postfix_str(f"{left} left, {progress.drawn} drawn, {progress.failed} failed")
 
         yield show
+
+
+def _tune(asked: argparse.Namespace) -> None:
+    from .tune import OUT, Plan, tune
+
+    plan = Plan.from_toml(asked.file)
+    out = asked.out or OUT / plan.name
+
+    def told(trial: Any) -> None:
+        settings = "  ".join(f"{name} {value}" for name, value in trial.params.items())
+        outcome = trial.user_attrs.get("pruned", "interrupted")
+        if trial.values:
+            outcome = f"{plan.metric.name} {trial.values[0]:.4g} at {trial.values[1]:g} UNet rows"
+        print(f"trial {trial.number}  {settings}\n  {trial.state.name.lower()}: {outcome}", flush=True)
+
+    with _resumable(asked.cells):
+        tuned = tune(plan, out=out, storage=asked.storage, cells=asked.cells, on_trial=told)
+    if not _first():
+        return
+    names = ["trial", *plan.space, plan.metric.name, "unet_rows"]
+    print(f"\nThe front, cheapest first\n{tuned.front[names].to_string(index=False)}")
+    print(f"\nImportance of each field\n{tuned.importance.round(3).to_string()}")
+    print(f"\nCandidate: {tuned.rule}")
+    if tuned.candidate is not None:
+        print(f"{out / 'candidate.toml'}  config {tuned.candidate.digest}")
+
+
+def _first() -> bool:
+    """Whether this is the one of many processes that speaks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+@contextmanager
+def _resumable(cells: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nwhat is finished is kept in {cells}; to go on, run the same command again", file=sys.stderr)
+        raise

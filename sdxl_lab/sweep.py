@@ -229,7 +229,7 @@ def _overlaid(config: GenerationConfig, table: Any) -> GenerationConfig:
     if not isinstance(table, Mapping):
         raise SweepError(f"config must be a file or a table of fields; received {table!r}. Example: config.steps = 20")
     for name, value in flat(table).items():
-        _check_axis(name, ())
+        check_axis(name, ())
         config = changed(config, name, value)
     return config
 
@@ -270,7 +270,7 @@ def _groups(axes: Axes, zipped: Sequence[Axes]) -> list[dict[str, list[Any]]]:
         groups.append(group)
     names = [name for group in groups for name in group]
     for name in names:
-        _check_axis(name, ("prompt", "seed", "config"))
+        check_axis(name, ("prompt", "seed", "config"))
         if names.count(name) > 1:
             raise SweepError(f"an axis must be given once; received {name!r} {names.count(name)} times")
     if "prompt" not in names:
@@ -278,7 +278,7 @@ def _groups(axes: Axes, zipped: Sequence[Axes]) -> list[dict[str, list[Any]]]:
     return groups
 
 
-def _check_axis(name: str, more: tuple[str, ...]) -> None:
+def check_axis(name: str, more: tuple[str, ...]) -> None:
     known = [*more, *field_names()]
     if name not in known:
         raise SweepError(
@@ -350,33 +350,41 @@ def run(
     Columns: the axes, `prompt`, `seed`, `digest`, `config` (JSON), the metrics, `unet_calls`, `unet_rows`, `seconds`
     (denoising, shared with its batch), `picture` (the cell's key) and `error` (why there is no picture or no number).
 
-    Under `accelerate launch` every process draws its share, and each gives the same table. An interrupt raises
-    `KeyboardInterrupt` and leaves what is finished; run it again to go on.
+    Under `accelerate launch` every process draws its share, and each gives the whole table: that of one process, but
+    for a sample here and there that rounds to the next of its 256 values. An interrupt raises `KeyboardInterrupt` and
+    leaves what is finished; run it again to go on.
     """
     profile = engine.profile if engine else profile or RuntimeProfile()
-    processes = _processes(profile)
-    if processes.num_processes > 1 and engine is None:
-        profile = profile.with_(device=str(processes.device))
+    group = processes(profile)
+    if engine is None:
+        profile = on_own_device(profile, group)
     with Cells(cells, profile, engine) as store:
         keys = {store.key(cell): cell for cell in sweep.cells}
         # In the order of their keys, which is as good as shuffled: every process gets easy and hard ones alike.
-        shares = sorted(keys) if processes.num_processes > 1 else list(keys)
-        with processes.split_between_processes(shares) as mine:
+        shares = sorted(keys) if group.num_processes > 1 else list(keys)
+        with group.split_between_processes(shares) as mine:
             errors = store.complete([keys[key] for key in mine], sweep.metrics, sweep.reference, on_progress)
-        if processes.num_processes > 1:
+        if group.num_processes > 1:
             errors = {key: error for part in gather_object([errors]) for key, error in part.items()}
         table = _table(sweep, store, errors)
-    if processes.is_main_process:
+    if group.is_main_process:
         write_table(table, Path(out or OUT / sweep.name) / "table.parquet")
     return table
 
 
-def _processes(profile: RuntimeProfile) -> PartialState:
+def processes(profile: RuntimeProfile) -> PartialState:
     """This process among those of `accelerate launch`; alone without it. Nobody gives up waiting for a slower one."""
     on_cpu = placement(profile)[0].type == "cpu"
     return (
         PartialState(cpu=on_cpu, timeout=timedelta(days=30)) if "LOCAL_RANK" in os.environ else PartialState(cpu=on_cpu)
     )
+
+
+def on_own_device(profile: RuntimeProfile, group: PartialState) -> RuntimeProfile:
+    """Each of many processes on the GPU that is its own."""
+    if group.num_processes == 1 or group.device.type != "cuda":
+        return profile
+    return profile.with_(device=f"cuda:{group.local_process_index}")
 
 
 def _table(sweep: Sweep, store: Cells, errors: Mapping[str, str]) -> pd.DataFrame:

@@ -36,6 +36,20 @@ def test_a_benchmark_of_the_engine_leaves_its_figures(name, tiny_model, tmp_path
 
 
 @pytest.mark.slow
+def test_the_clip_score_is_held_against_the_scene_check(tiny_model, tmp_path):
+    """Also where a model draws nothing right, and so leaves nothing to compare."""
+    values = run("clip-truth", tiny_model, tmp_path)["clip-truth"]
+    shares = [each for label, each in values.items() if "rank" not in label]
+    assert all(0 <= value <= 1 for each in shares for value in each)
+    assert {
+        part
+        for label in values
+        for part in ("colour", "noun", "relation")
+        if label.endswith("true one wins") and part in label
+    }
+
+
+@pytest.mark.slow
 def test_ratios_are_those_of_the_rates(tiny_model, tmp_path):
     for values in run("throughput", tiny_model, tmp_path).values():
         served, locked = values["service, float32"][0], values["(b) FastAPI, pipeline behind a lock"][0]

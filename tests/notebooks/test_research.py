@@ -1,0 +1,92 @@
+"""The notebooks that tune, run by papermill on nano in small; judged by the tables and configurations they leave."""
+
+from pathlib import Path
+
+import pandas as pd
+import papermill
+import pytest
+from PIL import Image
+
+from sdxl_lab.config import GenerationConfig
+from sdxl_lab.sweep import read_table
+
+ROOT = Path(__file__).parents[2]
+EXECUTED = ROOT / "runs" / "notebooks"  # what CI keeps
+PROMPTS = ["a red circle on a white background", "A cat in a hat"]
+
+
+def run(name: str, folder: Path, /, **parameters: object) -> str:
+    """Execute a notebook from the repository's root, as `papermill --cwd .` does; gives what it printed."""
+    EXECUTED.mkdir(parents=True, exist_ok=True)
+    config = folder / "start.toml"
+    config.write_text(GenerationConfig(scheduler="dpmpp_2m", width=128, height=128).to_toml())
+    work = {"prompts": PROMPTS, "seeds": 2, "cells": str(folder / "cells"), "out": str(folder / "out")}
+    executed = papermill.execute_notebook(
+        ROOT / "notebooks" / name,
+        EXECUTED / name,
+        parameters={"config": str(config)} | work | parameters,
+        cwd=ROOT,
+        progress_bar=False,
+        execution_timeout=240,
+        start_timeout=120,
+        iopub_timeout=60,
+    )
+    outputs = [output for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    return "".join(output.text for output in outputs if output.get("name") == "stdout")
+
+
+def whole(table: pd.DataFrame, rows: int) -> pd.DataFrame:
+    assert len(table) == rows
+    assert table.error.isna().all()
+    assert table.picture.nunique() == rows
+    return table
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.mark.slow
+def test_schedulers_are_compared_and_a_configuration_is_kept(tmp_path: Path) -> None:
+    axes = {"schedulers": ["euler", "euler_a"], "steps": [2, 6], "guidance": [1.0, 3.0]}
+    said = run("02_schedulers.ipynb", tmp_path, **axes)
+    out = tmp_path / "out"
+
+    table = whole(read_table(out), 2 * 2 * 4)
+    ssim = table.groupby(["scheduler", "steps"]).ssim.mean()
+    assert ssim["euler", 6] > ssim["euler", 2]
+    assert ssim["euler", 6] > ssim["euler_a", 6], "the ancestral one arrives elsewhere"
+    guided = whole(read_table(out / "guidance"), 2 * 2 * 4)
+    rows = guided.groupby(["guidance_scale", guided.guidance_interval.notna()]).unet_rows.mean()
+    assert rows[1.0, False] == rows[1.0, True] < rows[3.0, True] < rows[3.0, False]
+
+    chosen = GenerationConfig.from_toml(out / "config.toml")
+    assert chosen.digest in set(guided.digest)
+    assert (chosen.scheduler, chosen.steps) in set(zip(table.scheduler, table.steps, strict=True))
+    assert f"best: {chosen.scheduler}, {chosen.steps} steps" in said
+    assert f"scale {chosen.guidance_scale:g}" in said
+    plots = {path.name for path in out.glob("*.png")}
+    assert plots == {"schedulers.png", "convergence.png", "quality.png", "guidance.png", "guidance-curves.png"}
+
+
+@pytest.mark.slow
+def test_the_refiner_is_held_against_the_base_alone(tmp_path: Path) -> None:
+    axes = {"steps": 6, "handovers": [0.5, 0.8], "aesthetic_scores": [2.0, 10.0], "strengths": [0.2, 0.6]}
+    said = run("03_refiner.ipynb", tmp_path, **axes)
+    out = tmp_path / "out"
+
+    alone = whole(read_table(out / "alone"), 4)
+    handed = whole(read_table(out / "handover"), 2 * 4)
+    scored = whole(read_table(out / "score"), 2 * 4)
+    assert set(alone.digest) & set(handed.digest) == set()
+    assert scored.groupby(["prompt", "seed"]).sharpness.nunique().min() == 2, "the aesthetic score changes the picture"
+
+    chosen = GenerationConfig.from_toml(out / "config.toml")
+    assert (chosen.scheduler, chosen.steps) == ("dpmpp_2m", 6)
+    assert ("With the refiner" in said) == (chosen.refiner is not None)
+    for name in ("handover", "strength"):
+        with Image.open(out / f"{name}.png") as sheet:
+            assert sheet.width > 3 * 128
+    assert {path.stem for path in out.glob("*-curves.png")} == {"handover-curves", "score-curves", "strength-curves"}
