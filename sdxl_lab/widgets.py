@@ -19,19 +19,25 @@ from .images import Picture, magnified_difference
 from .trajectory import Job
 
 SHOWN = 24  # pictures in the history strip
-THUMBNAIL = 120  # pixels
+THUMBNAIL = 136  # pixels
 STYLE = """<style>
-.sdxl-explore { max-width: 1080px; }
+.sdxl-explore { max-width: 870px; }
+.sdxl-explore p { margin: 0; line-height: 1.45; overflow-wrap: anywhere; }
 .sdxl-explore .jupyter-button { width: auto; }
 .sdxl-field .widget-inline-hbox:not(.widget-checkbox) { flex-direction: column; height: auto; align-items: stretch; }
-.sdxl-field .widget-label { width: auto; max-width: none; height: 22px; line-height: 22px; text-align: left;
-  color: var(--jp-ui-font-color2, #666); }
-.sdxl-field .widget-label-basic { width: auto; }
-.sdxl-field textarea { line-height: 1.4; padding: 4px 8px; }
-.sdxl-explore p { margin: 0; line-height: 1.45; overflow-wrap: anywhere; }
+.sdxl-field .widget-inline-hbox > * { flex: none; }
+.sdxl-field .widget-label { width: auto; max-width: none; height: 20px; line-height: 20px; text-align: left;
+  font-size: 12px; color: var(--jp-ui-font-color2, #666); }
+.sdxl-field .widget-checkbox { height: 28px; align-items: center; margin-top: 6px; }
+.sdxl-field .widget-checkbox .widget-label-basic { width: auto; height: auto; line-height: 20px; align-items: center; }
+.sdxl-field .widget-checkbox input { margin: 0 6px 0 2px; align-self: center; }
+.sdxl-field input:not([type=checkbox]), .sdxl-field select { height: 28px; }
+.sdxl-field textarea { height: auto; line-height: 1.4; padding: 4px 8px; font-family: inherit; }
 .sdxl-quiet { color: var(--jp-ui-font-color2, #666); font-size: 12px; }
-.sdxl-wrong { color: var(--jp-error-color1, #c62828); }
-.sdxl-picture { aspect-ratio: 1; background: var(--jp-layout-color2, #eee); border-radius: 4px; overflow: hidden; }
+.sdxl-wrong { color: var(--jp-error-color1, #c62828); font-size: 12px; }
+.sdxl-explore h4 { margin: 14px 2px 4px; font-size: 13px; font-weight: 600; line-height: 1.4; }
+.sdxl-picture { margin: 2px; aspect-ratio: 1; border-radius: 4px; overflow: hidden;
+  background: var(--jp-layout-color2, #eee); }
 .sdxl-picture img { width: 100%; height: 100%; object-fit: contain; margin: 0; }
 .sdxl-card { border: 1px solid var(--jp-border-color2, #ccc); border-radius: 4px; }
 .sdxl-card .jupyter-button { padding: 0 4px; min-width: 0; }
@@ -98,12 +104,14 @@ class Panel:
         self.stop = _button("Stop", "Stop what is being drawn and what is queued", "warning")
         self.use = _button("Use these settings", "Fill the controls with the settings of the picture shown")
         self.save = _button("Save as candidate", "Write the configuration of the picture shown to a file")
-        self.name = ipy.Text("candidate", description="Name", **text)
+        self.name = ipy.Text("candidate", description="Candidate's name", **text)
         self.digest, self.status, self.caption, self.saved = (ipy.HTML() for _ in range(4))
         self.picture = ipy.Image(value=_png(Image.new("RGBA", (1, 1))), format="png")
         self.bar = ipy.FloatProgress(value=0, max=1, layout={"width": "auto"})
-        self.strip = ipy.HBox(layout={"overflow": "auto", "display": "none"})
-        self.comparison = ipy.VBox(layout={"display": "none"})
+        self.strip = ipy.HBox(layout={"overflow": "auto"})
+        self.comparison = ipy.VBox()
+        self.strip_part = ipy.VBox([ipy.HTML("<h4>History</h4>"), self.strip], layout={"display": "none"})
+        self.comparison_part = ipy.VBox([ipy.HTML("<h4>Comparison</h4>"), self.comparison], layout={"display": "none"})
         self.rows = {
             "interval": self._row("interval_low", "interval_high"),
             "refiner": self._row("handover", "aesthetic_score", "negative_aesthetic_score"),
@@ -112,7 +120,7 @@ class Panel:
         _route_by_header(self.view)
 
     def _laid_out(self) -> ipy.VBox:
-        buttons = ipy.HBox([_grow(self.generate), _grow(self.stop)])
+        buttons = ipy.HBox([_grow(self.generate), _grow(self.stop)], layout={"margin": "10px 0 2px", "grid_gap": "8px"})
         left = ipy.VBox(
             [
                 self._field("prompt"),
@@ -128,9 +136,9 @@ class Panel:
                 buttons,
                 self.digest,
             ],
-            layout={"flex": "0 0 340px", "width": "340px"},
+            layout={"flex": "0 0 360px", "width": "360px"},
         )
-        name = ipy.VBox([self.name], layout={"flex": "1 1 0", "min_width": "0"})
+        name = ipy.VBox([self.name], layout={"flex": "1 1 100px", "min_width": "0"})
         name.add_class("sdxl-field")
         right = ipy.VBox(
             [
@@ -138,24 +146,27 @@ class Panel:
                 self.bar,
                 self.status,
                 self.caption,
-                ipy.HBox([name, self.save, self.use], layout={"align_items": "flex-end"}),
+                ipy.HBox([name, self.save, self.use], layout={"align_items": "flex-end", "margin": "6px 0 0"}),
                 self.saved,
             ],
-            layout={"flex": "1 1 0", "min_width": "0", "max_width": "480px"},
+            layout={"flex": "1 1 320px", "min_width": "0", "max_width": "480px"},
         )
-        columns = ipy.HBox([left, right], layout={"grid_gap": "28px"})
-        view = ipy.VBox([ipy.HTML(STYLE, layout={"display": "none"}), columns, self.strip, self.comparison])
+        columns = ipy.HBox([left, right], layout={"grid_gap": "12px 28px", "flex_flow": "row wrap"})
+        view = ipy.VBox([ipy.HTML(STYLE, layout={"display": "none"}), columns, self.strip_part, self.comparison_part])
         view.add_class("sdxl-explore")
         return view
 
     def _field(self, name: str) -> ipy.VBox:
         """A control with room for what is wrong with it."""
-        box = ipy.VBox([self.controls[name], self.wrong[name]], layout={"flex": "1 1 0", "min_width": "0"})
+        box = ipy.VBox([self.controls[name], self.wrong[name]])
         box.add_class("sdxl-field")
         return box
 
     def _row(self, *names: str) -> ipy.HBox:
-        return ipy.HBox([self._field(name) for name in names], layout={"grid_gap": "8px"})
+        row = ipy.HBox([self._field(name) for name in names], layout={"grid_gap": "8px"})
+        for field in row.children:
+            field.layout.flex, field.layout.min_width = "1 1 0", "0"
+        return row
 
     def close(self) -> None:
         _close(self.view)
@@ -199,7 +210,7 @@ class Panel:
         self.bar.bar_style = ""
         self.bar.max, self.bar.value = total, calls
         eta = ticket.eta
-        left = f", {eta:.0f} s left" if eta is not None and eta >= 1 else ""
+        left = f", {_duration(eta)} left" if eta is not None and eta >= 1 else ""
         self.say(f"{f'Step {calls} of {total}' if calls < total else 'Decoding'}{left}{more}")
 
     def show_done(self, ticket: Ticket) -> None:
@@ -218,7 +229,7 @@ class Panel:
 
     def show(self, drawn: Drawn) -> None:
         self.picture.value = drawn.picture.png()
-        lines = [f"#{drawn.number}: {drawn.prompt}", f"{', '.join(_settings(drawn))}, config {drawn.config.digest}"]
+        lines = [f"#{drawn.number}: {drawn.prompt}", ", ".join(_settings(drawn)), f"config {drawn.config.digest}"]
         self.caption.value = "".join(_line(line, "sdxl-quiet") for line in lines)
 
     def add_card(self, drawn: Drawn, actions: Mapping[str, Callable[[object], None]]) -> None:
@@ -239,7 +250,7 @@ class Panel:
         _route_by_header(card)
         kept, gone = self.strip.children[: SHOWN - 1], self.strip.children[SHOWN - 1 :]
         self.strip.children = (card, *kept)
-        _reveal(self.strip, True)
+        _reveal(self.strip_part, True)
         for old in gone:
             _close(old)
 
@@ -248,7 +259,7 @@ class Panel:
         pictures = [(first.image, f"A: #{first.number}"), (second.image, f"B: #{second.number}")]
         if first.image.size == second.image.size:
             difference, gain = magnified_difference(first.image, second.image)
-            largest = f"largest {1 / gain:.3f}, shown {gain:.1f} times" if gain != 1 or difference.getbbox() else "none"
+            largest = f"largest {1 / gain:.3f}, shown ×{gain:.1f}" if gain != 1 or difference.getbbox() else "none"
             pictures.append((difference, f"Difference: {largest}"))
         columns = [
             ipy.VBox(
@@ -271,7 +282,7 @@ class Panel:
 
     def _compare(self, *parts: ipy.Widget) -> None:
         old, self.comparison.children = self.comparison.children, parts
-        _reveal(self.comparison, True)
+        _reveal(self.comparison_part, True)
         for part in old:
             _close(part)
 
@@ -303,6 +314,10 @@ def _line(text: str, style: str = "") -> str:
     return f'<p class="{style}">{html.escape(text)}</p>'
 
 
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
 def _shown(value: object) -> str:
     return "–" if value is None else html.escape(str(value))
 
@@ -321,11 +336,8 @@ def _settings(drawn: Drawn) -> list[str]:
         guidance += f", rescale {config.guidance_rescale:g}"
     if config.guidance_interval:
         guidance += " in {:g}–{:g}".format(*config.guidance_interval)
-    lines = [
-        f"{config.scheduler}, {config.steps} steps",
-        guidance,
-        f"{config.width}×{config.height}, seed {drawn.seed}",
-    ]
+    size = f"{config.width}×{config.height}, seed {drawn.seed}"
+    lines = [config.scheduler, f"{config.steps} steps, {guidance}", size]
     if config.refiner:
         scores = f"{config.refiner.aesthetic_score:g}/{config.refiner.negative_aesthetic_score:g}"
         lines.append(f"refiner at {config.refiner.handover:g}, {scores}")

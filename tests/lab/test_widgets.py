@@ -80,7 +80,7 @@ def test_equal_pictures_have_no_difference(panel: Panel) -> None:
 
 def test_the_difference_says_how_large_it_is(panel: Panel) -> None:
     panel.show_comparison(drawn(0), drawn(51), {})
-    assert "largest 0.200, shown 5.0 times" in panel.comparison.children[0].children[2].children[1].value
+    assert "largest 0.200, shown ×5.0" in panel.comparison.children[0].children[2].children[1].value
 
 
 def test_closing_leaves_no_widget_behind() -> None:
