@@ -16,7 +16,7 @@ from PIL import Image
 
 from .config import RuntimeProfile
 from .gates import DEFAULT_GATES, LEAST_PROMPTS, Gate, Verdict
-from .images import Picture, magnified_difference, open_picture
+from .images import Picture, beside, open_picture
 from .metrics import METRICS, find
 from .promotion import Comparison, Slot, SlotError, compare_golden
 from .trajectory import Job
@@ -50,18 +50,16 @@ class Redrawn:
         return None
 
     @property
-    def panels(self) -> dict[str, Image.Image]:
-        """By its label: what was expected, what came, and the difference magnified; none where the sizes differ."""
-        found, actual = self.comparison, self.picture.image
+    def panels(self) -> list[tuple[str, Image.Image]]:
+        """Each under its label: what was expected, what came, and the difference magnified."""
+        found = self.comparison
         expected = open_picture(found.golden.path)
-        panels = {
-            f"expected: {found.golden.prompt}, seed {found.golden.seed}": expected,
-            f"actual: {'regressed' if self.reason else 'the same'}": actual.resize(expected.size),
-        }
-        if expected.size != actual.size:
-            return panels | {"no difference: the sizes differ": Image.new("RGB", expected.size, "white")}
-        difference, gain = magnified_difference(expected, actual)
-        return panels | {f"difference x{gain:.0f}, {found.measure} {found.difference:.4f}": difference}
+        actual, difference, magnified = beside(expected, self.picture.image)
+        return [
+            (f"expected: {found.golden.prompt}, seed {found.golden.seed}", expected),
+            (f"actual: {'regressed' if self.reason else 'the same'}", actual),
+            (f"{magnified}, {found.measure} {found.difference:.4f}", difference),
+        ]
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Regression:
     @property
     def panels(self) -> list[tuple[str, Image.Image]]:
         """Three a golden, for a sheet: each picture under its label."""
-        return [panel for golden in self.goldens for panel in golden.panels.items()]
+        return [panel for golden in self.goldens for panel in golden.panels]
 
     def result(self) -> dict[str, Any]:
         """The whole finding as plain values."""

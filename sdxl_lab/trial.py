@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .config import ConfigError, GenerationConfig, ModelRef, RuntimeProfile, checked_prompt, checked_seed
 from .engine import Engine
 from .gates import DEFAULT_GATES, Gate, Verdict
-from .images import Picture, read_record
+from .images import Picture, beside, read_record
 from .metrics import Metric, MetricError, find, interval, paired
 from .promotion import git_state, served
 from .trajectory import Job
@@ -111,6 +112,21 @@ class Trial:
     @property
     def goldens(self) -> list[Picture]:
         return list(self.pictures[:: len(self.plan.seeds)][: self.plan.goldens])
+
+    @property
+    def panels(self) -> list[tuple[str, Image.Image]]:
+        """Of the first seed of each prompt, each under its label: what is served, the candidate, and the difference
+        magnified; of a new slot the candidate alone."""
+        found = []
+        for at in range(0, len(self.pictures), len(self.plan.seeds)):
+            prompt, candidate = self.pictures[at].record["prompt"], self.pictures[at].image
+            if not self.served:
+                found.append((prompt, candidate))
+                continue
+            before = self.served_pictures[at].image
+            after, difference, magnified = beside(before, candidate)
+            found += [(f"served: {prompt}", before), ("candidate", after), (magnified, difference)]
+        return found
 
     @cached_property
     def verdicts(self) -> list[Verdict]:

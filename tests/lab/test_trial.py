@@ -56,6 +56,19 @@ def test_both_draw_the_same_prompts_and_seeds_in_the_plans_order(tiny_config, sl
     ]
 
 
+def test_the_first_seed_of_each_prompt_is_shown_beside_what_is_served(tiny_config, slot, tmp_path):
+    found = run(tiny_config.with_(steps=3, width=72), slot, PLAN, FLOAT32)
+    labels = [label for label, _ in found.panels]
+    assert labels[:6] == [
+        "served: a cat", "candidate", "no difference: the sizes differ",
+        "served: a dog", "candidate", "no difference: the sizes differ",
+    ]  # fmt: skip
+    assert (len(labels), {image.size for _, image in found.panels}) == (15, {(64, 64)})
+    new = run(tiny_config, tmp_path / "new", PLAN, FLOAT32)
+    assert [label for label, _ in new.panels] == list(FIVE)
+    assert new.panels[1][1] == new.pictures[2].image
+
+
 def test_what_was_judged_is_plain_and_complete(tiny_config, slot):
     judged = run(tiny_config.with_(steps=5), slot, PLAN, FLOAT32).judged({"file": "04_promote.ipynb"})
     assert judged == json.loads(json.dumps(judged, allow_nan=False))
