@@ -22,10 +22,10 @@ from .promotion import Comparison, Slot, SlotError, compare_golden
 from .trajectory import Job
 from .trial import draw
 
-# nano's pictures in bfloat16 have an SSIM of 0.9988 to 0.9994 with those in float32, and no limit tells that from a small
-# change of a setting (guidance 3.1 for 3: 0.9989 to 0.9997): small changes are caught where the goldens were drawn. One
-# in eight, of a prompt that leaves its background to chance, became another picture (0.78): a golden's prompt should
-# name all it means.
+# nano's pictures in bfloat16 have an SSIM of 0.9988 to 0.9994 with those in float32. No limit tells that from a small
+# change of a setting (guidance 3.1 for 3: 0.9989 to 0.9997); such are caught where the goldens were drawn. One in
+# eight, of a prompt that leaves its background to chance, became another picture (0.78): a golden's prompt should name
+# all it means.
 LEAST_SSIM = 0.99
 
 
