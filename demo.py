@@ -118,7 +118,7 @@ def free_port() -> int:
         return port
 
 
-def wait_until_ready(server: subprocess.Popen[bytes], address: str, seconds: float = 120) -> None:
+def wait_until_ready(server: subprocess.Popen[bytes], address: str, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and server.poll() is None:
         asked = subprocess.run(["curl", "--fail", "--silent", f"{address}/readyz"], capture_output=True, check=False)

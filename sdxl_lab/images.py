@@ -95,7 +95,8 @@ def canonical(content: Mapping[str, Any]) -> str:
 def open_picture(source: Path | str | bytes) -> Image.Image:
     """Open a picture fully; `PictureError` if it is none."""
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        # Pillow leaves a file open that it cannot read to the end.
+        image = Image.open(io.BytesIO(source if isinstance(source, bytes) else Path(source).read_bytes()))
         image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         name = "the bytes" if isinstance(source, bytes) else str(source)

@@ -69,14 +69,22 @@ class Slot:
 
     @property
     def goldens(self) -> list["Golden"]:
-        """What `evidence.json` lists, each file checked against it; empty without evidence.
+        """What `evidence.json` lists, each file checked against it; empty where it lists none, or is missing.
 
         Raises `SlotError` for a golden that is missing, is no picture with our record, or is not of this configuration.
         """
-        listed = self.evidence.get("goldens", []) if self.evidence is not None else []
-        return [self._golden(entry["file"], entry["prompt"], entry["seed"]) for entry in listed]
+        listed = (self.evidence or {}).get("goldens", [])
+        try:
+            entries = [(entry["file"], entry["prompt"], entry["seed"]) for entry in listed]
+        except (KeyError, TypeError) as error:
+            raise SlotError(
+                f"evidence.json of the slot {self.folder} must list its goldens with file, prompt and seed: {error!r}"
+            ) from error
+        return [self._golden(*entry) for entry in entries]
 
     def _golden(self, name: str, prompt: str, seed: int) -> "Golden":
+        if Path(str(name)).name != name:
+            raise SlotError(f"a golden must be a file of {self.folder / 'golden'}; received {name!r}")
         path = self.folder / "golden" / name
         if not path.is_file():
             raise SlotError(f"the slot {self.folder} must hold every golden of its evidence; {name} is missing")
@@ -110,17 +118,9 @@ def load_slot(folder: Path | str) -> Slot:
                 f"the slot {folder} must hold one configuration: config.toml has the digest {config.digest}, but "
                 f"evidence.json speaks of {evidence['digest']!r}. Promote again, or restore the slot from git"
             )
-        listed = evidence.get("goldens", [])
-        sound = isinstance(listed, list) and all(isinstance(e, dict) and e.keys() >= GOLDEN_FIELDS for e in listed)
-        if not sound or any(Path(entry["file"]).name != entry["file"] for entry in listed):
-            raise SlotError(
-                f"{evidence_file} must list its goldens with {', '.join(sorted(GOLDEN_FIELDS))}, each a file of the "
-                f"slot's folder golden; received {listed!r}"
-            )
     return Slot(folder, config, evidence)
 
 
-GOLDEN_FIELDS = {"file", "prompt", "seed"}
 # What `Trial.judged` says; without one of these a file is no evidence.
 JUDGED_FIELDS = (
     "digest",

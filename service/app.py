@@ -5,19 +5,33 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from sdxl_lab import __version__
+from service.auth import Auth, describe
 from service.edge import Edge
 from service.problems import MEDIA_TYPE, ProblemBody, problem_of
 from service.routes import images, ops
 from service.settings import Settings
 from service.studio import Studio
 
+CORS: dict[str, Any] = {
+    "allow_methods": ("GET", "POST", "DELETE"),
+    "allow_headers": (
+        *("Accept", "Authorization", "Content-Type", "Idempotency-Key", "If-None-Match", "Last-Event-ID", "Prefer"),
+        *("X-API-Key", "X-Request-Id"),
+    ),
+    "expose_headers": (
+        *("ETag", "Location", "Preference-Applied", "Retry-After", "WWW-Authenticate"),
+        *("X-Config-Digest", "X-Image-Id", "X-Request-Id", "X-Seed"),
+    ),
+}
 PROBLEM = {"description": "A problem (RFC 9457)", "content": {MEDIA_TYPE: {"schema": ProblemBody.model_json_schema()}}}
 
 
@@ -26,7 +40,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     Raises `SettingsError`, `SlotError` or `ConfigError`. The weights are loaded by the lifespan, in a thread.
     """
-    studio = Studio(settings or Settings.from_mapping())
+    settings = settings or Settings.from_mapping()
+    studio = Studio(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -36,11 +51,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     app = FastAPI(title="SDXL Lab", version=__version__, lifespan=lifespan, responses={"4XX": PROBLEM, "5XX": PROBLEM})
     app.state.studio = studio
+    # From the innermost to the outermost: what the edge answers has to carry the headers of CORS as well.
+    app.add_middleware(Auth, keys=settings.api_keys)
     app.add_middleware(Edge, studio=studio)
+    if settings.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
     app.add_exception_handler(HTTPException, _problem)
     app.add_exception_handler(RequestValidationError, _problem)
     app.include_router(images.router)
     app.include_router(ops.router)
+    if settings.api_keys:
+        undescribed = app.openapi
+        app.openapi = lambda: describe(undescribed())  # type: ignore[method-assign]
     return app
 
 

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import logs
 from service.problems import BodyTooLarge, Stopping, known, problem_of
 from service.studio import Studio
 
@@ -34,7 +35,9 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        _prefixed(scope, self.studio.settings.root_path)
         request_id = _request_id(Headers(scope=scope))
+        logs.begin(request=request_id, digest=self.studio.slot.digest)
         scope.setdefault("state", {})["request_id"] = request_id
         began = time.monotonic()
         status = 0
@@ -64,9 +67,20 @@ class Edge:
             answer = problem_of(error, request_id, self.studio.retry_after()).response()
             await answer(scope, receive, send_marked)
         finally:
-            spent = 1000 * (time.monotonic() - began)
+            route = getattr(scope.get("route"), "path", "none")
+            self.studio.metrics.answers.labels(route, status).inc()
             # The path alone: queries, headers and bodies hold what a log must not.
-            log.info("%s %s %d %.0f ms request=%s", scope["method"], quote(scope["path"]), status, spent, request_id)
+            path, method = quote(scope["path"]), scope["method"]
+            fields = {"method": method, "path": path, "status": status}
+            fields["ms"] = round(1000 * (time.monotonic() - began), 1)
+            log.info("%s %s %d", method, path, status, extra={"fields": fields})
+
+
+def _prefixed(scope: Scope, prefix: str) -> None:
+    """The path as the client has it, whether the proxy before us took its prefix off or not; a probe comes without."""
+    scope["root_path"], path = prefix, scope["path"]
+    if path != prefix and not path.startswith(f"{prefix}/"):
+        scope["path"] = prefix + path
 
 
 def _request_id(headers: Headers) -> str:

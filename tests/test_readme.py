@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sdxl_lab.images import open_picture
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
@@ -88,7 +90,7 @@ def test_the_curl_lines_are_answered(clone: Path) -> None:
     ).stdout.strip().splitlines()[-1]  # fmt: skip
     server = subprocess.Popen(shlex.split(recipe), cwd=clone)
     try:
-        for _ in range(600):
+        for _ in range(2000):  # it is attested first
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
                     if answer.status == 200:
@@ -99,8 +101,13 @@ def test_the_curl_lines_are_answered(clone: Path) -> None:
         for line in COMMANDS:
             if line.startswith("curl "):
                 command = [*shlex.split(line.replace(PORT, f"127.0.0.1:{port}")), "--fail", "--silent"]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                assert json.loads(done.stdout)
+                done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True)
+                if "-o" in command:
+                    assert open_picture(clone / command[command.index("-o") + 1]).size == (256, 256)
+                elif "-N" in command:
+                    assert "event: done" in done.stdout
+                else:
+                    assert json.loads(done.stdout)
     finally:
         server.terminate()
         assert server.wait(20) == 0

@@ -1,5 +1,7 @@
 """The panel's buttons and the methods behind them, on the random model: no browser, real pictures."""
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -229,6 +231,14 @@ def test_cells_draw_what_the_controls_say_with_changes(explorer: Explorer, tiny_
     explorer.stop()
     with pytest.raises(Cancelled):
         ticket.result(60)
+
+
+def test_interrupting_a_cell_stops_its_picture(explorer: Explorer) -> None:
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        explorer.draw(steps=1000)
+    wait(lambda: explorer._watcher is None)
+    assert explorer.history == []
 
 
 def test_a_picture_is_in_the_history_as_soon_as_its_ticket_is_done(explorer: Explorer) -> None:

@@ -348,20 +348,6 @@ def test_a_configuration_edited_into_nonsense_is_refused(slot):
         load_slot(slot)
 
 
-GOLDEN = {"file": "a.png", "prompt": "a", "seed": 1}
-
-
-@pytest.mark.parametrize(
-    "goldens", ["a.png", [1], [{"file": "a.png"}], [GOLDEN | {"file": "../a.png"}], [GOLDEN | {"file": "/etc/a.png"}]]
-)
-def test_evidence_that_lists_no_proper_goldens_is_refused(slot, goldens):
-    put(slot)
-    evidence = json.loads((slot / "evidence.json").read_text())
-    (slot / "evidence.json").write_text(json.dumps(evidence | {"goldens": goldens}))
-    with pytest.raises(SlotError, match="must list its goldens with file, prompt, seed"):
-        load_slot(slot)
-
-
 # --- goldens ---------------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +375,25 @@ def test_a_golden_that_is_not_what_was_promoted_is_refused(slot, damage, said):
     with pytest.raises(SlotError) as caught:
         load_slot(slot).goldens  # noqa: B018
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", "", 7])
+def test_goldens_outside_of_the_slot_are_refused(slot, name):
+    put(slot)
+    evidence = json.loads((slot / "evidence.json").read_text())
+    evidence["goldens"][0]["file"] = name
+    (slot / "evidence.json").write_text(json.dumps(evidence))
+    with pytest.raises(SlotError, match=r"a golden must be a file of .*golden; received"):
+        load_slot(slot).goldens  # noqa: B018
+
+
+@pytest.mark.parametrize("listed", [[{"file": "a.png", "seed": 7}], ["a.png"], 5], ids=str)
+def test_goldens_that_are_not_listed_with_file_prompt_and_seed_are_refused(slot, listed):
+    put(slot)
+    evidence = json.loads((slot / "evidence.json").read_text()) | {"goldens": listed}
+    (slot / "evidence.json").write_text(json.dumps(evidence))
+    with pytest.raises(SlotError, match="must list its goldens with file, prompt and seed"):
+        load_slot(slot).goldens  # noqa: B018
 
 
 def test_a_slot_without_evidence_has_no_goldens(slot):

@@ -14,6 +14,7 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from sdxl_lab.config import GenerationConfig, Limits, ModelRef
+from sdxl_lab.promotion import promote
 from service.app import create_app
 from service.settings import Settings
 from service.studio import Studio
@@ -36,10 +37,19 @@ def promoted(tiny_model: Path) -> GenerationConfig:
 
 @pytest.fixture(scope="session")
 def slot(promoted: GenerationConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_slot(tmp_path_factory.mktemp("promoted") / "tiny", promoted)
+    """Promoted with two goldens, so that a service that starts on it is attested in a moment."""
+    from sdxl_lab.engine import Engine
+    from sdxl_lab.trajectory import Job
+
+    folder = tmp_path_factory.mktemp("promoted") / "tiny"
+    with Engine.load(promoted) as engine:
+        goldens = [engine.draw(Job(promoted, prompt, seed)) for prompt, seed in (("a ring", 3), ("a boat", 4))]
+    promote(promoted, folder, pictures=goldens, why="a test", who="the tests", allow_dirty=True)
+    return folder
 
 
 def write_slot(folder: Path, config: GenerationConfig, evidence: dict[str, Any] | None = None) -> Path:
+    """A slot without goldens: to be served it takes `attest="off"`."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(config.to_toml())
     (folder / "evidence.json").write_text(json.dumps(evidence or {"digest": config.digest, "why": "a test"}))
