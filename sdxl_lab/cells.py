@@ -129,19 +129,20 @@ class Cells:
 
         Raises `ModelError` where the weights are not there.
         """
-        weights = self._identity(cell.config.model)
+        ground = self.ground(cell.config.model)
         if cell.config.refiner is None:
-            weights = {role: value for role, value in weights.items() if role != "refiner"}
-        decides = {
-            "config": cell.config.digest,
-            "prompt": cell.prompt,
-            "seed": cell.seed,
-            "weights": weights,
+            ground["weights"] = {role: value for role, value in ground["weights"].items() if role != "refiner"}
+        decides = {"config": cell.config.digest, "prompt": cell.prompt, "seed": cell.seed, **ground}
+        return hashlib.sha256(canonical(decides).encode()).hexdigest()[:32]
+
+    def ground(self, model: ModelRef) -> dict[str, Any]:
+        """What decides pixels beside what is asked: weights, runtime, versions. Raises `ModelError`."""
+        return {
+            "weights": self._identity(model),
             "runtime": self._runtime,
             "libraries": _versions(),
             "version": __version__,
         }
-        return hashlib.sha256(canonical(decides).encode()).hexdigest()[:32]
 
     @cached_property
     def _runtime(self) -> dict[str, Any]:

@@ -156,6 +156,8 @@ class Sweep:
         pictures metrics like SSIM compare with. Raises `SweepError`, `ConfigError` or `MetricError`.
         """
         groups = _groups(axes, zipped)
+        if not isinstance(limit, int) or limit < 1:
+            raise SweepError(f"limit must be a whole number from 1; received {limit!r}. Example: limit = {LIMIT}")
         count = math.prod(len(next(iter(group.values()))) for group in groups)
         if count > limit:
             sizes = " x ".join(str(len(next(iter(group.values())))) for group in groups)
@@ -163,10 +165,10 @@ class Sweep:
                 f"a sweep must have at most {limit} cells; received {sizes} = {count}. Take fewer values, zip axes "
                 f"that belong together, or raise the limit. Example: limit = {count}"
             )
-        found: dict[Cell, dict[str, Any]] = {}
+        found: dict[str, tuple[Cell, dict[str, Any]]] = {}
         for combination in _combinations(groups):
             cell, settings = _cell(config, combination)
-            found.setdefault(cell, settings)
+            found.setdefault(canonical(settings), (cell, settings))
         chosen = tuple(metric if isinstance(metric, Metric) else named_metric(metric) for metric in metrics)
         for metric in chosen:
             if metric.needs_reference and reference is None:
@@ -174,7 +176,8 @@ class Sweep:
                     f"the metric {metric.name} must have a reference to compare with; received none. Example: "
                     "reference = { steps = 100 }"
                 )
-        return cls(name, tuple(found), tuple(found.values()), chosen, reference)
+        cells, rows = zip(*found.values(), strict=True)
+        return cls(name, cells, rows, chosen, reference)
 
     @classmethod
     def from_toml(cls, path: Path | str) -> "Sweep":
@@ -185,6 +188,9 @@ class Sweep:
         reference = None
         if "reference" in content:
             reference = _overlaid(config, content["reference"])
+        metrics = content.get("metrics", [])
+        if not isinstance(metrics, list):
+            raise SweepError(f'metrics must be a list; received {metrics!r}. Example: metrics = ["clip_score"]')
         axes = flat_axes(content.get("axes", {}))
         zipped = [flat_axes(table) for table in content.get("zip", [])]
         for table in (axes, *zipped):
@@ -194,7 +200,7 @@ class Sweep:
             config,
             axes,
             zipped,
-            metrics=[named_metric(metric, content.get("clip", "nano")) for metric in content.get("metrics", [])],
+            metrics=[named_metric(metric, content.get("clip", "nano")) for metric in metrics],
             reference=reference,
             name=str(content.get("name", path.stem)),
             limit=content.get("limit", LIMIT),
@@ -218,7 +224,10 @@ def read_toml(path: Path, known: set[str]) -> dict[str, Any]:
 
 def base_config(content: Mapping[str, Any], folder: Path) -> GenerationConfig:
     """What the file starts from: `config`, a file or a table of fields, over the starting values of `model`."""
-    start = GenerationConfig.for_model(content.get("model", "nano"))
+    name = content.get("model", "nano")
+    if not isinstance(name, str):
+        raise SweepError(f"model must be a name, a folder or a hub id; received {name!r}. Example: nano")
+    start = GenerationConfig.for_model(name)
     given = content.get("config", {})
     if isinstance(given, str):
         return GenerationConfig.from_toml(folder / given)
@@ -258,9 +267,9 @@ def named_metric(name: str, clip: str = "nano") -> Metric:
 
 def _groups(axes: Axes, zipped: Sequence[Axes]) -> list[dict[str, list[Any]]]:
     """The axes as groups that go together: each of `axes` alone, each table of `zipped` as one."""
-    groups = [{name: spread(name, values)} for name, values in axes.items()]
+    groups = [{name: _axis(name, values)} for name, values in axes.items()]
     for table in zipped:
-        group = {name: spread(name, values) for name, values in flat_axes(table).items()}
+        group = {name: _axis(name, values) for name, values in flat_axes(table).items()}
         lengths = {name: len(values) for name, values in group.items()}
         if not group or len(set(lengths.values())) > 1:
             raise SweepError(
@@ -276,6 +285,19 @@ def _groups(axes: Axes, zipped: Sequence[Axes]) -> list[dict[str, list[Any]]]:
     if "prompt" not in names:
         raise SweepError('a sweep must have prompts; received none. Example: prompt = ["A cat in a hat"]')
     return groups
+
+
+def _axis(name: str, values: Any) -> list[Any]:
+    """An axis's values; those of `config` read, each with the name that the table shows."""
+    found = spread(name, values)
+    if name != "config":
+        return found
+    return [
+        (value.digest, value)
+        if isinstance(value, GenerationConfig)
+        else (_short(value), GenerationConfig.from_toml(value))
+        for value in found
+    ]
 
 
 def check_axis(name: str, more: tuple[str, ...]) -> None:
@@ -307,8 +329,7 @@ def _cell(config: GenerationConfig, combination: Mapping[str, Any]) -> tuple[Cel
     for name in order:
         value = settings[name]
         if name == "config":
-            config = value if isinstance(value, GenerationConfig) else GenerationConfig.from_toml(value)
-            settings[name] = config.digest if isinstance(value, GenerationConfig) else _short(value)
+            settings[name], config = value
             continue
         outer = name.partition(".")[0]
         if outer != name and outer in settings and getattr(config, outer) is None:

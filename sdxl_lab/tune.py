@@ -158,11 +158,10 @@ class Plan:
             rungs.append(2 * rungs[-1])
         return [*(rung for rung in rungs if rung < len(self.pairs)), len(self.pairs)]
 
-    @property
-    def identity(self) -> str:
-        """What must not change while a study goes on, as JSON: the base, the metric and the pairs."""
+    def identity(self, ground: Mapping[str, Any]) -> str:
+        """What must not change while a study goes on, as JSON: base, metric, pairs, and the ground they stand on."""
         content = {"config": self.config.to_dict(), "metric": [self.metric.name, self.metric.source]}
-        return canonical(content | {"pairs": [list(pair) for pair in self.pairs]})
+        return canonical(content | {"pairs": [list(pair) for pair in self.pairs], "ground": ground})
 
     def configured(self, settings: Mapping[str, Any]) -> GenerationConfig:
         config = self.config
@@ -177,10 +176,11 @@ class Plan:
         content = read_toml(path, KEYS)
         if not content.get("space") or not content.get("pairs") or "metric" not in content:
             raise SweepError(f"{path} must have metric, [space] and [pairs]. Example: metric = 'clip_score'")
-        pairs = content["pairs"]
+        pairs, stop = content["pairs"], content.get("stop", {})
+        if not isinstance(pairs, Mapping) or not isinstance(stop, Mapping):
+            raise SweepError(f"pairs and stop must be tables; received {pairs!r} and {stop!r}. Example: [pairs]")
         prompts = spread("prompt", pairs.get("prompt", []))
         seeds = spread("seed", pairs.get("seed", [0]))
-        stop = content.get("stop", {})
         given: dict[str, Any] = {
             name: content[name] for name in ("trials", "startup", "seed", "choose") if name in content
         }
@@ -209,9 +209,14 @@ def _choices(name: str, value: Any) -> Choices | Span:
             f"the range of {name} must have from and to, the first below the second, and may have step or log; "
             f"received {dict(value)}. Example: {RANGE}"
         )
-    assert low is not None
-    assert high is not None
-    return Span(low, high, value.get("step"), value.get("log", False), name in WHOLE)
+    span = Span(low, high, value.get("step"), value.get("log", False), name in WHOLE)  # type: ignore[arg-type]
+    try:
+        span.suggest(optuna.trial.FixedTrial({name: low}), name)  # type: ignore[arg-type]
+    except (ValueError, TypeError) as error:
+        raise SweepError(
+            f"the range of {name} must be one that Optuna can search; {error}. Example: {RANGE}"
+        ) from error
+    return span
 
 
 # --- the study -----------------------------------------------------------------------------------------------------
@@ -253,10 +258,15 @@ def tune(
     workers = processes(profile)
     if engine is None:
         profile = on_own_device(profile, workers)
-    with workers.main_process_first(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats and names of metrics
-        study = _opened(plan, storage or f"sqlite:///{_made(out) / 'study.db'}", workers.process_index)
     with Cells(cells, profile, engine) as store:
+        with workers.main_process_first(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats, names of metrics
+            study = _opened(
+                plan,
+                storage or f"sqlite:///{_made(out) / 'study.db'}",
+                plan.identity(store.ground(plan.config.model)),
+                workers.process_index,
+            )
 
         def ended(study: Study, trial: FrozenTrial) -> None:
             if on_trial is not None:
@@ -278,7 +288,7 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _opened(plan: Plan, storage: str, worker: int) -> Study:
+def _opened(plan: Plan, storage: str, identity: str, worker: int) -> Study:
     """The study, begun or gone on with. A worker that dies is noticed by its heartbeat, and its trial tried again."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -299,12 +309,14 @@ def _opened(plan: Plan, storage: str, worker: int) -> Study:
             f"the storage must be a database that Optuna can open; received {storage!r}: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}. The pictures are safe in the cells. Example: sqlite:///runs/study.db"
         ) from error
-    if begun is not None and begun != plan.identity:
+    if begun is not None and begun != identity:
+        before, now = json.loads(begun), json.loads(identity)
+        differs = ", ".join(sorted(name for name in now if before.get(name) != now[name]))
         raise SweepError(
-            f"the study {plan.name!r} was begun with another base, metric or pairs, and trials on different ground "
-            'cannot be compared; give this one a name of its own. Example: name = "second-try"'
+            f"the study {plan.name!r} must go on with what it was begun with, or its trials cannot be compared; its "
+            f'{differs} changed. Give this one a name of its own. Example: name = "second-try"'
         )
-    study.set_user_attr("identity", plan.identity)
+    study.set_user_attr("identity", identity)
     study.set_metric_names([plan.metric.name, "unet_rows"])
     study.sampler = optuna.samplers.TPESampler(
         seed=plan.seed + 1000 * worker + len(study.trials), n_startup_trials=plan.startup

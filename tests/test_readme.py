@@ -30,6 +30,9 @@ ELSEWHERE = {
     "make notebooks": "notebooks/, one by one, through sdxl_lab/notebook.py",
     "make bench": "test_bench.py",
     "make train": "lab/test_recipe.py, with --tiny",
+    "accelerate launch --multi_gpu --num_processes 2 -m sdxl_lab sweep studies/first_sweep.toml": (
+        "lab/test_sweep.py, on the random model"
+    ),
     "dstack apply -f dev.dstack.yml": "test_dstack.py, through dstack's parser: applying it takes a GPU",
     "dstack apply -f service.dstack.yml": "test_dstack.py, through dstack's parser: applying it takes a GPU",
 }
@@ -64,7 +67,8 @@ def test_the_command_lines_run_in_order(clone: Path) -> None:
         if line.startswith(".venv/bin/python"):
             done = subprocess.run(shlex.split(line), cwd=clone, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
-    assert {path.name for path in (clone / "runs").iterdir()} == {"cat.png", "pair.png", "again.png", "slot"}
+    pictures, folders = {"cat.png", "pair.png", "again.png"}, {"cells", "sweeps", "studies", "slot"}
+    assert {path.name for path in (clone / "runs").iterdir()} == pictures | folders
 
 
 @pytest.mark.slow

@@ -219,23 +219,31 @@ def test_a_metric_that_fails_on_one_picture_keeps_the_others(store: Cells, tiny_
 
 
 def test_an_interrupt_keeps_what_is_finished_and_frees_the_engine(
-    store: Cells, engine: Engine, drawn: list, tiny_config: GenerationConfig
+    store: Cells, engine: Engine, tiny_config: GenerationConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cells = some(tiny_config, 200)
+    cells, tickets, submit = some(tiny_config, 200), [], engine.submit
+
+    def submitted(job: Any, **more: Any) -> Any:
+        tickets.append(submit(job, **more))
+        return tickets[-1]
 
     def stop(progress: Progress) -> None:
-        if progress.done >= 3:
+        if progress.done:
+            tickets[7].result()  # the eighth is finished too, but nobody has fetched it
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        store.complete(cells, on_progress=stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "submit", submitted)
+        with pytest.raises(KeyboardInterrupt):
+            store.complete(cells, on_progress=stop)
     kept = sum(store.key(cell) in store for cell in cells)
-    assert 3 <= kept < 200
-    assert engine.draw(cells[0].job), "the engine goes on"
-    assert engine.stats().queued == 0
-    del drawn[:]
-    assert store.complete(cells) == {}
-    assert len(drawn) == 200 - kept
+    assert 8 <= kept < 200
+    assert store.key(cells[7]) in store
+    engine.draw(cells[0].job)
+    assert engine.stats().queued == 0, "the engine is free"
+    told: list[Progress] = []
+    assert store.complete(cells[:20], on_progress=told.append) == {}
+    assert told[-1].drawn == 20 - told[0].done < 20
 
 
 def test_the_engines_end_ends_the_work(store: Cells, engine: Engine, tiny_config: GenerationConfig) -> None:

@@ -88,6 +88,15 @@ def test_an_axis_of_whole_configurations_goes_before_its_fields(tmp_path: Path) 
     assert settings(sweep, "config") == [("fast",), (config.digest,)]
 
 
+def test_two_names_for_one_configuration_are_two_rows_of_one_cell(tmp_path: Path) -> None:
+    for name in ("served", "candidate"):
+        (tmp_path / f"{name}.toml").write_text(GenerationConfig().to_toml())
+    axes = {"config": [tmp_path / "served.toml", tmp_path / "candidate.toml"], "prompt": PROMPT}
+    sweep = Sweep.product(GenerationConfig(), axes)
+    assert settings(sweep, "config") == [("served",), ("candidate",)]
+    assert len(set(sweep.cells)) == 1
+
+
 CHANGES = [
     ("steps", 7, lambda c: c.steps == 7),
     ("guidance_interval", [0.3, 5.0], lambda c: c.guidance_interval == (0.3, 5.0)),
@@ -214,6 +223,9 @@ BAD_FILES = {
     "a bad field in config": ("config = { stepz = 3 }", SweepError, "received 'stepz'. Did you mean steps?"),
     "a bad value in config": ("config = { steps = 0 }", ConfigError, "received 0"),
     "a bad value in the reference": (FILE.replace("steps = 6", "steps = 0"), ConfigError, "received 0"),
+    "a model that is no name": ("model = 3", SweepError, "received 3"),
+    "metrics that are no list": ("metrics = 'ssim'\n[axes]\nprompt = ['a cat']", SweepError, "must be a list"),
+    "a limit that is no number": ("limit = 'no'\n[axes]\nprompt = ['a cat']", SweepError, "received 'no'"),
     "no prompts": ("[axes]\nsteps = [1]", SweepError, "must have prompts"),
 }
 

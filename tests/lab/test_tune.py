@@ -213,8 +213,17 @@ def test_the_refiners_fields_are_left_out_where_it_is(tuned: Callable, plan: Pla
 
 def test_another_plan_under_the_same_name_is_refused(tuned: Callable, plan: Plan) -> None:
     tuned(replace(plan, trials=1))
-    with pytest.raises(SweepError, match="was begun with another base, metric or pairs"):
+    with pytest.raises(SweepError, match="what it was begun with, or its trials cannot be compared; its pairs changed"):
         tuned(replace(plan, pairs=PAIRS[:6]))
+    with pytest.raises(SweepError, match="its metric changed"):
+        tuned(replace(plan, metric=replace(KNOWN, source="another test")))
+
+
+def test_a_study_of_other_weights_is_refused(tuned: Callable, plan: Plan, engine: Engine) -> None:
+    tuned(replace(plan, trials=1))
+    engine.weights = {"base": "retrained"}
+    with pytest.raises(SweepError, match="its ground changed"):
+        tuned(plan)
 
 
 def test_a_damaged_storage_is_refused_in_plain_words(tuned: Callable, plan: Plan, tmp_path: Path) -> None:
@@ -368,6 +377,8 @@ BAD = {
     "a bad end": (FILE.replace("from = 2", "from = 0"), ConfigError, "steps must be a whole number from 1"),
     "a bad choice": (FILE.replace('"ddim"', '"dim"'), ConfigError, "received 'dim'"),
     "an empty range": (FILE.replace("to = 4", "to = 2"), SweepError, "range of steps must have from and to"),
+    "a range that Optuna cannot search": (FILE.replace("to = 4", "to = 4, step = 0"), SweepError, "Optuna can search"),
+    "pairs that are no table": ("pairs = 3\nmetric = 'sharpness'\n[space]\nsteps = [1]", SweepError, "must be tables"),
     "one pair": (
         FILE.replace('"a cat", "a boat"', '"a cat"').replace("to = 2, s", "to = 1, s"),
         SweepError,
