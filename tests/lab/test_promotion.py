@@ -377,7 +377,7 @@ def test_a_golden_that_is_not_what_was_promoted_is_refused(slot, damage, said):
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", "", 7])
+@pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", 7])
 def test_goldens_outside_of_the_slot_are_refused(slot, name):
     put(slot)
     evidence = json.loads((slot / "evidence.json").read_text())
