@@ -127,6 +127,7 @@ JUDGED_FIELDS = (
     "replaces",
     "prompts",
     "seeds",
+    "clip",
     "metrics",
     "gates",
     "weights",

@@ -131,8 +131,7 @@ def regress(slot: Slot, *, metrics: bool = True, profile: RuntimeProfile | None 
     goldens = slot.goldens
     if not goldens:
         raise SlotError(f"a slot must have goldens to be held against; {slot.folder} has none. Promote into it first")
-    evidence = slot.evidence or {}
-    judged = evidence if metrics and evidence.get("metrics") else {}
+    judged = _metric_set(slot) if metrics else {}
     pairs = [(prompt, seed) for prompt in judged.get("prompts", ()) for seed in judged["seeds"]]
     wanted = list(dict.fromkeys([(golden.prompt, golden.seed) for golden in goldens] + pairs))
     drawn = dict(zip(wanted, draw([Job(slot.config, *pair) for pair in wanted], profile), strict=True))
@@ -141,6 +140,25 @@ def regress(slot: Slot, *, metrics: bool = True, profile: RuntimeProfile | None 
         picture = drawn[golden.prompt, golden.seed]
         redrawn.append(Redrawn(compare_golden(golden, picture), picture, _ssim(golden.path, picture)))
     return Regression(slot, redrawn, _verdicts(judged, [drawn[pair] for pair in pairs]))
+
+
+def _metric_set(slot: Slot) -> dict[str, Any]:
+    """The slot's evidence where it holds what a trial measured, else nothing."""
+    evidence = slot.evidence or {}
+    if not evidence.get("metrics"):
+        return {}
+    try:
+        wanted = len(evidence["prompts"]) * len(evidence["seeds"])
+        sound = all(len(metric["values"]) == wanted for metric in evidence["metrics"].values())
+        sound = sound and all(isinstance(gate["gate"], str) for gate in evidence["gates"]) and "clip" in evidence
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise SlotError(
+            f"evidence.json of the slot {slot.folder} must hold its metric set as a trial wrote it: prompts, seeds, "
+            "clip, gates, and a value of each metric for each prompt and seed. Promote again, or restore it from git"
+        )
+    return evidence
 
 
 def _ssim(path: Path, picture: Picture) -> float | None:

@@ -237,8 +237,13 @@ def draw(jobs: Sequence[Job], profile: RuntimeProfile | None = None) -> list[Pic
 
 
 def candidate_of(path: Path | str) -> GenerationConfig:
-    """The configuration in a `config.toml`, or the one a picture was drawn with."""
+    """The configuration in a `config.toml`, or the one a picture was drawn with. Raises `ConfigError`, or
+    `PictureError` for a picture that is not ours."""
     path = Path(path)
     if path.suffix == ".png":
-        return GenerationConfig.from_dict(read_record(path)["config"])
+        record = read_record(path)
+        if "source" in record:
+            rule = "a picture drawn from words; this one was refined from another picture"
+            raise ConfigError("candidate", str(path), rule, "runs/cat.png")
+        return GenerationConfig.from_dict(record["config"])
     return GenerationConfig.from_toml(path)

@@ -56,6 +56,7 @@ def judged(config: GenerationConfig = CONFIG, replaces: GenerationConfig | None 
         "replaces": replaces.digest if replaces else None,
         "prompts": ["A cat in a hat"],
         "seeds": [7],
+        "clip": "nano",
         "metrics": {"clip_score": {"better": "higher", "candidate": {"mean": 70.0}, "served": None}},
         "gates": [{"gate": "clip_score: at least 60", "passed": True, "figures": "70 [68, 72], limit 60"}],
         "weights": {"base": "sha256 abc"},
@@ -94,7 +95,7 @@ def test_a_promotion_writes_the_whole_slot(slot):
         "weights": {"base": "sha256 abc"},
         "runtime": {"device": "cpu"},
         "libraries": {"torch": "2.13.0"},
-        **{name: judged()[name] for name in ("prompts", "seeds", "metrics", "gates")},
+        **{name: judged()[name] for name in ("prompts", "seeds", "clip", "metrics", "gates")},
         "model": {"base": "nano", "refiner": "nano"},
         "goldens": [
             {"file": written.goldens[0].path.name, "prompt": "A cat in a hat", "seed": 7},

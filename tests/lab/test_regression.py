@@ -253,6 +253,18 @@ def test_evidence_without_a_metric_set_is_held_against_its_goldens_alone(slot):
     assert (found.passed, len(found.goldens), list(found.verdicts)) == (True, 2, [])
 
 
+DAMAGE = [{"prompts": None}, {"seeds": [1, 2]}, {"clip": ...}, {"gates": ["better"]}, {"metrics": {"sharpness": {}}}]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=[next(iter(damage)) for damage in DAMAGE])
+def test_a_metric_set_that_no_trial_wrote_is_refused(slot, damage):
+    evidence = json.loads((slot.folder / "evidence.json").read_text()) | damage
+    kept = {name: value for name, value in evidence.items() if value is not ...}
+    (slot.folder / "evidence.json").write_text(json.dumps(kept))
+    with pytest.raises(SlotError, match="must hold its metric set as a trial wrote it"):
+        regress(load_slot(slot.folder), profile=FLOAT32)
+
+
 # --- another machine -----------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from sdxl_lab.images import max_difference
 from sdxl_lab.metrics import MetricError
 from sdxl_lab.models import load
 from sdxl_lab.promotion import JUDGED_FIELDS, load_slot, promote
-from sdxl_lab.trajectory import Job
+from sdxl_lab.trajectory import Job, Source
 from sdxl_lab.trial import PROMPTS, Plan, candidate_of, clip_of, run
 
 ROOT = Path(__file__).parents[2]
@@ -186,3 +186,12 @@ def test_a_candidate_is_a_file_of_settings_or_a_picture(tiny_config, tmp_path):
     (picture,) = trial.draw([Job(config, "a cat", 1)], FLOAT32)
     picture.save(tmp_path / "picture.png")
     assert candidate_of(tmp_path / "config.toml") == candidate_of(tmp_path / "picture.png") == config
+
+
+def test_a_picture_refined_from_another_is_no_candidate(tiny_config, tmp_path):
+    (picture,) = trial.draw([Job(tiny_config, "a cat", 1)], FLOAT32)
+    source = Source(picture.image, 0.5, dict(picture.record))
+    (refined,) = trial.draw([Job(tiny_config, "a cat", 1, source)], FLOAT32)
+    refined.save(tmp_path / "refined.png")
+    with pytest.raises(ConfigError, match="candidate must be a picture drawn from words"):
+        candidate_of(tmp_path / "refined.png")
