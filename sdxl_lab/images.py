@@ -163,6 +163,15 @@ def magnified_difference(first: Image.Image, second: Image.Image) -> tuple[Image
     return Image.fromarray((differences * gain).round().astype(np.uint8)), gain
 
 
+def beside(before: Image.Image, after: Image.Image) -> tuple[Image.Image, Image.Image, str]:
+    """For a sheet, with `before` to the left: `after` in the same size, the difference, and in words how much it was
+    magnified. Of pictures of different size there is no difference to see."""
+    if before.size != after.size:
+        return after.resize(before.size), Image.new("RGB", before.size, "white"), "no difference: the sizes differ"
+    difference, gain = magnified_difference(before, after)
+    return after, difference, f"difference x{gain:.3g}"
+
+
 def _differences(first: Image.Image, second: Image.Image) -> np.ndarray:
     if first.size != second.size:
         raise PictureError(f"pictures of different size cannot be compared: {first.size} and {second.size}")

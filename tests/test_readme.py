@@ -28,6 +28,7 @@ ELSEWHERE = {
     "make check": ".ci/run",
     "make test": ".ci/run",
     "make test-fast": "a part of make test",
+    "make notebooks": "notebooks/, one by one, through sdxl_lab/notebook.py",
     "make bench": "test_bench.py",
     "make train": "lab/test_recipe.py, with --tiny",
     "accelerate launch --multi_gpu --num_processes 2 -m sdxl_lab sweep studies/first_sweep.toml": (

@@ -15,6 +15,7 @@ from sdxl_lab.images import (
     Picture,
     PictureError,
     a1111_parameters,
+    beside,
     canonical,
     encode_png,
     finish,
@@ -188,6 +189,14 @@ def test_one_changed_channel_of_one_pixel_is_noticed():
 def test_pictures_of_different_size_are_not_compared():
     with pytest.raises(PictureError, match=r"different size cannot be compared: \(8, 8\) and \(8, 16\)"):
         max_difference(Image.new("RGB", (8, 8)), Image.new("RGB", (8, 16)))
+
+
+def test_what_is_shown_beside_a_picture_is_as_large_as_it_is() -> None:
+    first, second = Image.new("RGB", (4, 2)), Image.new("RGB", (4, 2), (10, 0, 0))
+    after, difference, said = beside(first, second)
+    assert (after, difference.getpixel((0, 0)), said) == (second, (255, 0, 0), "difference x25.5")
+    after, difference, said = beside(first, second.resize((8, 8)))
+    assert (after.size, difference.size, said) == ((4, 2), (4, 2), "no difference: the sizes differ")
 
 
 def test_the_magnified_difference_is_white_where_it_is_largest() -> None:
