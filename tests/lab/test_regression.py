@@ -182,13 +182,13 @@ def test_a_scheduler_that_leaks_into_the_next_picture_is_red(slot, monkeypatch):
 
 
 def stepping(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
-    """A release of diffusers whose Euler step takes the UNet's answer a little larger."""
-    step = diffusers.EulerDiscreteScheduler.step
+    """A release of diffusers whose Euler steps take the UNet's answer a little larger."""
+    for scheduler in (diffusers.EulerDiscreteScheduler, diffusers.EulerAncestralDiscreteScheduler):
 
-    def other(self, model_output, *rest, **options):
-        return step(self, model_output * factor, *rest, **options)
+        def other(self, model_output, *rest, step=scheduler.step, **options):
+            return step(self, model_output * factor, *rest, **options)
 
-    monkeypatch.setattr(diffusers.EulerDiscreteScheduler, "step", other)
+        monkeypatch.setattr(scheduler, "step", other)
 
 
 def attending(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
