@@ -8,7 +8,7 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab serve check format test test-fast bench train clean system
+.PHONY: help demo lab serve check format test test-fast notebooks bench train clean system
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test: .venv/.installed system ## All tests
 
 test-fast: .venv/.installed system ## The tests that take no more than a few seconds each
 	$(PY) -m pytest -m "not slow"
+
+notebooks: .venv/.installed system ## Every notebook to its end; the executed copies are kept in runs/notebooks/
+	set -e; for notebook in $(NOTEBOOKS); do $(PY) -m sdxl_lab notebook $$notebook; done
 
 bench: .venv/.installed system ## Benchmarks
 	$(PY) -m bench

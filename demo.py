@@ -62,13 +62,9 @@ def command_line() -> list[Row]:
 
 def notebook() -> list[Row]:
     parameters = {"prompt": PROMPT, "seed": str(SEED), "out": str(RUN / "notebook"), "slot": str(RUN / "slot")}
-    given = [word for name, value in parameters.items() for word in ("-p", name, value)]
+    given = [word for name, value in parameters.items() for word in ("-p", f"{name}={value}")]
     executed = RUN / "01_explore.ipynb"
-    run(
-        *(sys.executable, "-m", "papermill", "notebooks/01_explore.ipynb", executed, *given),
-        *("--cwd", ".", "--no-progress-bar", "--execution-timeout", "300"),
-        PYTHONPATH=str(ROOT),
-    )
+    run(sys.executable, "-m", "sdxl_lab", "notebook", "notebooks/01_explore.ipynb", "--out", executed, *given)
     golden = RUN / "notebook" / "golden.png"
     return [
         ("notebook (papermill)", str(executed), "ran to its end"),
@@ -103,6 +99,9 @@ def served_pictures(address: str) -> list[Row]:
         rows.append((f"HTTP /{name}, /download", str(path), f"config {answer['config']}"))
     verdict = same_pixels(RUN / "served-generate.png", RUN / "notebook" / "golden.png")
     rows[0] = (*rows[0][:2], f"{verdict} as the notebook, {rows[0][2]}")
+    again = RUN / "served-generate-again.png"
+    run(sys.executable, "-m", "sdxl_lab", "generate", "--like", RUN / "served-generate.png", "--out", again)
+    rows.append(("served PNG, --like", str(again), same_pixels(RUN / "served-generate.png", again)))
     return rows
 
 
@@ -119,7 +118,7 @@ def free_port() -> int:
         return port
 
 
-def wait_until_ready(server: subprocess.Popen[bytes], address: str, seconds: float = 120) -> None:
+def wait_until_ready(server: subprocess.Popen[bytes], address: str, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and server.poll() is None:
         asked = subprocess.run(["curl", "--fail", "--silent", f"{address}/readyz"], capture_output=True, check=False)

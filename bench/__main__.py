@@ -7,6 +7,7 @@ from pathlib import Path
 from bench import clip_truth, engine, gpu, serving, throughput, truesize
 from bench.measure import RESULTS
 from bench.settings import Size
+from bench.soak import soak
 
 BENCHMARKS: dict[str, Callable[[Size], None]] = {
     "parity": engine.parity,
@@ -15,6 +16,7 @@ BENCHMARKS: dict[str, Callable[[Size], None]] = {
     "grid": engine.grid,
     "latency": serving.latency,
     "health": serving.health,
+    "soak": soak,
     "runtime": engine.runtime,
     "cancel": engine.cancel,
     "growth": engine.growth,
@@ -27,7 +29,8 @@ BENCHMARKS: dict[str, Callable[[Size], None]] = {
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all if left out")
-    for field, kind in (("model", str), ("pictures", int), ("steps", int), ("side", int), ("rounds", int)):
+    sizes = {"model": str, "pictures": int, "steps": int, "side": int, "rounds": int, "minutes": float}
+    for field, kind in sizes.items():
         default = getattr(Size, field)
         parser.add_argument(f"--{field}", type=kind, default=default, help=f"default {default}")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the results go")

@@ -16,13 +16,14 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Size:
-    """`side` in pixels; `rounds` are counted ones. `folder` takes the results."""
+    """`side` in pixels; `rounds` are counted ones; `minutes` are those of the soak. `folder` takes the results."""
 
     model: str = "nano"
     pictures: int = 16
     steps: int = 20
     side: int = 256
     rounds: int = 3
+    minutes: float = 1.0
     folder: Path = RESULTS
 
     @property

@@ -1,6 +1,7 @@
-"""The terminal's door: draw a picture, show or repeat one, sweep over settings, promote a configuration."""
+"""The terminal's door: draw, show or repeat a picture, sweep, promote and verify settings, run a notebook."""
 
 import argparse
+import dataclasses
 import json
 import os
 import secrets
@@ -13,6 +14,7 @@ from typing import Any
 
 from . import __version__
 from .config import MAX_SEED, SCHEDULERS, ConfigError, GenerationConfig, RefinerConfig
+from .notebook import NotebookError
 
 STOPPED = 130  # what a shell expects of a program ended by Ctrl-C
 
@@ -45,15 +47,40 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--parameters", action="store_true", help="print the A1111 text instead")
     show.set_defaults(run=_show)
 
-    promote = commands.add_parser("promote", help="draw goldens with a configuration and write both into a slot")
-    promote.add_argument("config", type=Path, help="a config.toml")
+    promote = commands.add_parser("promote", help="try a configuration against what a slot serves, and promote it")
+    promote.add_argument("candidate", type=Path, help="a config.toml, or a picture drawn with the settings")
     promote.add_argument("slot", type=Path, help="the slot's folder, such as service/promoted/nano")
-    promote.add_argument("--prompt", action="append", required=True, help="a golden's prompt; may be repeated")
-    promote.add_argument("--seed", type=int, default=0, help="the goldens' seed (default 0)")
+    promote.add_argument("--plan", type=Path, metavar="FILE", help="TOML with prompts, seeds, gates")
+    promote.add_argument("--prompt", action="append", help="instead of the plan's prompts; may be repeated")
+    promote.add_argument("--seed", type=int, action="append", help="instead of the plan's seeds; may be repeated")
+    promote.add_argument("--gate", action="append", metavar="GATE", help="instead of the plan's; may be repeated")
+    promote.add_argument(
+        "--evidence", type=Path, metavar="FILE", help="what a trial found before, instead of a new one"
+    )
     promote.add_argument("--why", required=True, help="the reason, kept in the evidence")
     promote.add_argument("--who", required=True, help="who promotes")
     promote.add_argument("--allow-dirty", action="store_true", help="promote from a work tree with changes")
     promote.set_defaults(run=_promote)
+
+    verify = commands.add_parser(
+        "verify", help="draw a slot's goldens again; exit code 1 and the reason if one differs"
+    )
+    verify.add_argument("slot", type=Path)
+    verify.set_defaults(run=_verify)
+
+    diff = commands.add_parser("diff", help="what would change in a slot, as Markdown")
+    diff.add_argument("slot", type=Path, help="the slot's folder")
+    diff.add_argument("candidate", type=Path, help="a config.toml, a picture, or another slot")
+    diff.set_defaults(run=_diff)
+
+    notebook = commands.add_parser("notebook", help="run a notebook to its end, or say why it did not get there")
+    notebook.add_argument("file", type=Path, help="an .ipynb, such as notebooks/05_regression.ipynb")
+    notebook.add_argument(
+        "-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="may be repeated"
+    )
+    notebook.add_argument("--out", type=Path, metavar="FILE", help="the executed copy; default runs/notebooks/NAME")
+    notebook.add_argument("--cell-seconds", type=float, default=600, help="what one cell may take (default 600)")
+    notebook.set_defaults(run=_notebook)
 
     sweep = commands.add_parser("sweep", help="draw and measure every combination of the axes in a file; resumes")
     sweep.add_argument("file", type=Path, help="a sweep's TOML; studies/ has examples")
@@ -78,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return STOPPED
-    except (ValueError, OSError) as error:  # ConfigError, ModelError, PictureError, SlotError are ValueErrors
+    except (ValueError, OSError, NotebookError) as error:  # ConfigError, ModelError, SlotError... are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -164,16 +191,82 @@ def _show(asked: argparse.Namespace) -> None:
 
 
 def _promote(asked: argparse.Namespace) -> None:
-    from .engine import Engine
-    from .promotion import promote
+    from . import trial
+    from .difference import difference_table
+    from .promotion import clean_state, promote, read_judged, served
     from .trajectory import Job
 
-    config = GenerationConfig.from_toml(asked.config)
-    with Engine.load(config) as engine:
-        tickets = [engine.submit(Job(config, prompt, asked.seed)) for prompt in asked.prompt]
-        pictures = [ticket.result() for ticket in tickets]
-    slot = promote(config, asked.slot, pictures=pictures, why=asked.why, who=asked.who, allow_dirty=asked.allow_dirty)
+    clean_state(asked.allow_dirty)
+    config = trial.candidate_of(asked.candidate)
+    before = served(asked.slot)
+    if asked.evidence:
+        if given := [name for name in ("plan", "prompt", "seed", "gate") if getattr(asked, name) is not None]:
+            raise ValueError(f"--evidence says what was tried, and must come without --{given[0]}")
+        judged = read_judged(asked.evidence)
+        goldens = trial.draw([Job(config, golden["prompt"], golden["seed"]) for golden in judged["goldens"]])
+    else:
+        found = trial.run(config, asked.slot, _plan(asked))
+        judged, goldens = found.judged(), found.goldens
+    print(difference_table(before, config, judged))
+    slot = promote(
+        config,
+        asked.slot,
+        pictures=goldens,
+        why=asked.why,
+        who=asked.who,
+        judged=judged,
+        allow_dirty=asked.allow_dirty,
+    )
     print(f"{slot.folder} now holds {slot.digest}, with {len(slot.goldens)} golden pictures")
+
+
+def _plan(asked: argparse.Namespace) -> Any:
+    from .trial import Plan
+
+    plan = Plan.from_toml(asked.plan) if asked.plan else Plan()
+    return dataclasses.replace(
+        plan, prompts=asked.prompt or plan.prompts, seeds=asked.seed or plan.seeds, gates=asked.gate or plan.gates
+    )
+
+
+def _verify(asked: argparse.Namespace) -> None:
+    from .promotion import load_slot
+    from .regression import regress
+
+    found = regress(load_slot(asked.slot), metrics=False)
+    for golden in found.goldens:
+        comparison = golden.comparison
+        verdict = "differs" if golden.reason else "the same"
+        print(f"{comparison.golden.path.name}  {verdict}  {comparison.measure} {comparison.difference:.4f}")
+    found.check()
+
+
+def _diff(asked: argparse.Namespace) -> None:
+    from .difference import difference_table
+    from .promotion import load_slot
+    from .trial import candidate_of
+
+    before = load_slot(asked.slot)
+    if asked.candidate.is_dir():
+        other = load_slot(asked.candidate)
+        judged = other.evidence if other.evidence and other.evidence.get("replaces") == before.digest else None
+        print(difference_table(before.config, other.config, judged))
+    else:
+        print(difference_table(before.config, candidate_of(asked.candidate)))
+
+
+def _notebook(asked: argparse.Namespace) -> None:
+    from . import notebook
+
+    words = {}
+    for pair in asked.parameter:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"a parameter must be NAME=VALUE; received {pair!r}. Example: steps=6")
+        words[name] = value
+    began = time.monotonic()
+    out = notebook.run(asked.file, notebook.parsed(asked.file, words), out=asked.out, cell_seconds=asked.cell_seconds)
+    print(f"{out}  ran to its end in {time.monotonic() - began:.0f} s")
 
 
 def _sweep(asked: argparse.Namespace) -> None:

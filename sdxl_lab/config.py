@@ -137,16 +137,21 @@ class Record:
     NESTED: dict[str, type["Record"]] = {}
 
     def __post_init__(self) -> None:
-        for name, rule in self.RULES.items():
-            value = getattr(self, name)
-            if not rule.holds(value):
-                raise ConfigError(name, value, rule.words, rule.example)
-            object.__setattr__(self, name, rule.store(value))
+        for name in self.RULES:
+            object.__setattr__(self, name, self.checked(name, getattr(self, name)))
         for name, kind in self.NESTED.items():
             value = getattr(self, name)
             if not (isinstance(value, kind) or (value is None and name == "refiner")):
                 first, rule = next(iter(kind.RULES.items()))
                 raise ConfigError(name, value, f"a {kind.__name__}", f"{name}.{first} = {json.dumps(rule.example)}")
+
+    @classmethod
+    def checked(cls, name: str, value: object) -> Any:
+        """The value as the field `name` stores it; `ConfigError` where it breaks the field's rule."""
+        rule = cls.RULES[name]
+        if not rule.holds(value):
+            raise ConfigError(name, value, rule.words, rule.example)
+        return rule.store(value)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only: what TOML and JSON hold. Fields that are None are left out."""

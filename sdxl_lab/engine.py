@@ -55,6 +55,7 @@ class Ticket:
         self.future.set_running_or_notify_cancel()  # so that only the engine can end it
         self.submitted = time.monotonic()
         self.started = self.submitted
+        self.first_step: float | None = None  # when its first UNet call was done
         self.trajectory: Trajectory | None = None
         self.served = 0  # the tick in which it last had rows
         self._cancelled = threading.Event()
@@ -105,7 +106,8 @@ class Ticket:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The engine at a glance. `rows` and `seconds` are those of the last UNet call."""
+    """The engine at a glance. `rows` and `seconds` are those of the last UNet call; the last three fields are of all
+    UNet calls since the start."""
 
     queued: int
     running: int
@@ -114,6 +116,9 @@ class EngineStats:
     ticks: int
     rows: int
     seconds: float
+    calls: int = 0
+    rows_in_calls: int = 0
+    seconds_in_calls: float = 0.0
 
 
 class Engine:
@@ -130,6 +135,7 @@ class Engine:
         self._ticks = 0
         self._pace = Pace()
         self._last_call = (0, 0.0)
+        self._all_calls = (0, 0, 0.0)  # calls, rows, seconds: replaced whole, so that a reader needs no lock
         self._embeddings: OrderedDict[tuple[DenoiserName, str | None, bool], Embedding] = OrderedDict()
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -192,6 +198,15 @@ class Engine:
         spans = self._forecast(running, waiting, Load("none", 2, 1))
         return spans[-1].start if spans else None
 
+    def room_seconds(self) -> float | None:
+        """Seconds until the queue takes one more picture: 0.0 if it does now; None while nothing was measured."""
+        with self._wake:
+            running, waiting = list(self._running), list(self._waiting)
+        if len(waiting) < self.max_queue:
+            return 0.0
+        spans = self._forecast(running, waiting)
+        return spans[len(running) + len(waiting) - self.max_queue].start if spans else None
+
     def _forecast(self, running: list[Ticket], waiting: list[Ticket], *more: Load) -> list[Span] | None:
         if not self._pace:
             return None
@@ -217,7 +232,7 @@ class Engine:
             running, waiting = list(self._running), len(self._waiting)
         rows, seconds = self._last_call
         in_flight = sum(rows_of(ticket.job) for ticket in running)
-        return EngineStats(waiting, len(running), in_flight, self.rows, self._ticks, rows, seconds)
+        return EngineStats(waiting, len(running), in_flight, self.rows, self._ticks, rows, seconds, *self._all_calls)
 
     def submit(self, job: Job, on_step: OnStep | None = None, priority: int = 0) -> Ticket:
         """Queue a picture: behind those of its own `priority` or a higher one, before the others.
@@ -390,8 +405,13 @@ class Engine:
                     log.exception("a step callback failed; the picture goes on without it")
                     ticket.on_step = None
         self._settle()
-        self._last_call = sum(len(each.timesteps) for each in inputs), time.monotonic() - began
-        self._pace.took(group, *self._last_call)
+        now = time.monotonic()
+        for ticket in tickets:
+            ticket.first_step = ticket.first_step or now
+        self._last_call = rows, seconds = sum(len(each.timesteps) for each in inputs), now - began
+        calls, all_rows, all_seconds = self._all_calls
+        self._all_calls = calls + 1, all_rows + rows, all_seconds + seconds
+        self._pace.took(group, rows, seconds)
 
     def _settle(self) -> None:
         """Wait for the GPU: else steps would be queued there far ahead, and neither a cancel nor a clock would mean

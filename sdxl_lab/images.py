@@ -95,7 +95,8 @@ def canonical(content: Mapping[str, Any]) -> str:
 def open_picture(source: Path | str | bytes) -> Image.Image:
     """Open a picture fully; `PictureError` if it is none."""
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        # Pillow leaves a file open that it cannot read to the end.
+        image = Image.open(io.BytesIO(source if isinstance(source, bytes) else Path(source).read_bytes()))
         image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         name = "the bytes" if isinstance(source, bytes) else str(source)
@@ -152,6 +153,23 @@ def max_difference(first: Image.Image, second: Image.Image) -> float:
 def mean_difference(first: Image.Image, second: Image.Image) -> float:
     """The mean absolute difference of two pictures' samples, on [0, 1]. Sizes must agree."""
     return float(_differences(first, second).mean()) / 255
+
+
+def magnified_difference(first: Image.Image, second: Image.Image) -> tuple[Image.Image, float]:
+    """Where two pictures differ: their absolute difference, black where they agree, and by how much it was multiplied
+    so that the largest one is white (1.0 for equal pictures). Sizes must agree."""
+    differences = _differences(first, second)
+    gain = 255 / max(1, int(differences.max())) if differences.any() else 1.0
+    return Image.fromarray((differences * gain).round().astype(np.uint8)), gain
+
+
+def beside(before: Image.Image, after: Image.Image) -> tuple[Image.Image, Image.Image, str]:
+    """For a sheet, with `before` to the left: `after` in the same size, the difference, and in words how much it was
+    magnified. Of pictures of different size there is no difference to see."""
+    if before.size != after.size:
+        return after.resize(before.size), Image.new("RGB", before.size, "white"), "no difference: the sizes differ"
+    difference, gain = magnified_difference(before, after)
+    return after, difference, f"difference x{gain:.3g}"
 
 
 def _differences(first: Image.Image, second: Image.Image) -> np.ndarray:

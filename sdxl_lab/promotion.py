@@ -1,20 +1,23 @@
 """From a tuned configuration to a slot that a service loads.
 
 A slot is a folder: `config.toml`, `evidence.json` (what the configuration was judged on) and `golden/` (the pictures
-themselves). It is written whole or not at all. Knows no models: pictures and judgements come from the caller.
+themselves). It is written whole or not at all, by one promotion at a time, and only over what the candidate was
+compared with. Knows no models: pictures and judgements come from the caller.
 """
 
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import __version__
 from .config import GenerationConfig
 from .images import Picture, PictureError, max_difference, mean_difference, open_picture, read_record
 
@@ -66,14 +69,22 @@ class Slot:
 
     @property
     def goldens(self) -> list["Golden"]:
-        """What `evidence.json` lists, each file checked against it; empty without evidence.
+        """What `evidence.json` lists, each file checked against it; empty where it lists none, or is missing.
 
         Raises `SlotError` for a golden that is missing, is no picture with our record, or is not of this configuration.
         """
-        listed = self.evidence["goldens"] if self.evidence is not None else []
-        return [self._golden(entry["file"], entry["prompt"], entry["seed"]) for entry in listed]
+        listed = (self.evidence or {}).get("goldens", [])
+        try:
+            entries = [(entry["file"], entry["prompt"], entry["seed"]) for entry in listed]
+        except (KeyError, TypeError) as error:
+            raise SlotError(
+                f"evidence.json of the slot {self.folder} must list its goldens with file, prompt and seed: {error!r}"
+            ) from error
+        return [self._golden(*entry) for entry in entries]
 
     def _golden(self, name: str, prompt: str, seed: int) -> "Golden":
+        if Path(str(name)).name != name:
+            raise SlotError(f"a golden must be a file of {self.folder / 'golden'}; received {name!r}")
         path = self.folder / "golden" / name
         if not path.is_file():
             raise SlotError(f"the slot {self.folder} must hold every golden of its evidence; {name} is missing")
@@ -101,17 +112,62 @@ def load_slot(folder: Path | str) -> Slot:
     config = GenerationConfig.from_toml(config_file)
     evidence = None
     if evidence_file.is_file():
-        try:
-            evidence = json.loads(evidence_file.read_text())
-            judged = evidence["digest"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise SlotError(f"{evidence_file} must be JSON with the digest it speaks of: {error!r}") from error
-        if judged != config.digest:
+        evidence = _read_evidence(evidence_file)
+        if evidence["digest"] != config.digest:
             raise SlotError(
                 f"the slot {folder} must hold one configuration: config.toml has the digest {config.digest}, but "
-                f"evidence.json speaks of {judged!r}. Promote again, or restore the slot from git"
+                f"evidence.json speaks of {evidence['digest']!r}. Promote again, or restore the slot from git"
             )
     return Slot(folder, config, evidence)
+
+
+# What `Trial.judged` says; without one of these a file is no evidence.
+JUDGED_FIELDS = (
+    "digest",
+    "replaces",
+    "prompts",
+    "seeds",
+    "clip",
+    "metrics",
+    "gates",
+    "weights",
+    "runtime",
+    "libraries",
+    "version",
+    "goldens",
+)
+# Evidence is of these weights, libraries and code; drawn with others, a picture is not the one that was judged.
+STALE_FIELDS = ("weights", "libraries", "version")
+
+
+def read_judged(path: Path | str) -> dict[str, Any]:
+    """The judgement that a trial wrote, for `promote`. Raises `SlotError` where the file is none."""
+    judged = _read_evidence(Path(path))
+    _check_judged(judged, str(path))
+    return judged
+
+
+def _read_evidence(path: Path) -> dict[str, Any]:
+    try:
+        evidence = json.loads(path.read_text())
+        evidence["digest"]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise SlotError(f"{path} must be JSON with the digest it speaks of: {error!r}") from error
+    return dict(evidence)
+
+
+def _check_judged(judged: Mapping[str, Any], name: str) -> None:
+    if missing := [field for field in JUDGED_FIELDS if field not in judged]:
+        raise SlotError(f"{name} must say what a trial says of its candidate; it lacks {', '.join(missing)}")
+    gates = judged["gates"]
+    if not isinstance(gates, list) or not all(isinstance(gate, dict) and "passed" in gate for gate in gates):
+        raise SlotError(f"{name} must say of each gate whether it passed; received {gates!r}")
+
+
+def served(folder: Path | str) -> GenerationConfig | None:
+    """The configuration that a slot holds, be its evidence sound or not; None for a new slot."""
+    file = Path(folder) / "config.toml"
+    return GenerationConfig.from_toml(file) if file.is_file() else None
 
 
 def promote(
@@ -121,48 +177,110 @@ def promote(
     pictures: Sequence[Picture],
     why: str,
     who: str,
-    metrics: Mapping[str, Any] | None = None,
+    judged: Mapping[str, Any] | None = None,
     allow_dirty: bool = False,
 ) -> Slot:
-    """Write `config` into the slot `folder`, with `pictures` as its goldens and as part of its evidence.
+    """Write `config` into the slot `folder`, with `pictures` as its goldens, and what it was judged on as its evidence.
 
-    Raises `SlotError` where a picture was made with another configuration, where there is none, where no reason is
-    given, and, without `allow_dirty`, where the work tree has uncommitted changes.
+    `judged` comes from a trial of `config` against what the slot holds (`Trial.judged`, `read_judged`); only a slot
+    that holds nothing yet can do without. Raises `SlotError`, and leaves the slot as it is, where
+
+    - there is no picture or no reason, or a picture is of another configuration or other weights than the first;
+    - a gate failed, or `judged` is of another configuration, or of other weights, libraries or code than the pictures;
+    - the work tree has uncommitted changes, now or when it was judged, without `allow_dirty`;
+    - the slot does not hold what `judged` compared with, as when another promotion came first.
     """
     folder = Path(folder)
     if not pictures or not why.strip():
         raise SlotError("a promotion must come with at least one picture and a reason. Example: why='sharper hats'")
-    for picture in pictures:
-        if picture.record["digest"] != config.digest:
-            raise SlotError(
-                f"every golden must be drawn with the configuration promoted, {config.digest}; received one of "
-                f"{picture.record['digest']} ({picture.record['prompt']!r}, seed {picture.record['seed']})"
-            )
-    commit, dirty = git_state()
-    if dirty and not allow_dirty:
-        raise SlotError(
-            "a promotion must come from a clean work tree, so that its commit says all; commit first, or "
-            "pass allow_dirty=True"
-        )
-    first = pictures[0].record
+    _check_pictures(config, pictures)
+    drawn = {name: pictures[0].record[name] for name in ("weights", "runtime", "libraries", "version")}
+    if judged is not None:
+        _check_judged(judged, "the evidence")
+        _check_promotable(config, judged, drawn)
+    commit, dirty = clean_state(allow_dirty, was_dirty=bool(judged and judged.get("dirty")))
     goldens = {_golden_name(number, picture): picture for number, picture in enumerate(pictures, 1)}
     evidence = {
+        "replaces": None,
+        **(judged or {}),
+        **drawn,
         "digest": config.digest,
-        "replaces": _served(folder),
+        "model": config.model.to_dict(),
         "who": who,
         "why": why,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "dirty": dirty,
-        "version": __version__,
-        **{name: first[name] for name in ("weights", "runtime", "libraries")},
-        "metrics": dict(metrics or {}),
         "goldens": [
             {"file": name, "prompt": picture.record["prompt"], "seed": picture.record["seed"]}
             for name, picture in goldens.items()
         ],
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder.parent):
+        _check_unchanged(folder, evidence["replaces"])
+        _write(folder, config, evidence, goldens)
+        return load_slot(folder)
+
+
+def _check_pictures(config: GenerationConfig, pictures: Sequence[Picture]) -> None:
+    weights = pictures[0].record["weights"]
+    for picture in pictures:
+        name = f"({picture.record['prompt']!r}, seed {picture.record['seed']})"
+        if picture.record["digest"] != config.digest:
+            raise SlotError(
+                f"every golden must be drawn with the configuration promoted, {config.digest}; received one of "
+                f"{picture.record['digest']} {name}"
+            )
+        if picture.record["weights"] != weights:
+            raise SlotError(
+                f"every golden must be drawn with the same weights; {name} is of another model: "
+                f"{_changed(weights, picture.record['weights'])}"
+            )
+
+
+def _check_promotable(config: GenerationConfig, judged: Mapping[str, Any], drawn: Mapping[str, Any]) -> None:
+    if judged["digest"] != config.digest:
+        raise SlotError(
+            f"the evidence must speak of the configuration promoted, {config.digest}; received evidence of "
+            f"{judged['digest']!r}. Try the candidate against the slot again"
+        )
+    for name in STALE_FIELDS:
+        if judged[name] != drawn[name]:
+            before, now = ({name: value} if isinstance(value, str) else value for value in (judged[name], drawn[name]))
+            raise SlotError(
+                f"the evidence is stale: its {name} are not those the goldens are drawn with: {_changed(before, now)}. "
+                "Try the candidate against the slot again"
+            )
+    if failed := [gate for gate in judged["gates"] if not gate["passed"]]:
+        said = "; ".join(f"{gate.get('gate')} ({gate.get('figures')})" for gate in failed)
+        raise SlotError(f"a promotion must pass all of its gates; failed: {said}")
+
+
+@contextmanager
+def _alone(parent: Path) -> Iterator[None]:
+    """One promotion at a time among the slots of a folder. The folder itself is locked: a lock file would make the work
+    tree dirty. The system lets go of it when the process ends, however it ends."""
+    handle = os.open(parent, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _check_unchanged(folder: Path, compared: str | None) -> None:
+    holds = served(folder)
+    found = holds.digest if holds else None
+    if found != compared:
+        raise SlotError(
+            f"the slot {folder} must hold what the candidate was compared with, {compared or 'nothing'}; it holds "
+            f"{found or 'nothing'}. Try the candidate against the slot as it is now"
+        )
+
+
+def _write(folder: Path, config: GenerationConfig, evidence: Mapping[str, Any], goldens: Mapping[str, Picture]) -> None:
+    """The whole slot, put in the place of the old one, which comes back where that fails."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / "slot"
         (fresh / "golden").mkdir(parents=True)
@@ -179,7 +297,6 @@ def promote(
             if replaced.exists():
                 replaced.rename(folder)
             raise
-    return load_slot(folder)
 
 
 # A picture of 8 bits cannot show float32's 1e-3 better than by one step of a sample, where a value is rounded the
@@ -216,16 +333,23 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in names)
 
 
-def _served(folder: Path) -> str | None:
-    """The digest of the configuration that a slot holds, be its evidence sound or not; None for a new slot."""
-    file = folder / "config.toml"
-    return GenerationConfig.from_toml(file).digest if file.is_file() else None
-
-
 def _golden_name(number: int, picture: Picture) -> str:
     """Numbered, since two prompts may have the same words or begin alike."""
     words = "".join(letter if letter.isalnum() else "-" for letter in picture.record["prompt"].lower())
     return f"{number:02}-{words[:60].strip('-')}-{picture.record['seed']}.png"
+
+
+def clean_state(allow_dirty: bool, *, was_dirty: bool = False) -> tuple[str | None, bool]:
+    """`git_state`; `SlotError` for a work tree with uncommitted changes, now or when something was judged, unless they
+    are allowed. Whoever draws for long before promoting asks first."""
+    commit, dirty = git_state()
+    dirty = dirty or was_dirty
+    if dirty and not allow_dirty:
+        raise SlotError(
+            "a promotion must come from a clean work tree, so that its commit says all; commit first, or "
+            "pass allow_dirty=True (--allow-dirty)"
+        )
+    return commit, dirty
 
 
 def git_state() -> tuple[str | None, bool]:

@@ -1,27 +1,22 @@
 import argparse
-import logging
-import os
 import signal
 import socket
 import sys
 
-import uvicorn
-
 from sdxl_lab.config import ConfigError
 from sdxl_lab.promotion import SlotError
+from service import logs
 from service.app import create_app
+from service.process import Server
 from service.settings import Settings, SettingsError, documentation
-
-# dstack kills a replica 10 s after it asked it to stop.
-GRACE_SECONDS = 7
 
 
 def main() -> int:
-    """Serve until SIGTERM or SIGINT. 2: it cannot start; 1: the models cannot be loaded."""
+    """Serve until SIGTERM or SIGINT. 2: it cannot start; 1: the models cannot be loaded, or the engine is broken."""
     arguments = parse()
     try:
         settings = Settings.from_mapping()
-        configure_logging(settings.log_level)
+        logs.configure(settings.log_level)
         app = create_app(settings)
         listener = socket.create_server(
             (arguments.host, arguments.port),
@@ -31,22 +26,13 @@ def main() -> int:
         print(f"service: {error}", file=sys.stderr)
         return 2
     studio = app.state.studio
-    options = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_SECONDS)
-    server = uvicorn.Server(options)
-
-    def stop() -> None:
-        server.should_exit = True
-
-    studio.when_failed = stop
-    # uvicorn raises its signal again once it has stopped; asked to stop and stopped is a success.
+    server = Server(app, studio)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop())
+        signal.signal(number, server.handle_exit)
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     print(f"service: http://{host}:{listener.getsockname()[1]} (slot {studio.slot.folder.name})", flush=True)
     server.run(sockets=[listener])
-    logging.shutdown()
-    # A thread that loads cannot be stopped, and torch takes seconds to end: nothing is left that they would save.
-    os._exit(1 if studio.failure else 0)
+    server.leave()
 
 
 def parse() -> argparse.Namespace:
@@ -59,10 +45,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one and prints it (default: 8000)")
     return parser.parse_args()
-
-
-def configure_logging(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 if __name__ == "__main__":

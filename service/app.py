@@ -5,19 +5,37 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Match
 
 from sdxl_lab import __version__
-from service.edge import Edge
-from service.problems import MEDIA_TYPE, ProblemBody, problem_of
-from service.routes import images, ops
+from service.auth import Auth, describe
+from service.edge import Edge, told
+from service.problems import MEDIA_TYPE, ProblemBody
+from service.routes import images, openai, ops, page
+from service.schemas import bounded
 from service.settings import Settings
 from service.studio import Studio
 
+METHODS = ("GET", "POST", "DELETE")
+CORS: dict[str, Any] = {
+    "allow_methods": METHODS,
+    "allow_headers": (
+        *("Accept", "Authorization", "Content-Type", "Idempotency-Key", "If-None-Match", "Last-Event-ID", "Prefer"),
+        *("X-API-Key", "X-Request-Id"),
+    ),
+    "expose_headers": (
+        *("ETag", "Location", "Preference-Applied", "Retry-After", "WWW-Authenticate"),
+        *("X-Config-Digest", "X-Image-Id", "X-Request-Id", "X-Seed"),
+    ),
+}
 PROBLEM = {"description": "A problem (RFC 9457)", "content": {MEDIA_TYPE: {"schema": ProblemBody.model_json_schema()}}}
 
 
@@ -26,7 +44,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     Raises `SettingsError`, `SlotError` or `ConfigError`. The weights are loaded by the lifespan, in a thread.
     """
-    studio = Studio(settings or Settings.from_mapping())
+    settings = settings or Settings.from_mapping()
+    studio = Studio(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -34,16 +53,43 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         yield
         await studio.stop()
 
-    app = FastAPI(title="SDXL Lab", version=__version__, lifespan=lifespan, responses={"4XX": PROBLEM, "5XX": PROBLEM})
+    app = FastAPI(
+        title="SDXL Lab",
+        version=__version__,
+        lifespan=lifespan,
+        responses={"4XX": PROBLEM, "5XX": PROBLEM},
+        generate_unique_id_function=lambda route: route.name,  # what OpenAPI's links name
+    )
     app.state.studio = studio
+    # From the innermost to the outermost: what the edge answers has to carry the headers of CORS as well.
+    app.add_middleware(Auth, keys=settings.api_keys)
     app.add_middleware(Edge, studio=studio)
+    if settings.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
     app.add_exception_handler(HTTPException, _problem)
     app.add_exception_handler(RequestValidationError, _problem)
     app.include_router(images.router)
+    app.include_router(openai.router)
     app.include_router(ops.router)
+    app.include_router(page.router)
+    undescribed = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = bounded(undescribed(), studio.slot.config.limits)
+        return describe(document) if settings.api_keys else document
+
+    app.openapi = openapi  # type: ignore[method-assign]
     return app
 
 
 async def _problem(request: Request, error: Exception) -> Response:
     """What FastAPI raises itself; all else comes to the edge."""
-    return problem_of(error, request.state.request_id).response()
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        # The router names only the methods of the first route of the path.
+        error = HTTPException(405, headers={"Allow": ", ".join(filter(partial(_allows, request), METHODS))})
+    return told(request.scope, error)
+
+
+def _allows(request: Request, method: str) -> bool:
+    scope = {**request.scope, "method": method}
+    return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)

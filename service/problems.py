@@ -6,6 +6,7 @@ reading it imports no torch; a test holds that every name exists.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -25,16 +26,26 @@ class NotReady(RuntimeError):
     """The service cannot draw: the message says why."""
 
 
+class Unauthorized(PermissionError):
+    """The request brings none of the keys."""
+
+    def __init__(self) -> None:
+        super().__init__("this service asks for a key: send it as X-API-Key, or as Authorization: Bearer")
+
+
 class StillDrawing(LookupError):
-    """The picture is in the making."""
+    """The picture is in the making, for so many more `seconds`, where that is known."""
+
+    def __init__(self, message: str, seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class Stopping(RuntimeError):
     """The service stops before the picture is done."""
 
 
-class StoreRefused(OSError):
-    """The store does not take the picture."""
+RETRY_AFTER = {"description": "seconds after which a new try may succeed", "schema": {"type": "integer", "minimum": 1}}
 
 
 class BodyTooLarge(HTTPException):
@@ -43,6 +54,13 @@ class BodyTooLarge(HTTPException):
     def __init__(self, limit: int) -> None:
         super().__init__(413, f"the body must be at most {limit} bytes")
         self.limit = limit
+
+
+class BodyTooSlow(HTTPException):
+    """The request's body takes longer to come in than it may."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(408, f"the body must come in within {seconds:g} seconds")
 
 
 class ProblemBody(BaseModel):
@@ -68,15 +86,18 @@ class Problem:
     headers: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def response(self) -> Response:
-        content = {
+    def content(self) -> dict[str, Any]:
+        """The body, as JSON holds it."""
+        return {
             "type": f"urn:sdxl-lab:{self.kind}" if self.kind else "about:blank",
             "title": self.title or HTTPStatus(self.status).phrase,
             "status": self.status,
             "detail": self.detail,
             **{name: _plain(value) for name, value in self.extra.items() if value is not None},
         }
-        return Response(json.dumps(content), self.status, self.headers, MEDIA_TYPE)
+
+    def response(self) -> Response:
+        return Response(json.dumps(self.content()), self.status, self.headers, MEDIA_TYPE)
 
 
 @dataclass(frozen=True)
@@ -89,19 +110,47 @@ class Entry:
     title: str
     retry_after: int | None = None
     measured: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 TABLE = {
+    "service.openai.UnknownModel": Entry(404, "model-not-found", "There is no such model"),
+    "service.problems.BodyTooSlow": Entry(408, "body-too-slow", "The body takes too long"),
+    "service.problems.BodyTooLarge": Entry(413, "body-too-large", "The body is too large"),
     "sdxl_lab.config.ConfigError": Entry(422, "invalid-value", "A value is out of range"),
     "sdxl_lab.store.UnknownPicture": Entry(404, "unknown-picture", "There is no such picture"),
+    "service.problems.Unauthorized": Entry(
+        401, "unauthorized", "A key is needed", headers={"WWW-Authenticate": 'Bearer realm="sdxl-lab"'}
+    ),
     "service.problems.StillDrawing": Entry(404, "still-drawing", "The picture is in the making", 1, measured=True),
     "service.problems.NotReady": Entry(503, "not-ready", "The service is not ready", 5),
     "service.problems.Stopping": Entry(503, "stopping", "The service stops", 5),
-    "service.problems.StoreRefused": Entry(507, "store-refused", "The store refuses to take the picture"),
+    "service.jobs.KeyReused": Entry(409, "key-reused", "The idempotency key belongs to another request"),
+    "service.jobs.AlreadyOver": Entry(409, "already-over", "The picture cannot be cancelled any more"),
+    "service.jobs.NotOver": Entry(409, "not-over", "The picture is in the making"),
+    "service.jobs.CancelledByClient": Entry(409, "cancelled-by-client", "The picture was cancelled by its id"),
+    "sdxl_lab.store.StoreUnreachable": Entry(503, "store-unreachable", "The store does not answer", 5),
+    "sdxl_lab.store.StoreRefused": Entry(507, "store-refused", "The store refuses to take the picture"),
     "sdxl_lab.engine.QueueFull": Entry(429, "queue-full", "The queue is full", 1, measured=True),
     "sdxl_lab.engine.EngineStopped": Entry(503, "engine-stopped", "The engine has stopped", 5),
     "sdxl_lab.engine.Cancelled": Entry(503, "cancelled", "The picture was cancelled, since the service stops", 5),
 }
+
+
+def answers(*kinds: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's responses for some of the table's kinds, with an example of each, by status."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    for entry in TABLE.values():
+        if entry.kind not in kinds:
+            continue
+        content = {MEDIA_TYPE: {"schema": ProblemBody.model_json_schema(), "examples": {}}}
+        response = responses.setdefault(entry.status, {"description": "", "content": content})
+        response["description"] = "; ".join(filter(None, (response["description"], entry.title)))
+        example = Problem(entry.status, "what exactly, and an example of how it is right", entry.kind, entry.title)
+        response["content"][MEDIA_TYPE]["examples"][entry.kind] = {"value": example.content()}
+        if entry.retry_after is not None:
+            response["headers"] = {"Retry-After": RETRY_AFTER}
+    return responses
 
 
 def known(error: BaseException) -> Entry | None:
@@ -110,10 +159,13 @@ def known(error: BaseException) -> Entry | None:
     return next((TABLE[name] for name in names if name in TABLE), None)
 
 
-def problem_of(error: Exception, request_id: str, measured: int | None = None) -> Problem:
-    """What a client is told of `error`. `measured` is the speed of the last pictures, in seconds."""
+def problem_of(
+    error: Exception, request_id: str, measured: int | None = None, examples: Mapping[str, Any] = EXAMPLES
+) -> Problem:
+    """What a client is told of `error`. `measured` is the speed of the last pictures, in seconds; `examples` are good
+    values by the name of their field."""
     if isinstance(error, RequestValidationError):
-        return _of_validation(error)
+        return _of_validation(error, examples)
     if isinstance(error, HTTPException):
         return _of_http(error)
     entry = known(error)
@@ -121,7 +173,9 @@ def problem_of(error: Exception, request_id: str, measured: int | None = None) -
         detail = "an error inside the service; its log has it under this request id"
         return Problem(500, detail, "bug", "A bug", extra={"request_id": request_id})
     seconds = measured if entry.measured and measured else entry.retry_after
-    headers = {} if seconds is None else {"Retry-After": str(seconds)}
+    if isinstance(error, StillDrawing) and error.seconds is not None:
+        seconds = max(1, math.ceil(error.seconds))
+    headers = {**entry.headers, **({} if seconds is None else {"Retry-After": str(seconds)})}
     extra = {}
     if isinstance(error, ConfigError):
         extra = {"field": error.field, "received": error.received, "limit": error.rule}
@@ -139,11 +193,12 @@ def _of_http(error: HTTPException) -> Problem:
         404: "nothing is served at this path",
         405: f"this path answers to {headers.get('allow', headers.get('Allow', 'another method'))}",
     }.get(error.status_code, str(error.detail))
-    limit = error.limit if isinstance(error, BodyTooLarge) else None
-    return Problem(error.status_code, detail, headers=headers, extra={"limit": limit})
+    entry = known(error)
+    kind, title = (None, None) if entry is None else (entry.kind, entry.title)
+    return Problem(error.status_code, detail, kind, title, headers, {"limit": getattr(error, "limit", None)})
 
 
-def _of_validation(error: RequestValidationError) -> Problem:
+def _of_validation(error: RequestValidationError, examples: Mapping[str, Any]) -> Problem:
     """The first thing that is wrong with a body or a query, and how many more there are."""
     errors = error.errors()
     first = errors[0]
@@ -160,7 +215,10 @@ def _of_validation(error: RequestValidationError) -> Problem:
         )
         return Problem(422, detail, "invalid-body", "The body is not a JSON object")
     received = first.get("input") if first["type"] != "missing" else None
-    example = f" Example: {json.dumps({name: EXAMPLES[name]})}" if name in EXAMPLES else ""
+    if isinstance(received, Mapping) and name in received:  # a rule about the whole body names the field that broke it
+        received = received[name]
+    alone = name in examples and first["type"] != "disagree"  # no value is an example where fields have to agree
+    example = f" Example: {json.dumps({name: examples[name]})}" if alone else ""
     more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
     shown = "" if first["type"] == "missing" else f"; received {_plain(received)!r}"
     detail = f"{name}: {first['msg']}{shown}.{example}{more}"

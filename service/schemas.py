@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from sdxl_lab.config import MAX_PROMPT, MAX_SEED, SCHEDULERS, ConfigError, GenerationConfig, RefinerConfig
+from sdxl_lab.config import MAX_PROMPT, MAX_SEED, SCHEDULERS, ConfigError, GenerationConfig, Limits, RefinerConfig
 
 EXAMPLES: Mapping[str, Any] = {
     "body": '{"prompt": "A cat in a hat"}',
@@ -27,6 +27,8 @@ EXAMPLES: Mapping[str, Any] = {
     "strength": 0.3,
     "format": "webp",
     "quality": 90,
+    "limit": 24,
+    "idempotency-key": "order-4711",
 }
 
 
@@ -122,6 +124,24 @@ def check_limits(promoted: GenerationConfig, changes: Mapping[str, Any]) -> None
             raise ConfigError(name, value, f"from {low:g} to {high:g}{multiple}", getattr(promoted, name))
 
 
+def bounded(document: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """An OpenAPI document with what `check_limits` allows. FastAPI writes bounds as floats: no seed is exact there."""
+    sides = {"minimum": limits.side[0], "maximum": limits.side[1], "multipleOf": 8}
+    bounds: dict[str, dict[str, Any]] = {
+        "width": sides,
+        "height": sides,
+        "steps": dict(zip(("minimum", "maximum"), limits.steps, strict=True)),
+        "guidance_scale": dict(zip(("minimum", "maximum"), limits.guidance_scale, strict=True)),
+        "scheduler": {"enum": list(SCHEDULERS)},
+        "seed": {"minimum": 0, "maximum": MAX_SEED},
+    }
+    for model in (GenerateRequest, RefineRequest):
+        fields = document["components"]["schemas"][model.__name__]["properties"]
+        for name in bounds.keys() & fields.keys():
+            fields[name]["anyOf"][0] |= bounds[name]  # the other is null
+    return document
+
+
 def overridden(promoted: GenerationConfig, config: GenerationConfig) -> list[str]:
     """The fields in which a configuration differs from the promoted one."""
     return [name for name in GenerationConfig.__dataclass_fields__ if getattr(config, name) != getattr(promoted, name)]
@@ -135,8 +155,22 @@ class Timings(BaseModel):
     total_ms: float
 
 
+DRAWN = {
+    "id": EXAMPLES["id"],
+    "url": f"/download/{EXAMPLES['id']}",
+    "seed": 7,
+    "width": 256,
+    "height": 256,
+    "config": "9f2c51c0a7de",
+    "overridden": ["steps"],
+    "timings": {"queued_ms": 12.1, "denoise_ms": 840.5, "total_ms": 871.0},
+}
+
+
 class Drawn(BaseModel):
     """A picture that is drawn and stored. `config` is the promoted digest; `overridden` names what differs from it."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [DRAWN]})
 
     id: str
     url: str
@@ -145,14 +179,134 @@ class Drawn(BaseModel):
     height: int
     config: str
     overridden: list[str]
-    timings: Timings
+    timings: Timings | None = Field(None, description="left out for a picture that was put into the store by hand")
     warnings: list[str] = []
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], prefix: str = "") -> Self:
+        """The answer for a stored record. `prefix` is the path that the service is mounted at."""
+        return cls(**_answer(record, prefix))
 
 
 class Refined(Drawn):
     """A refined picture, and the id of the one it comes from."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [DRAWN | {"source": EXAMPLES["id"]}]})
+
     source: str
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], prefix: str = "") -> Self:
+        return cls(**_answer(record, prefix), source=record["source"]["id"])
+
+
+def _answer(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {
+        "id": record["id"],
+        "url": f"{prefix}/download/{record['id']}",
+        "seed": record["seed"],
+        "width": record["config"]["width"],
+        "height": record["config"]["height"],
+        "config": record.get("promoted", record["digest"]),
+        "overridden": record.get("overridden", []),
+        "timings": record.get("timings"),
+        "warnings": record.get("warnings", []),
+    }
+
+
+class Accepted(BaseModel):
+    """A picture that will be drawn: its id, and where its state is told."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"id": EXAMPLES["id"], "url": f"/images/{EXAMPLES['id']}"}]}
+    )
+
+    id: str
+    url: str
+
+
+class Chosen(BaseModel):
+    """The settings that people compare pictures by."""
+
+    scheduler: str
+    steps: int
+    guidance_scale: float
+    refiner: bool
+
+
+State = Literal["queued", "running", "done", "failed", "cancelled"]
+INFO = {
+    **{name: DRAWN[name] for name in ("id", "url", "seed", "width", "height", "config", "overridden", "timings")},
+    "state": "done",
+    "prompt": EXAMPLES["prompt"],
+    "negative_prompt": EXAMPLES["negative_prompt"],
+    "settings": {"scheduler": "euler", "steps": 20, "guidance_scale": 5.0, "refiner": False},
+    "created": 1790000000.25,
+}
+
+
+class PictureInfo(BaseModel):
+    """A picture, stored or on its way. What is not known, or not yet, is left out."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [INFO]})
+
+    id: str
+    state: State
+    url: str
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int
+    width: int
+    height: int
+    settings: Chosen
+    config: str | None = Field(None, description="the digest of the configuration that was promoted then")
+    overridden: list[str] | None = Field(None, description="the fields that differ from it")
+    created: float | None = Field(None, description="seconds since 1970")
+    timings: Timings | None = None
+    warnings: list[str] | None = None
+    source: str | None = Field(None, description="the id of the picture that this one refines")
+    position: int | None = Field(None, description="the place in the queue, from 1")
+    eta: float | None = Field(None, description="seconds until it is drawn")
+    step: int | None = Field(None, description="UNet calls made")
+    steps: int | None = Field(None, description="UNet calls in all")
+    record: dict[str, Any] | None = Field(None, description="all that repeats the picture; of a single one only")
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], prefix: str = "", state: State = "done", **more: Any) -> Self:
+        """What a stored record says, or what was written down of a picture that is promised."""
+        config, source = content["config"], content.get("source")
+        return cls(
+            id=content["id"],
+            state=state,
+            url=f"{prefix}/download/{content['id']}",
+            prompt=content["prompt"],
+            negative_prompt=config.get("negative_prompt"),
+            seed=content["seed"],
+            width=config["width"],
+            height=config["height"],
+            settings=Chosen(
+                scheduler=config["scheduler"],
+                steps=config["steps"],
+                guidance_scale=config["guidance_scale"],
+                refiner=config.get("refiner") is not None,
+            ),
+            config=content.get("promoted", content.get("digest")),
+            overridden=content.get("overridden"),
+            created=content.get("created"),
+            timings=content.get("timings"),
+            warnings=content.get("warnings") or None,
+            source=source["id"] if isinstance(source, Mapping) else source,
+            **more,
+        )
+
+
+class PicturePage(BaseModel):
+    """Stored pictures, the newest first; `next` is the cursor of the page after this one."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"images": [INFO]}]})
+
+    images: list[PictureInfo]
+    next: str | None = None
 
 
 class Wanted(BaseModel):

@@ -6,14 +6,17 @@ Knows the names of slots, not what is in them.
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from sdxl_lab.config import ConfigError, RuntimeProfile
+from sdxl_lab.store import check_place
 
 PROMOTED = Path(__file__).parent / "promoted"
 LOG_LEVELS = ("debug", "info", "warning", "error")
+ATTEST = ("strict", "warn", "off")
+SHORTEST_KEY = 16
 
 
 class SettingsError(ValueError):
@@ -21,11 +24,13 @@ class SettingsError(ValueError):
 
 
 class Setting(NamedTuple):
-    """A field of `Settings`, what it means, and how text becomes its value (ValueError says the rule)."""
+    """A field of `Settings`, what it means, and how text becomes its value (ValueError says the rule). What is `secret`
+    is shown nowhere, not even where it is refused."""
 
     field: str
     meaning: str
     parse: Callable[[str], Any]
+    secret: bool = False
 
 
 def _slot(text: str) -> Path:
@@ -34,10 +39,11 @@ def _slot(text: str) -> Path:
     return PROMOTED / text if re.fullmatch(r"[\w-]+", text) else Path(text).expanduser()
 
 
-def _folder(text: str) -> Path:
-    if not text.strip() or "://" in text:
-        raise ValueError("must be a folder; object stores are not built yet")
-    return Path(text).expanduser()
+def _retention(text: str) -> int:
+    given = re.fullmatch(r"([1-9]\d{0,5})([smhd])", text, re.ASCII)
+    if given is None:
+        raise ValueError("must be a whole number and one of s, m, h, d, such as 7d")
+    return int(given[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[given[2]]
 
 
 def _count(low: int, high: int) -> Callable[[str], int]:
@@ -61,9 +67,44 @@ def _profile(field: str) -> Callable[[str], str]:
     return parse
 
 
-def _log_level(text: str) -> str:
-    if text not in LOG_LEVELS:
-        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}")
+def _one_of(values: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in values:
+            raise ValueError(f"must be one of {', '.join(values)}")
+        return text
+
+    return parse
+
+
+def _switch(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError("must be true or false")
+    return text == "true"
+
+
+def _list(text: str, item: str, rule: str, example: str) -> tuple[str, ...]:
+    """The values between the commas, every one of which must match."""
+    values = tuple(text.split(","))
+    if not all(re.fullmatch(item, value, re.ASCII) for value in values):
+        raise ValueError(f"must be {rule}, with commas and no spaces between several. Example: {example}")
+    return values
+
+
+def _keys(text: str) -> tuple[str, ...]:
+    rule = f"keys of at least {SHORTEST_KEY} letters, digits or signs each"
+    return _list(text, rf"[!-+\--~]{{{SHORTEST_KEY},}}", rule, "the output of `openssl rand -hex 24`")
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    rule = "origins as browsers send them (scheme, host, port if it is not the scheme's own), or * for any"
+    return _list(text, r"\*|[a-z][a-z0-9+.-]*://[a-z0-9.\[\]:-]+", rule, "https://shop.example,http://localhost:5173")
+
+
+def _prefix(text: str) -> str:
+    if not re.fullmatch(r"(/[\w.~-]+)+", text, re.ASCII):
+        raise ValueError(
+            "must be a path that begins with a slash and ends with none. Example: /proxy/services/main/sdxl"
+        )
     return text
 
 
@@ -71,14 +112,34 @@ TABLE = {
     "SDXL_CONFIG": Setting(
         "slot", "the slot to serve: a name in service/promoted, or the path of a slot folder", _slot
     ),
-    "SDXL_STORE": Setting("store", "the folder that pictures are kept in", _folder),
+    "SDXL_STORE": Setting(
+        "store", "where pictures are kept: a folder, or a URL that begins with s3, gs, az, file or memory", check_place
+    ),
+    "SDXL_RETENTION": Setting(
+        "retention", "how long pictures are kept, such as 7d or 12h; without it, for ever", _retention
+    ),
     "SDXL_MAX_QUEUE": Setting(
         "max_queue", "how many pictures may wait before a request is refused", _count(1, 100_000)
     ),
     "SDXL_MAX_ROWS": Setting("max_rows", "UNet rows in one call; a guided picture takes two", _count(1, 4096)),
     "SDXL_DEVICE": Setting("device", "auto, cpu, cuda or cuda:N", _profile("device")),
     "SDXL_DTYPE": Setting("dtype", "auto, float32, float16 or bfloat16", _profile("dtype")),
-    "SDXL_LOG_LEVEL": Setting("log_level", ", ".join(LOG_LEVELS), _log_level),
+    "SDXL_COMPILE": Setting("compile", "true: compile the UNets, which takes minutes at the first start", _switch),
+    "SDXL_ATTEST": Setting(
+        "attest",
+        "before serving draw the slot's golden pictures again and compare; if they differ: strict, stay unready; warn, "
+        "serve and say so; off: draw none",
+        _one_of(ATTEST),
+    ),
+    "SDXL_API_KEYS": Setting(
+        "api_keys", f"keys that clients must send one of, {SHORTEST_KEY} characters or more, with commas", _keys, True
+    ),
+    "SDXL_ROOT_PATH": Setting("root_path", "the path that a proxy puts before all of ours", _prefix),
+    "SDXL_CORS_ORIGINS": Setting("cors_origins", "origins whose pages may call, with commas; * for any", _origins),
+    "SDXL_WATCHDOG": Setting(
+        "watchdog", "seconds without a step, with pictures to draw, after which the process ends", _count(1, 100_000)
+    ),
+    "SDXL_LOG_LEVEL": Setting("log_level", ", ".join(LOG_LEVELS), _one_of(LOG_LEVELS)),
 }
 
 
@@ -87,11 +148,18 @@ class Settings:
     """How one process serves. `slot` is a slot's folder."""
 
     slot: Path = PROMOTED / "nano"
-    store: Path = Path("images")
+    store: Path | str = Path("images")
+    retention: int | None = None
     max_queue: int = 100
     max_rows: int = 16
     device: str = "auto"
     dtype: str = "auto"
+    compile: bool = False
+    attest: str = "strict"
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    root_path: str = ""
+    cors_origins: tuple[str, ...] = ()
+    watchdog: int = 900
     log_level: str = "info"
 
     @classmethod
@@ -107,14 +175,13 @@ class Settings:
             try:
                 values[setting.field] = setting.parse(text)
             except ValueError as error:
-                raise SettingsError(
-                    f"{name} {error}; received {text!r}. The settings are:\n{documentation()}"
-                ) from error
+                received = "" if setting.secret else f"; received {text!r}"
+                raise SettingsError(f"{name} {error}{received}. The settings are:\n{documentation()}") from error
         return cls(**values)
 
     @property
     def profile(self) -> RuntimeProfile:
-        return RuntimeProfile(device=self.device, dtype=self.dtype, rows=self.max_rows)
+        return RuntimeProfile(device=self.device, dtype=self.dtype, rows=self.max_rows, compile=self.compile)
 
 
 def documentation() -> str:
@@ -123,6 +190,6 @@ def documentation() -> str:
     lines = []
     for name, setting in TABLE.items():
         default = getattr(standard, setting.field)
-        shown = default.name if isinstance(default, Path) else default
-        lines.append(f"  {name:15} {setting.meaning} (default: {shown})")
+        shown = default.name if isinstance(default, Path) else "none" if default in ("", ()) else str(default).lower()
+        lines.append(f"  {name:17} {setting.meaning} (default: {shown})")
     return "\n".join(lines)

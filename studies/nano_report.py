@@ -1,4 +1,4 @@
-"""`python -m studies.nano_report`: what the sweep that confirms nano's study says, as Markdown and as plots."""
+"""`python -m studies.nano_report`: what the sweeps that confirm nano's study say, as Markdown and as plots."""
 
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
             if name != SERVED:
                 by = list(served.index.get_level_values("prompt"))
                 gain = paired(found[metric].to_numpy(), served[metric].to_numpy(), by=by)
-                row[metric] += f" ({gain.mean:+.2g}, {gain.low:+.2g} to {gain.high:+.2g})"
+                row[metric] += f" ({gain.mean:+.2f}, {gain.low:+.2f} to {gain.high:+.2f})"
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -40,12 +40,15 @@ def markdown(table: pd.DataFrame) -> str:
 
 def main() -> None:
     table = read_table(OUT / "nano_confirm")
-    print(markdown(judged(table)))
+    for found in (table, read_table(OUT / "nano_final")):
+        print(f"{len(found) // found['config'].nunique()} pairs\n{markdown(judged(found))}\n")
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
     quality_against_cost(table, "config", "unet_rows", "scene_parts", "unet_rows").save(out / "nano-confirmed.png")
-    some = table[table["prompt"].isin(table["prompt"].unique()[:6])]
+    shown = [SERVED, "nano_trial_16", "nano_trial_20"]
+    some = table[table["prompt"].isin(table["prompt"].unique()[:4]) & table["config"].isin(shown)]
     with Cells() as cells:
-        picture_grid(some, cells.picture, "prompt", "config", notes=["scene_parts"]).save(out / "nano-pictures.png")
+        sheet = picture_grid(some, cells.picture, "prompt", "config", notes=["scene_parts"], side=128)
+    sheet.save(out / "nano-pictures.png", optimize=True)
 
 
 if __name__ == "__main__":

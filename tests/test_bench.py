@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from bench import __main__ as bench
+from bench import soak
 from bench.measure import Report, alternate
 
 SMALL = ["--pictures", "2", "--steps", "2", "--side", "64", "--rounds", "1"]
@@ -81,3 +82,45 @@ def test_without_a_gpu_its_benchmark_says_that_nothing_was_measured(tmp_path, ca
     bench.main(["gpu", "--folder", str(tmp_path)])
     assert "not measured" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_short_soak_loses_and_doubles_nothing(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["soak", "--model", str(tiny_model), "--folder", str(tmp_path), "--minutes", "0.1"]
+    bench.main([*arguments, "--side", "64", "--steps", "6"])
+    report = json.loads((tmp_path / "soak.json").read_text())
+    assert report["wrong"] == []
+    values = {label: value for label, (value,) in report["values"].items()}
+    assert values["acknowledged pictures"] > 0
+    assert values["acknowledged and lost"] == values["stored and asked for by nobody"] == 0
+    with Image.open(tmp_path / "soak.png") as plot:
+        assert plot.width > 500
+    assert "/healthz, p99 ms" in capsys.readouterr().out
+
+
+def test_a_soak_sees_what_is_lost_doubled_or_left(monkeypatch):
+    """Against a service that lists one picture twice, one that nobody asked for, and not the one it acknowledged."""
+    states = {"left": {"state": "running"}, "gone": {"status": 404}, "cut": {"state": "cancelled"}}
+    stored = ["a", "a", "stranger", "before", "of a key"]
+    monkeypatch.setattr(soak, "listed", lambda _: ((picture, {}) for picture in stored))
+    answers = {"/download/a": b"\x89PNG", "/download/of a key": b"no"}
+    answers |= {f"/images/{picture}": json.dumps(state).encode() for picture, state in states.items()}
+    monkeypatch.setattr(soak, "_get", lambda _, path: answers[path])
+    ledger = soak.Ledger(unsettled=set(states))
+    for picture in ("a", "lost", "a"):
+        ledger.drawn(picture, "done")
+    ledger.drawn("of a key", "done", "key")
+    ledger.drawn("of a key", "done", "key")
+    assert ledger.wrong == ["two answers have the id a"]
+    figures = soak.reconcile(0, ledger, {"before"})
+    assert ledger.wrong[1:] == [
+        "lost was acknowledged and is not listed",
+        "stranger is stored and nobody asked for it",
+        "a is listed 2 times",
+        "of a key cannot be downloaded",
+        "left was left, and is running",
+    ]
+    assert figures["acknowledged and lost"] == figures["stored and asked for by nobody"] == 1
+    ledger.drawn("another", "done", "key")
+    assert "the key key stands for another and of a key" in ledger.wrong

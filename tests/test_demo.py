@@ -1,6 +1,5 @@
-"""`make demo`, as a user runs it."""
+"""`make demo`, as a user runs it: the round trip from a notebook over a slot and the service to the same pixels."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_lab.images import max_difference, open_picture
+from sdxl_lab.images import max_difference, open_picture, read_record
+from sdxl_lab.promotion import load_slot
 
 ROOT = Path(__file__).parent.parent
+NAMES = ("notebook/golden", "served-generate", "served-generate-again")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_demo_takes_one_picture_through_three_doors() -> None:
+def test_notebook_slot_service_and_the_served_png_give_the_same_pixels() -> None:
     before = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
     done = subprocess.run(
         [sys.executable, "demo.py"], cwd=ROOT, capture_output=True, text=True, check=False,
@@ -24,8 +25,11 @@ def test_the_demo_takes_one_picture_through_three_doors() -> None:
     assert done.returncode == 0, done.stderr
     assert "One configuration, three doors, the same pixels" in done.stdout
     run = ROOT / "runs" / "demo"
-    served, golden = (open_picture(run / name) for name in ("served-generate.png", "notebook/golden.png"))
-    assert max_difference(served, golden) == 0
-    assert len(json.loads((run / "slot" / "evidence.json").read_text())["digest"]) == 12
+    notebook, served, again = (run / f"{name}.png" for name in NAMES)
+    slot = load_slot(run / "slot")
+    assert {read_record(path)["digest"] for path in (notebook, served, again)} == {slot.digest}
+    golden = slot.goldens[0].path
+    for path in (notebook, served, again):
+        assert max_difference(open_picture(path), open_picture(golden)) == 0, path
     after = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert after.stdout == before.stdout

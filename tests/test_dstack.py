@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from sdxl_lab.promotion import load_slot
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.name for path in ROOT.glob("*.dstack.yml"))
 MULTIPART_OVERHEAD = 4096  # the limit is on the whole HTTP request
@@ -71,6 +73,12 @@ def test_the_service_is_what_the_container_must_run(dstack):
     assert [probe.url for probe in service.probes] == ["/readyz"]
     assert set(service.retry.on_events) == {"no-capacity", "interruption", "error"}
     assert service.retry.duration >= 7 * 24 * 3600
+
+
+def test_the_service_is_strict_as_soon_as_its_slot_has_goldens():
+    environment = read("service.dstack.yml")["env"]
+    assert "SDXL_CONFIG=sdxl" in environment
+    assert ("SDXL_ATTEST=warn" in environment) == (not load_slot(ROOT / "service" / "promoted" / "sdxl").goldens)
 
 
 def test_the_dev_environment_forwards_jupyterlab_and_takes_its_token_from_the_caller(dstack):

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from sdxl_lab.images import open_picture
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.strip().splitlines()]
 SNIPPETS = [block for language, block in BLOCKS if language == "python"]
 PORT = "127.0.0.1:8000"
+SERVED = [snippet for snippet in SNIPPETS if PORT in snippet]  # they ask the service
 
 # Who executes what this file does not.
 ELSEWHERE = {
@@ -25,6 +28,7 @@ ELSEWHERE = {
     "make check": ".ci/run",
     "make test": ".ci/run",
     "make test-fast": "a part of make test",
+    "make notebooks": "notebooks/, one by one, through sdxl_lab/notebook.py",
     "make bench": "test_bench.py",
     "make train": "lab/test_recipe.py, with --tiny",
     "accelerate launch --multi_gpu --num_processes 2 -m sdxl_lab sweep studies/first_sweep.toml": (
@@ -70,13 +74,13 @@ def test_the_command_lines_run_in_order(clone: Path) -> None:
 
 @pytest.mark.slow
 def test_the_python_snippets_run(clone: Path) -> None:
-    for snippet in SNIPPETS:
+    for snippet in set(SNIPPETS) - set(SERVED):
         subprocess.run([sys.executable, "-c", snippet], cwd=clone, check=True)
     assert (clone / "runs" / "boat.png").exists()
 
 
 @pytest.mark.slow
-def test_the_curl_lines_are_answered(clone: Path) -> None:
+def test_what_asks_the_service_is_answered(clone: Path) -> None:
     """`make serve` itself, on a free port."""
     import json
     import socket
@@ -91,7 +95,7 @@ def test_the_curl_lines_are_answered(clone: Path) -> None:
     ).stdout.strip().splitlines()[-1]  # fmt: skip
     server = subprocess.Popen(shlex.split(recipe), cwd=clone)
     try:
-        for _ in range(600):
+        for _ in range(2000):  # it is attested first
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
                     if answer.status == 200:
@@ -102,8 +106,18 @@ def test_the_curl_lines_are_answered(clone: Path) -> None:
         for line in COMMANDS:
             if line.startswith("curl "):
                 command = [*shlex.split(line.replace(PORT, f"127.0.0.1:{port}")), "--fail", "--silent"]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                assert json.loads(done.stdout)
+                done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True)
+                if "-o" in command:
+                    assert open_picture(clone / command[command.index("-o") + 1]).size == (256, 256)
+                elif "-N" in command:
+                    assert "event: done" in done.stdout
+                else:
+                    assert json.loads(done.stdout)
+        for snippet in SERVED:
+            command = [sys.executable, "-c", snippet.replace(PORT, f"127.0.0.1:{port}")]
+            done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True)
+            assert done.stdout.split()[::2] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+            assert open_picture(clone / "runs" / "openai-1.png").size == (256, 256)
     finally:
         server.terminate()
         assert server.wait(20) == 0

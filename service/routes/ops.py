@@ -3,8 +3,11 @@
 from typing import Any
 
 from fastapi import APIRouter, Request
+from starlette.responses import PlainTextResponse, Response
 
 from sdxl_lab import __version__
+from sdxl_lab.config import SCHEDULERS
+from service.problems import answers
 from service.studio import Studio
 
 router = APIRouter(tags=["operation"])
@@ -18,12 +21,12 @@ async def config(request: Request) -> dict[str, Any]:
     content: dict[str, Any] = {
         "slot": slot.folder.name,
         "config": slot.config.to_dict(),
+        "schedulers": SCHEDULERS,
         "digest": slot.digest,
         "evidence": slot.evidence,
         "runtime": engine.profile.to_dict() if engine else None,
         "weights": engine.weights if engine else None,
-        "attested": False,
-        "attested_reason": "attestation is not built yet",
+        **studio.attestation.to_dict(),
         "version": __version__,
     }
     if slot.evidence is None:
@@ -39,8 +42,23 @@ async def healthz() -> dict[str, str]:
     return {"status": "alive"}
 
 
-@router.get("/readyz")
-async def readyz(request: Request) -> dict[str, str]:
-    """Whether a picture can be drawn now; 503 says why not."""
-    request.app.state.studio.ready_engine()
-    return {"status": "ready"}
+@router.get("/readyz", responses=answers("not-ready"))
+async def readyz(request: Request) -> dict[str, Any]:
+    """Whether a picture can be drawn now; 503 says why not. `attested` false comes with the reason."""
+    studio: Studio = request.app.state.studio
+    studio.ready_engine()
+    attestation = studio.attestation
+    told = {"status": "ready", "attested": attestation.passed}
+    return told if attestation.passed else told | {"attested_reason": attestation.reason}
+
+
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"text/plain": {"example": "sdxl_queue_depth 0.0"}}}},
+)
+async def metrics(request: Request) -> Response:
+    """What Prometheus is told."""
+    studio: Studio = request.app.state.studio
+    content, media_type = studio.metrics.exposition(request.headers.get("accept", ""))
+    return Response(content, headers={"Content-Type": media_type})

@@ -13,7 +13,7 @@ from sdxl_lab import cells as room
 from sdxl_lab.cells import Cell, Cells, Progress
 from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig, RuntimeProfile
 from sdxl_lab.engine import Engine, EngineStopped
-from sdxl_lab.images import PictureError
+from sdxl_lab.images import PictureError, max_difference
 from sdxl_lab.metrics import METRICS, Metric
 
 
@@ -106,7 +106,7 @@ def test_a_cell_is_the_picture_that_the_engine_draws(
     cell = some(tiny_config, 1)[0]
     store.complete([cell])
     kept, alone = store.picture(store.key(cell)), engine.draw(cell.job)
-    assert np.array_equal(np.asarray(kept.image), np.asarray(alone.image))
+    assert max_difference(kept.image, alone.image) <= 1 / 255
     assert kept.record == json.loads(json.dumps(alone.record))
     assert store.costs(store.key(cell)).keys() == {"unet_calls", "unet_rows", "seconds"}
     assert store.costs(store.key(cell))["unet_rows"] == 8
@@ -135,7 +135,8 @@ def test_a_half_written_cell_is_drawn_again(
         store.picture(key)
     assert store.complete(cells, [METRICS["sharpness"]]) == {}
     assert len(drawn) == 3
-    assert np.array_equal(pixels(store, cells[0]), before)
+    moved = np.abs(pixels(store, cells[0]).astype(int) - before)
+    assert moved.max() <= 1, "the same picture, but for the rounding of another batch"
     assert store.values(key, [METRICS["sharpness"]])
 
 

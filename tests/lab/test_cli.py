@@ -3,6 +3,7 @@
 import _thread
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_lab import cli, engine, promotion
+from sdxl_lab import cli, engine, promotion, regression, trial
 from sdxl_lab.cli import STOPPED, main
-from sdxl_lab.config import RefinerConfig, RuntimeProfile
+from sdxl_lab.config import GenerationConfig, RefinerConfig, RuntimeProfile
 from sdxl_lab.engine import Engine
 from sdxl_lab.images import max_difference, open_picture, read_record
 from sdxl_lab.models import ModelError
@@ -118,19 +119,122 @@ def test_show_prints_the_record_or_the_a1111_text(config_file, out, capsys):
     assert shown.startswith("a çat\nSteps: 3, Sampler: Euler, CFG scale: 5.0, Seed: 9, Size: 64x64")
 
 
-def test_promote_draws_the_goldens_and_writes_the_slot(config_file, tmp_path, capsys, monkeypatch):
+FIVE = ["a cat", "a dog", "a red hat", "a blue boat", "a tree"]
+REASONS = ["--why", "sharper hats", "--who", "Ada"]
+
+
+def promote_command(config, slot, prompts=FIVE, *more):
+    return ["promote", str(config), str(slot), *(word for p in prompts for word in ("--prompt", p)), *REASONS, *more]
+
+
+@pytest.fixture
+def clean_tree(monkeypatch):
+    for module in (promotion, trial):
+        monkeypatch.setattr(module, "git_state", lambda: ("c0ffee", False))
+
+
+@pytest.fixture
+def slot(config_file, tmp_path, clean_tree):
+    folder = tmp_path / "promoted" / "tiny"
+    assert main(promote_command(config_file, folder, FIVE, "--seed", "5")) == 0
+    return folder
+
+
+def candidate(config_file, tmp_path, **changes):
+    file = tmp_path / "candidate.toml"
+    file.write_text(GenerationConfig.from_toml(config_file).with_(**changes).to_toml())
+    return file
+
+
+def test_promote_draws_the_goldens_and_writes_a_new_slot(config_file, tmp_path, capsys, monkeypatch):
     slot = tmp_path / "promoted" / "tiny"
-    command = ["promote", str(config_file), str(slot), "--prompt", "a cat", "--prompt", "a dog", "--seed", "5"]
-    reasons = ["--why", "sharper hats", "--who", "Ada"]
+    command = promote_command(config_file, slot, ["a cat", "a dog"], "--seed", "5")
     monkeypatch.setattr(promotion, "git_state", lambda: ("c0ffee", True))
-    assert main([*command, *reasons]) == 1
+    monkeypatch.setattr(trial, "draw", lambda *_: pytest.fail("drawn before the tree was looked at"))
+    assert main(command) == 1
     assert "clean work tree" in capsys.readouterr().err
     assert not slot.exists()
-    assert main([*command, *reasons, "--allow-dirty"]) == 0
+    monkeypatch.undo()
+    assert main([*command, "--allow-dirty"]) == 0
     written = promotion.load_slot(slot)
     assert [golden.prompt for golden in written.goldens] == ["a cat", "a dog"]
-    assert written.evidence["why"] == "sharper hats"
-    assert capsys.readouterr().out == f"{slot} now holds {written.digest}, with 2 golden pictures\n"
+    assert (written.evidence["why"], written.evidence["who"], written.evidence["seeds"]) == ("sharper hats", "Ada", [5])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"### a new slot → `{written.digest}`")
+    assert printed.endswith(f"{slot} now holds {written.digest}, with 2 golden pictures\n")
+
+
+def test_promote_holds_the_candidate_against_what_is_served(slot, config_file, tmp_path, capsys):
+    before = promotion.load_slot(slot)
+    costly = candidate(config_file, tmp_path, steps=6)
+    assert main(promote_command(costly, slot)) == 1
+    captured = capsys.readouterr()
+    assert "must pass all of its gates; failed: " in captured.err
+    assert "unet_rows: at most 20 % worse with 95 % confidence (improvement -6 [-6, -6]" in captured.err
+    assert "| **fail** | unet_rows" in captured.out
+    assert promotion.load_slot(slot) == before
+    assert main(promote_command(costly, slot, FIVE, "--gate", "unet_rows: at most 12")) == 0
+    after = promotion.load_slot(slot)
+    assert (after.config.steps, after.evidence["replaces"]) == (6, before.digest)
+    assert "| `steps` | 3 | 6 |" in capsys.readouterr().out
+
+
+def test_promote_takes_a_plan_and_a_picture(slot, config_file, tmp_path):
+    picture, plan = tmp_path / "cat.png", tmp_path / "plan.toml"
+    assert main(["generate", "a cat", "--config", str(config_file), "--steps", "2", "--out", str(picture)]) == 0
+    plan.write_text(f'prompts = {FIVE}\nseeds = [8]\ngates = ["unet_rows: better"]\ngoldens = 1\n')
+    assert main(["promote", str(picture), str(slot), "--plan", str(plan), *REASONS]) == 0
+    promoted = promotion.load_slot(slot)
+    assert (promoted.config.steps, [golden.seed for golden in promoted.goldens]) == (2, [8])
+
+
+def test_promote_takes_what_a_trial_found_before_while_it_is_true(slot, config_file, tmp_path, capsys):
+    file, evidence = candidate(config_file, tmp_path, steps=2), tmp_path / "evidence.json"
+    plan = trial.Plan(prompts=FIVE, seeds=(5,), gates=("unet_rows: better",), metrics=(), goldens=1)
+    judged = trial.run(GenerationConfig.from_toml(file), slot, plan).judged()
+    command = ["promote", str(file), str(slot), "--evidence", str(evidence), *REASONS]
+    for field, value in (("libraries", {"torch": "1.0"}), ("weights", {"base": "other"}), ("version", "0.0.1")):
+        evidence.write_text(json.dumps(judged | {field: value}))
+        assert main(command) == 1
+        assert f"the evidence is stale: its {field} are not those" in capsys.readouterr().err
+    evidence.write_text("{")
+    assert main(command) == 1
+    assert "evidence.json must be JSON" in capsys.readouterr().err
+    evidence.write_text(json.dumps(judged))
+    assert main([*command, "--seed", "7"]) == 1
+    assert "--evidence says what was tried, and must come without --seed" in capsys.readouterr().err
+    assert main(command) == 0
+    assert promotion.load_slot(slot).config.steps == 2
+    assert main(command) == 1, "the slot no longer holds what was compared"
+    assert "must hold what the candidate was compared with" in capsys.readouterr().err
+
+
+def test_verify_ends_with_1_and_the_reason_where_a_golden_differs(slot, capsys, monkeypatch):
+    capsys.readouterr()
+    assert main(["verify", str(slot)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "01-a-cat-5.png  the same  max-abs 0.0000"
+    assert len(printed) == 3
+    monkeypatch.setattr(regression, "Job", lambda config, *pair: Job(config.with_(steps=4), *pair))
+    assert main(["verify", str(slot)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {slot} has regressed: golden 01-a-cat-5.png: the picture differs by")
+    assert "01-a-cat-5.png  differs" in captured.out
+
+
+def test_diff_prints_what_would_change(slot, config_file, tmp_path, capsys):
+    capsys.readouterr()
+    file = candidate(config_file, tmp_path, steps=2)
+    assert main(["diff", str(slot), str(file)]) == 0
+    assert "| `steps` | 3 | 2 |" in capsys.readouterr().out
+    assert main(["diff", str(slot), str(slot)]) == 0
+    assert "The settings are the same." in capsys.readouterr().out
+    successor = tmp_path / "successor"
+    shutil.copytree(slot, successor)
+    assert main(promote_command(file, successor, FIVE, "--gate", "unet_rows: better")) == 0
+    capsys.readouterr()
+    assert main(["diff", str(slot), str(successor)]) == 0
+    assert "| pass | unet_rows: better with 95 % confidence |" in capsys.readouterr().out
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

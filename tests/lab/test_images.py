@@ -15,9 +15,11 @@ from sdxl_lab.images import (
     Picture,
     PictureError,
     a1111_parameters,
+    beside,
     canonical,
     encode_png,
     finish,
+    magnified_difference,
     max_difference,
     open_picture,
     read_record,
@@ -187,3 +189,23 @@ def test_one_changed_channel_of_one_pixel_is_noticed():
 def test_pictures_of_different_size_are_not_compared():
     with pytest.raises(PictureError, match=r"different size cannot be compared: \(8, 8\) and \(8, 16\)"):
         max_difference(Image.new("RGB", (8, 8)), Image.new("RGB", (8, 16)))
+
+
+def test_what_is_shown_beside_a_picture_is_as_large_as_it_is() -> None:
+    first, second = Image.new("RGB", (4, 2)), Image.new("RGB", (4, 2), (10, 0, 0))
+    after, difference, said = beside(first, second)
+    assert (after, difference.getpixel((0, 0)), said) == (second, (255, 0, 0), "difference x25.5")
+    after, difference, said = beside(first, second.resize((8, 8)))
+    assert (after.size, difference.size, said) == ((4, 2), (4, 2), "no difference: the sizes differ")
+
+
+def test_the_magnified_difference_is_white_where_it_is_largest() -> None:
+    first = Image.new("RGB", (4, 2))
+    second = first.copy()
+    second.putpixel((1, 0), (10, 0, 0))
+    second.putpixel((2, 0), (0, 5, 0))
+    shown, gain = magnified_difference(second, first)
+    assert gain == 25.5
+    assert [shown.getpixel((x, 0)) for x in range(4)] == [(0, 0, 0), (255, 0, 0), (0, 128, 0), (0, 0, 0)]
+    same, gain = magnified_difference(first, first)
+    assert (same.getextrema(), gain) == (((0, 0),) * 3, 1.0)

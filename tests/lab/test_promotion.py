@@ -2,7 +2,9 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -10,8 +12,9 @@ from PIL import Image
 from sdxl_lab import promotion
 from sdxl_lab.config import ConfigError, GenerationConfig
 from sdxl_lab.images import Picture
-from sdxl_lab.promotion import SlotError, compare_golden, load_slot, promote
+from sdxl_lab.promotion import JUDGED_FIELDS, SlotError, compare_golden, load_slot, promote, read_judged, served
 
+ROOT = Path(__file__).parents[2]
 CONFIG, OTHER = GenerationConfig(), GenerationConfig(steps=7)
 
 
@@ -46,13 +49,35 @@ def slot(tmp_path):
     return tmp_path / "promoted" / "slot"
 
 
+def judged(config: GenerationConfig = CONFIG, replaces: GenerationConfig | None = None, **more) -> dict[str, Any]:
+    """What a trial says of a candidate that passed."""
+    said = {
+        "digest": config.digest,
+        "replaces": replaces.digest if replaces else None,
+        "prompts": ["A cat in a hat"],
+        "seeds": [7],
+        "clip": "nano",
+        "metrics": {"clip_score": {"better": "higher", "candidate": {"mean": 70.0}, "served": None}},
+        "gates": [{"gate": "clip_score: at least 60", "passed": True, "figures": "70 [68, 72], limit 60"}],
+        "weights": {"base": "sha256 abc"},
+        "runtime": {"device": "cpu"},
+        "libraries": {"torch": "2.13.0"},
+        "version": "0.1.0",
+        "dirty": False,
+        "goldens": [{"prompt": "A cat in a hat", "seed": 7}],
+    }
+    return said | more
+
+
 def put(slot: Path, config: GenerationConfig = CONFIG, **more):
-    return promote(config, slot, **({"pictures": [picture(config)], "why": "sharper hats", "who": "Ada"} | more))
+    """Promote, over whatever the slot holds."""
+    asked = {"pictures": [picture(config)], "why": "sharper hats", "who": "Ada", "judged": judged(config, served(slot))}
+    return promote(config, slot, **(asked | more))
 
 
 def test_a_promotion_writes_the_whole_slot(slot):
     pictures = [picture(), picture(prompt="red circle", seed=8)]
-    written = put(slot, pictures=pictures, metrics={"clip": 0.31})
+    written = put(slot, pictures=pictures)
     assert written == load_slot(slot)
     assert written.config == CONFIG
     assert [golden.prompt for golden in written.goldens] == ["A cat in a hat", "red circle"]
@@ -70,7 +95,8 @@ def test_a_promotion_writes_the_whole_slot(slot):
         "weights": {"base": "sha256 abc"},
         "runtime": {"device": "cpu"},
         "libraries": {"torch": "2.13.0"},
-        "metrics": {"clip": 0.31},
+        **{name: judged()[name] for name in ("prompts", "seeds", "clip", "metrics", "gates")},
+        "model": {"base": "nano", "refiner": "nano"},
         "goldens": [
             {"file": written.goldens[0].path.name, "prompt": "A cat in a hat", "seed": 7},
             {"file": written.goldens[1].path.name, "prompt": "red circle", "seed": 8},
@@ -102,15 +128,76 @@ REFUSED = [
     ({"pictures": []}, "at least one picture and a reason"),
     ({"why": ""}, "at least one picture and a reason. Example: why='sharper hats'"),
     ({"why": " \n"}, "at least one picture and a reason"),
+    (
+        {"pictures": [picture(), picture(seed=8, weights={"base": "sha256 def"})]},
+        "('A cat in a hat', seed 8) is of another model: base was sha256 abc, is sha256 def",
+    ),
+    (
+        {"judged": judged(OTHER)},
+        f"evidence must speak of the configuration promoted, {CONFIG.digest}; received evidence of '{OTHER.digest}'",
+    ),
+    ({"judged": judged(weights={"base": "sha256 old"})}, "stale: its weights are not those the goldens are drawn with"),
+    (
+        {"judged": judged(libraries={"torch": "2.12.0"})},
+        "its libraries are not those the goldens are drawn with: torch",
+    ),
+    ({"judged": judged(version="0.0.9")}, "version was 0.0.9, is 0.1.0. Try the candidate against the slot again"),
+    (
+        {"judged": judged(gates=[{"gate": "clip_score: better", "passed": False, "figures": "-2 [-3, -1]"}])},
+        "must pass all of its gates; failed: clip_score: better (-2 [-3, -1])",
+    ),
+    ({"judged": judged(gates="passed")}, "must say of each gate whether it passed; received 'passed'"),
+    ({"judged": judged(dirty=True)}, "clean work tree"),
+    ({"judged": judged(replaces=OTHER)}, f"compared with, {OTHER.digest}; it holds nothing"),
+    ({"judged": {"digest": CONFIG.digest}}, "it lacks replaces, prompts, seeds"),
 ]
 
 
 @pytest.mark.parametrize(("asked", "said"), REFUSED, ids=[said for _, said in REFUSED])
-def test_a_promotion_without_its_evidence_is_refused(slot, asked, said):
+@pytest.mark.parametrize("before", [None, OTHER], ids=["a new slot", "a slot in use"])
+def test_a_promotion_without_its_evidence_is_refused(slot, asked, said, before):
+    if before:
+        put(slot, before)
+        if "replaces" in asked.get("judged", {}):
+            asked, said = (
+                asked | {"judged": asked["judged"] | {"replaces": CONFIG.digest}},
+                said.replace(f"{OTHER.digest}; it holds nothing", f"{CONFIG.digest}; it holds {OTHER.digest}"),
+            )
+    contents_before = contents(slot)
     with pytest.raises(SlotError) as caught:
         put(slot, **asked)
     assert said in str(caught.value)
-    assert not slot.exists()
+    assert contents(slot) == contents_before
+
+
+def test_what_is_served_is_replaced_only_on_evidence_against_it(slot):
+    put(slot)
+    with pytest.raises(SlotError, match=f"compared with, nothing; it holds {CONFIG.digest}"):
+        put(slot, OTHER, judged=None)
+    assert load_slot(slot).config == CONFIG
+
+
+def test_a_new_slot_can_do_without_a_trial(slot):
+    assert put(slot, judged=None).evidence["replaces"] is None
+
+
+@pytest.mark.parametrize("field", JUDGED_FIELDS)
+def test_a_file_that_says_less_than_a_trial_is_no_evidence(tmp_path, field):
+    path = tmp_path / "evidence.json"
+    path.write_text(json.dumps(judged()))
+    assert read_judged(path) == judged()
+    path.write_text(json.dumps({name: value for name, value in judged().items() if name != field}))
+    with pytest.raises(SlotError, match=field):
+        read_judged(path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", "\x00", None], ids=repr)
+def test_corrupt_evidence_is_refused(tmp_path, content):
+    path = tmp_path / "evidence.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SlotError, match=r"evidence\.json must be JSON with the digest it speaks of"):
+        read_judged(path)
 
 
 def test_a_dirty_tree_is_refused_unless_allowed(slot, monkeypatch):
@@ -142,6 +229,77 @@ def test_a_promotion_that_fails_midway_leaves_the_old_slot_whole(slot, monkeypat
     assert contents(slot) == before
     assert load_slot(slot).config == CONFIG
     assert [path.name for path in slot.parent.iterdir()] == ["slot"]
+
+
+PROMOTING = """
+import sys
+from pathlib import Path
+from PIL import Image
+sys.path.insert(0, {tests!r})
+import test_promotion as tests
+from sdxl_lab import promotion
+from sdxl_lab.promotion import promote
+promotion.git_state = lambda: ("c0ffee", False)
+slot, steps = Path(sys.argv[1]), int(sys.argv[2])
+config = tests.GenerationConfig(steps=steps)
+compared = promotion.served(slot)
+print("compared", flush=True)
+sys.stdin.readline()
+try:
+    tests.promote(config, slot, pictures=[tests.picture(config, seed=s) for s in range(20)], why="w", who=sys.argv[2],
+                  judged=tests.judged(config, compared))
+    print("promoted", flush=True)
+except promotion.SlotError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("held", [None, CONFIG], ids=["a new slot", "a slot in use"])
+def test_of_promotions_at_the_same_time_one_wins_and_the_others_are_told(slot, held):
+    """Processes that compared with the same slot and then promote at once: none may be lost without a word."""
+    slot.parent.mkdir(parents=True)
+    if held:
+        put(slot, held)
+    command = [sys.executable, "-c", PROMOTING.format(tests=str(Path(__file__).parent)), str(slot)]
+    processes = [
+        subprocess.Popen([*command, str(steps)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for steps in (11, 12, 13)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "compared\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=60)[0].strip() for process in processes]
+    assert said.count("promoted") == 1, said
+    winner = load_slot(slot)
+    assert winner.config.steps == 11 + said.index("promoted")
+    assert winner.evidence["who"] == str(winner.config.steps)
+    assert len(winner.goldens) == 20
+    lost = [words for words in said if words != "promoted"]
+    expected = f"compared with, {held.digest if held else 'nothing'}; it holds {winner.digest}"
+    assert all(expected in words for words in lost), lost
+    assert [path.name for path in slot.parent.iterdir()] == ["slot"], "neither scratch nor a lock is left"
+
+
+def test_promotions_wait_for_one_another(slot, monkeypatch):
+    """What a slot holds is looked at only when nobody else is writing."""
+    import fcntl
+    import os
+
+    slot.parent.mkdir(parents=True)
+    tried = []
+
+    def looked(folder):
+        handle = os.open(folder.parent, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
+        tried.append(folder)
+
+    monkeypatch.setattr(promotion, "served", looked)
+    promote(CONFIG, slot, pictures=[picture()], why="w", who="Ada")
+    assert tried == [slot]
 
 
 # --- reading a slot --------------------------------------------------------------------------------------------------
@@ -218,6 +376,25 @@ def test_a_golden_that_is_not_what_was_promoted_is_refused(slot, damage, said):
     with pytest.raises(SlotError) as caught:
         load_slot(slot).goldens  # noqa: B018
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", 7])
+def test_goldens_outside_of_the_slot_are_refused(slot, name):
+    put(slot)
+    evidence = json.loads((slot / "evidence.json").read_text())
+    evidence["goldens"][0]["file"] = name
+    (slot / "evidence.json").write_text(json.dumps(evidence))
+    with pytest.raises(SlotError, match=r"a golden must be a file of .*golden; received"):
+        load_slot(slot).goldens  # noqa: B018
+
+
+@pytest.mark.parametrize("listed", [[{"file": "a.png", "seed": 7}], ["a.png"], 5], ids=str)
+def test_goldens_that_are_not_listed_with_file_prompt_and_seed_are_refused(slot, listed):
+    put(slot)
+    evidence = json.loads((slot / "evidence.json").read_text()) | {"goldens": listed}
+    (slot / "evidence.json").write_text(json.dumps(evidence))
+    with pytest.raises(SlotError, match="must list its goldens with file, prompt and seed"):
+        load_slot(slot).goldens  # noqa: B018
 
 
 def test_a_slot_without_evidence_has_no_goldens(slot):

@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from sdxl_lab.config import GenerationConfig, Limits, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.engine import Engine
+from sdxl_lab.models import NANO
+from sdxl_lab.nano.recipe.evaluate import sides_in_noise
 from sdxl_lab.trajectory import Job
 
 ROOT = Path(__file__).parents[2]
@@ -103,3 +106,9 @@ def test_training_goes_on_from_shipped_weights_without_anyones_checkpoints(tiny_
     old, new = load(before[unet]), load(after[unet])
     moved = max(float((old[name].float() - new[name].float()).abs().max()) for name in old)
     assert moved < 0.01, "it starts from the shipped weights, not from new ones"
+
+
+def test_the_larger_the_picture_the_better_noise_tells_which_side_things_are_on():
+    autoencoder = AutoencoderKL.from_pretrained(NANO / "base" / "vae", variant="fp16", torch_dtype=torch.float32)
+    small, large = (sides_in_noise(autoencoder, side, count=8) for side in (64, 256))
+    assert 0.5 < small < 0.75 < large < 1

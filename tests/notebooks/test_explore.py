@@ -1,37 +1,25 @@
 """The explore notebook under papermill: judged by what it raises and writes, never by the notebook it leaves."""
 
 from pathlib import Path
+from typing import Any
 
-import papermill
 import pytest
 
 from sdxl_lab.engine import Engine
 from sdxl_lab.images import max_difference, open_picture, read_record
+from sdxl_lab.notebook import EXECUTED, ROOT, NotebookError, run
 from sdxl_lab.promotion import load_slot
 from sdxl_lab.trajectory import Job
 
-ROOT = Path(__file__).parents[2]
 
-
-def run(name: str, folder: Path, /, **parameters: object) -> None:
-    """Execute a notebook from the repository's root, as `papermill --cwd .` does."""
-    papermill.execute_notebook(
-        ROOT / "notebooks" / name,
-        folder / name,
-        parameters=parameters,
-        cwd=ROOT,
-        progress_bar=False,
-        execution_timeout=240,
-        start_timeout=120,
-        iopub_timeout=60,
-    )
+def execute(**parameters: Any) -> None:
+    run(ROOT / "notebooks/01_explore.ipynb", parameters, out=ROOT / EXECUTED / "01_explore.ipynb", cell_seconds=240)
 
 
 @pytest.mark.slow
-def test_explore_draws_compares_and_promotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def test_explore_draws_compares_and_promotes(tmp_path: Path) -> None:
     slot_folder = tmp_path / "slot"
-    run("01_explore.ipynb", tmp_path, steps=6, seed=3, out=str(tmp_path / "pictures"), slot=str(slot_folder))
+    execute(steps=6, seed=3, out=str(tmp_path / "pictures"), slot=str(slot_folder))
 
     written = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert written == ["golden.png", "picture.png", "refiner.png", "schedulers.png"]
@@ -47,8 +35,7 @@ def test_explore_draws_compares_and_promotes(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_a_parameter_that_breaks_a_rule_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    with pytest.raises(papermill.PapermillExecutionError, match="steps must be a whole number from 1 to 1000"):
-        run("01_explore.ipynb", tmp_path, steps=0, out=str(tmp_path / "pictures"))
+def test_a_parameter_that_breaks_a_rule_fails_the_run(tmp_path: Path) -> None:
+    with pytest.raises(NotebookError, match="steps must be a whole number from 1 to 1000"):
+        execute(steps=0, out=str(tmp_path / "pictures"))
     assert not (tmp_path / "pictures").exists()

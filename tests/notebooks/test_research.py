@@ -2,37 +2,28 @@
 
 from pathlib import Path
 
+import nbformat
 import pandas as pd
-import papermill
 import pytest
 from PIL import Image
 
 from sdxl_lab.config import GenerationConfig
+from sdxl_lab.notebook import EXECUTED, ROOT, run
 from sdxl_lab.sweep import read_table
 
-ROOT = Path(__file__).parents[2]
-EXECUTED = ROOT / "runs" / "notebooks"  # what CI keeps
 PROMPTS = ["a red circle on a white background", "A cat in a hat"]
 
 
-def run(name: str, folder: Path, /, **parameters: object) -> str:
-    """Execute a notebook from the repository's root, as `papermill --cwd .` does; gives what it printed."""
-    EXECUTED.mkdir(parents=True, exist_ok=True)
+def execute(name: str, folder: Path, /, **parameters: object) -> str:
+    """Run a notebook in small; gives what it printed."""
     config = folder / "start.toml"
     config.write_text(GenerationConfig(scheduler="dpmpp_2m", width=128, height=128).to_toml())
     work = {"prompts": PROMPTS, "seeds": 2, "cells": str(folder / "cells"), "out": str(folder / "out")}
-    executed = papermill.execute_notebook(
-        ROOT / "notebooks" / name,
-        EXECUTED / name,
-        parameters={"config": str(config)} | work | parameters,
-        cwd=ROOT,
-        progress_bar=False,
-        execution_timeout=240,
-        start_timeout=120,
-        iopub_timeout=60,
-    )
-    outputs = [output for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    given = {"config": str(config)} | work | parameters
+    copy = run(ROOT / "notebooks" / name, given, out=ROOT / EXECUTED / name, cell_seconds=240)
+    cells = nbformat.read(copy, as_version=4).cells
+    outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
     return "".join(output.text for output in outputs if output.get("name") == "stdout")
 
 
@@ -43,15 +34,10 @@ def whole(table: pd.DataFrame, rows: int) -> pd.DataFrame:
     return table
 
 
-@pytest.fixture(autouse=True)
-def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-
-
 @pytest.mark.slow
 def test_schedulers_are_compared_and_a_configuration_is_kept(tmp_path: Path) -> None:
     axes = {"schedulers": ["euler", "euler_a"], "steps": [2, 6], "guidance": [1.0, 3.0]}
-    said = run("02_schedulers.ipynb", tmp_path, **axes)
+    said = execute("02_schedulers.ipynb", tmp_path, **axes)
     out = tmp_path / "out"
 
     table = whole(read_table(out), 2 * 2 * 4)
@@ -74,7 +60,7 @@ def test_schedulers_are_compared_and_a_configuration_is_kept(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_the_refiner_is_held_against_the_base_alone(tmp_path: Path) -> None:
     axes = {"steps": 6, "handovers": [0.5, 0.8], "aesthetic_scores": [2.0, 10.0], "strengths": [0.2, 0.6]}
-    said = run("03_refiner.ipynb", tmp_path, **axes)
+    said = execute("03_refiner.ipynb", tmp_path, **axes)
     out = tmp_path / "out"
 
     alone = whole(read_table(out / "alone"), 4)

@@ -5,16 +5,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import uvicorn
 from starlette.testclient import TestClient
+from starlette.types import ASGIApp
 
 from sdxl_lab.config import GenerationConfig, Limits, ModelRef
+from sdxl_lab.promotion import promote
 from service.app import create_app
+from service.connection import Connection
 from service.settings import Settings
 from service.studio import Studio
 
@@ -36,10 +39,19 @@ def promoted(tiny_model: Path) -> GenerationConfig:
 
 @pytest.fixture(scope="session")
 def slot(promoted: GenerationConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_slot(tmp_path_factory.mktemp("promoted") / "tiny", promoted)
+    """Promoted with two goldens, so that a service that starts on it is attested in a moment."""
+    from sdxl_lab.engine import Engine
+    from sdxl_lab.trajectory import Job
+
+    folder = tmp_path_factory.mktemp("promoted") / "tiny"
+    with Engine.load(promoted) as engine:
+        goldens = [engine.draw(Job(promoted, prompt, seed)) for prompt, seed in (("a ring", 3), ("a boat", 4))]
+    promote(promoted, folder, pictures=goldens, why="a test", who="the tests", allow_dirty=True)
+    return folder
 
 
 def write_slot(folder: Path, config: GenerationConfig, evidence: dict[str, Any] | None = None) -> Path:
+    """A slot without goldens: to be served it takes `attest="off"`."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(config.to_toml())
     (folder / "evidence.json").write_text(json.dumps(evidence or {"digest": config.digest, "why": "a test"}))
@@ -84,8 +96,18 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 @pytest.fixture
 def live(slot: Path, tmp_path: Path) -> Iterator[Live]:
     """A service on a real socket."""
-    app = create_app(Settings(slot=slot, store=tmp_path / "images"))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    with serving(Settings(slot=slot, store=tmp_path / "images")) as live:
+        yield live
+
+
+@contextmanager
+def serving(settings: Settings, front: Callable[[ASGIApp], ASGIApp] = lambda app: app) -> Iterator[Live]:
+    """A ready service on a real socket, behind `front`."""
+    app = create_app(settings)
+    options = uvicorn.Config(
+        front(app), http=Connection, log_config=None, access_log=False, timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(options)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -81,13 +81,12 @@ def test_an_unknown_id_is_404(client, unknown):
 
 
 def test_a_picture_in_the_making_is_404_with_retry_after(client):
-    making = client.app.state.studio.making
-    picture_id = uuid.uuid4()
-    making[picture_id] = None
-    try:
-        answer = client.get(f"/download/{picture_id}")
-    finally:
-        del making[picture_id]
+    asked = {"prompt": "a ring", "steps": 100, "width": 256, "height": 256}
+    accepted = client.post("/generate", json=asked, headers={"Prefer": "respond-async"}).json()
+    answer = client.get(f"/download/{accepted['id']}")
+    assert client.delete(f"/jobs/{accepted['id']}").status_code == 204
     assert answer.status_code == 404
     assert int(answer.headers["retry-after"]) >= 1
     assert answer.json()["type"].endswith("still-drawing")
+    answer = client.get(f"/download/{accepted['id']}")
+    assert (answer.status_code, "retry-after" in answer.headers) == (404, False)

@@ -11,6 +11,8 @@ import pytest
 
 from sdxl_lab.images import open_picture, read_record
 from sdxl_lab.trajectory import Job
+from service.jobs import Order
+from service.problems import Stopping
 from tests.service.conftest import wait_for
 
 PROMPT = {"prompt": "a red circle on a blue background"}
@@ -113,14 +115,16 @@ def post(port, body):
 def test_a_client_that_goes_away_cancels_its_picture(live):
     port, studio, _ = live
     connection = post(port, LONG)
-    wait_for(lambda: any(ticket.state == "running" for ticket in studio.making.values()))
-    (ticket,) = studio.making.values()
+    wait_for(lambda: any(drawing.progress[0] for drawing in studio.making.values()))
+    (drawing,) = studio.making.values()
+    assert studio.engine.stats().rows_in_flight == 2
     connection.close()
-    wait_for(ticket.future.done)
-    calls, total = ticket.progress
-    assert ticket.state == "cancelled"
-    assert calls < total
+    wait_for(lambda: drawing.over)
+    calls, total = drawing.progress
+    assert drawing.state == "cancelled"
+    assert 0 < calls < total
     assert not studio.making
+    assert studio.engine.stats().rows_in_flight == 0
     assert not list(studio.store.folder.glob("*"))
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as answer:
         assert answer.status == 200
@@ -129,18 +133,18 @@ def test_a_client_that_goes_away_cancels_its_picture(live):
 def test_health_answers_while_a_picture_is_drawn(live):
     port, studio, _ = live
     with post(port, LONG):
-        wait_for(lambda: any(ticket.state == "running" for ticket in studio.making.values()))
-        (ticket,) = studio.making.values()
+        wait_for(lambda: any(drawing.state == "running" for drawing in studio.making.values()))
+        (drawing,) = studio.making.values()
         began = time.monotonic()
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
             assert answer.status == 200
-        assert ticket.state == "running", f"the answer took {time.monotonic() - began:.2f} s"
+        assert drawing.state == "running", f"the answer took {time.monotonic() - began:.2f} s"
 
 
 def test_a_service_that_stops_answers_those_who_still_wait(live, caplog):
     port, studio, server = live
     with post(port, LONG) as connection:
-        wait_for(lambda: any(ticket.state == "running" for ticket in studio.making.values()))
+        wait_for(lambda: any(drawing.state == "running" for drawing in studio.making.values()))
         server.should_exit = True
         connection.settimeout(60)
         answer = connection.makefile("rb").read().decode()
@@ -155,13 +159,15 @@ def test_a_cancelled_request_leaves_the_engine_whole(client):
     studio = client.app.state.studio
 
     async def cancelled():
-        task = asyncio.create_task(studio.draw(studio.slot.config.with_(steps=100), "a ring", 1))
+        drawing = await studio.submit(Order(studio.slot.config.with_(steps=100), "a ring"))
+        waiting = asyncio.create_task(drawing.result())
         await asyncio.sleep(0.05)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        waiting.cancel()
+        drawing.task.cancel()
+        with pytest.raises(Stopping):
+            await drawing.result()
 
-    asyncio.run(cancelled())
+    client.portal.call(cancelled)
     assert not studio.making
     assert client.post("/generate", json=PROMPT).status_code == 200
     assert studio.engine.healthy

@@ -68,6 +68,6 @@ def test_a_bad_value_is_refused_by_name(client, source, asked, field):
 
 def test_a_picture_that_is_not_ours_is_refused(client, source):
     foreign = uuid.uuid4()
-    client.app.state.studio.store.put(foreign, b"no picture")
+    client.app.state.studio.store.put(foreign, b"no picture", {})
     answer = client.post("/refine", json={"id": str(foreign)})
     assert (answer.status_code, answer.json()["field"]) == (422, "id")

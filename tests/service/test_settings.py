@@ -12,8 +12,26 @@ GOOD = [
     ({"SDXL_CONFIG": "sdxl"}, Settings(slot=PROMOTED / "sdxl")),
     ({"SDXL_CONFIG": "./mine"}, Settings(slot=Path("mine"))),
     ({"SDXL_STORE": "/tmp/pictures"}, Settings(store=Path("/tmp/pictures"))),
+    (
+        {"SDXL_STORE": "s3://bucket/prefix", "SDXL_RETENTION": "7d"},
+        Settings(store="s3://bucket/prefix", retention=604800),
+    ),
+    ({"SDXL_STORE": "memory://", "SDXL_RETENTION": "90s"}, Settings(store="memory://", retention=90)),
     ({"SDXL_MAX_QUEUE": "3", "SDXL_MAX_ROWS": "8"}, Settings(max_queue=3, max_rows=8)),
     ({"SDXL_DEVICE": "cuda:1", "SDXL_DTYPE": "bfloat16"}, Settings(device="cuda:1", dtype="bfloat16")),
+    ({"SDXL_COMPILE": "true"}, Settings(compile=True)),
+    ({"SDXL_ATTEST": "warn"}, Settings(attest="warn")),
+    (
+        {"SDXL_API_KEYS": "k" * 16 + ",another-key-of-some-length"},
+        Settings(api_keys=("k" * 16, "another-key-of-some-length")),
+    ),
+    ({"SDXL_ROOT_PATH": "/proxy/services/main/sdxl"}, Settings(root_path="/proxy/services/main/sdxl")),
+    (
+        {"SDXL_CORS_ORIGINS": "https://shop.example,http://localhost:5173,http://[::1]:80"},
+        Settings(cors_origins=("https://shop.example", "http://localhost:5173", "http://[::1]:80")),
+    ),
+    ({"SDXL_CORS_ORIGINS": "*"}, Settings(cors_origins=("*",))),
+    ({"SDXL_WATCHDOG": "60"}, Settings(watchdog=60)),
     ({"SDXL_LOG_LEVEL": "debug"}, Settings(log_level="debug")),
 ]
 
@@ -27,7 +45,14 @@ BAD = [
     ("SDXL_STEPS", "25"),
     ("SDXL_", ""),
     ("SDXL_CONFIG", ""),
-    ("SDXL_STORE", "s3://bucket/prefix"),
+    ("SDXL_STORE", ""),
+    ("SDXL_STORE", "ftp://host/folder"),
+    ("SDXL_STORE", "s3://"),
+    ("SDXL_RETENTION", "7"),
+    ("SDXL_RETENTION", "0d"),
+    ("SDXL_RETENTION", "-1d"),
+    ("SDXL_RETENTION", "week"),
+    ("SDXL_RETENTION", "9999999d"),
     ("SDXL_MAX_QUEUE", "0"),
     ("SDXL_MAX_QUEUE", "many"),
     ("SDXL_MAX_QUEUE", "²"),
@@ -35,6 +60,17 @@ BAD = [
     ("SDXL_MAX_ROWS", "9" * 5000),
     ("SDXL_DEVICE", "toaster"),
     ("SDXL_DTYPE", "float8"),
+    ("SDXL_COMPILE", "yes"),
+    ("SDXL_ATTEST", "on"),
+    ("SDXL_ROOT_PATH", ""),
+    ("SDXL_ROOT_PATH", "sdxl"),
+    ("SDXL_ROOT_PATH", "/sdxl/"),
+    ("SDXL_ROOT_PATH", "https://shop.example/sdxl"),
+    ("SDXL_CORS_ORIGINS", ""),
+    ("SDXL_CORS_ORIGINS", "shop.example"),
+    ("SDXL_CORS_ORIGINS", "https://shop.example/"),
+    ("SDXL_CORS_ORIGINS", "https://shop.example, http://localhost"),
+    ("SDXL_WATCHDOG", "0"),
     ("SDXL_LOG_LEVEL", "LOUD"),
 ]
 
@@ -50,6 +86,11 @@ def test_a_bad_setting_is_refused_and_the_valid_ones_listed(name, value):
 
 def test_the_table_has_every_field_of_the_settings():
     assert [setting.field for setting in TABLE.values()] == list(Settings.__dataclass_fields__)
+
+
+def test_compile_reaches_the_runtime():
+    assert Settings(compile=True).profile.compile
+    assert not Settings().profile.compile
 
 
 def test_importing_the_application_loads_no_torch():

@@ -8,11 +8,13 @@ import argparse
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
@@ -21,7 +23,7 @@ from sdxl_lab.config import GenerationConfig, RefinerConfig
 from sdxl_lab.engine import Engine
 from sdxl_lab.images import Picture
 from sdxl_lab.models import NANO
-from sdxl_lab.nano.recipe import judge, vae
+from sdxl_lab.nano.recipe import judge, unet, vae
 from sdxl_lab.nano.recipe.scenes import COLOURS, NOUNS, SHAPES, THINGS, Scene, Thing, caption, render, sample_scene
 from sdxl_lab.nano.recipe.words import ids
 from sdxl_lab.plots import grid
@@ -125,6 +127,26 @@ def clip_figures(clip: Clip) -> dict[str, float]:
     }
 
 
+def sides_in_noise(autoencoder: AutoencoderKL, side: int, count: int = 64) -> float:
+    """How often the best possible reader (a matched filter, white noise) tells a scene of two things from the same
+    scene with its things exchanged, in a latent at the last timestep. At 0.5 only the words could say it."""
+    scenes = [scene for scene in held_out_scenes(4 * count, seed=67) if scene.relation][:count]
+    both = [render(scene, side) for scene in scenes], [render(exchanged(scene), side) for scene in scenes]
+    first, second = (
+        vae.encode(autoencoder, torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2))
+        for pictures in both
+    )
+    distance = ((first - second) * autoencoder.config.scaling_factor).flatten(1).norm(dim=1)
+    alpha = unet.alphas()[-1]
+    return round(torch.special.ndtr((alpha / (1 - alpha)).sqrt() * distance / 2).mean().item(), 3)
+
+
+def exchanged(scene: Scene) -> Scene:
+    """The scene with each of its two things in the other's place."""
+    a, b = scene.things
+    return replace(scene, things=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)))
+
+
 def sharpness(image: Image.Image) -> float:
     """The 99th percentile of the luminance gradient's magnitude, in 8-bit steps a pixel."""
     gray = np.asarray(image.convert("L"), dtype=np.float64)
@@ -208,6 +230,7 @@ def main() -> None:
     figures: dict[str, Any] = {"config": config.to_dict(), "clip": clip_figures(clip)}
     with Engine.load(config) as engine:
         figures["vae_psnr"] = round(vae.psnr(engine.models.vae, vae.pictures(64, 256, seed=9)), 2)
+        figures["sides_in_noise"] = {side: sides_in_noise(engine.models.vae, side) for side in (128, 256)}
         figures["prompts"] = prompts_right(engine, config, held_out_scenes(asked.prompts, seed=66), asked.out)
         figures["things"] = recognised(engine, config, clip, asked.out)
         figures["refiner"] = refiner_figures(engine, config, asked.out)

@@ -1,0 +1,392 @@
+"""The service at saturation, with clients that behave badly: does it lose, double, leak or forget anything?
+
+Everything is seen from outside, over HTTP: memory from `/metrics`, pictures from the answers and from `/images`.
+"""
+
+import http.client
+import json
+import math
+import os
+import platform
+import random
+import socket
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.clients import server
+from bench.engine import config_of
+from bench.settings import PROMPTS, Size
+
+CLIENTS = 24
+QUEUE = 12  # that wait at most: fewer than the clients, so that some are refused
+WARM = 0.1  # of the time, after which memory has to stay as it is
+OVER = ("done", "failed", "cancelled")
+
+
+class Wrong(Exception):
+    """The service broke its word."""
+
+
+@dataclass
+class Ledger:
+    """What all clients were told. `outcomes` counts calls; the rest are picture ids."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    done: set[str] = field(default_factory=set)
+    unsettled: set[str] = field(default_factory=set)  # accepted, and how it ended was not told to the client
+    by_key: dict[str, str] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def tell(self, outcome: str) -> None:
+        with self.lock:
+            self.outcomes[outcome] += 1
+
+    def drawn(self, picture: str, outcome: str, key: str | None = None) -> None:
+        """A picture was acknowledged: under an id of its own, or under that of its key."""
+        with self.lock:
+            self.outcomes[outcome] += 1
+            if key is None:
+                if picture in self.done:
+                    self.wrong.append(f"two answers have the id {picture}")
+            elif self.by_key.setdefault(key, picture) != picture:
+                self.wrong.append(f"the key {key} stands for {picture} and {self.by_key[key]}")
+            self.done.add(picture)
+
+
+class Client:
+    """One that asks again and again, each time in one of the `WAYS`."""
+
+    def __init__(self, port: int, size: Size, ledger: Ledger, number: int) -> None:
+        self.port, self.size, self.ledger = port, size, ledger
+        self.random = random.Random(number)
+        self.behave: list[Callable[[], None]] = [getattr(self, name) for name in WAYS]
+
+    def run(self, until: float) -> None:
+        while time.monotonic() < until:
+            try:
+                self.random.choices(self.behave, list(WAYS.values()))[0]()
+            except Wrong as error:
+                with self.ledger.lock:
+                    self.ledger.wrong.append(str(error))
+            except (OSError, http.client.HTTPException) as error:
+                with self.ledger.lock:
+                    self.ledger.wrong.append(f"no answer: {error!r}")
+
+    def body(self) -> dict[str, Any]:
+        """Settings of every kind, so that pictures join and leave the batch all the time."""
+        pick = self.random
+        return {
+            "prompt": pick.choice(PROMPTS),
+            "steps": pick.randint(1, self.size.steps),
+            "guidance_scale": pick.choice([1.0, 3.0, 7.5]),
+            "scheduler": pick.choice(["euler", "euler_a", "dpmpp_2m_karras", "unipc", "heun"]),
+            "width": self.size.side * pick.choice([1, 1, 2]),
+            "height": self.size.side,
+        }
+
+    def ask(
+        self, path: str, body: dict[str, Any] | None = None, method: str = "POST", **headers: str
+    ) -> tuple[int, Any]:
+        """Status and content. One that came too early waits as it is told, within reason."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        try:
+            sent = json.dumps(body) if body is not None else None
+            connection.request(method, path, sent, {"Content-Type": "application/json"} | named)
+            answer = connection.getresponse()
+            content = answer.read()
+            if answer.status == 429:
+                if int(answer.headers["Retry-After"]) < 1:
+                    raise Wrong("429 with a Retry-After below a second")
+                self.ledger.tell("refused: 429")
+                time.sleep(self.random.uniform(0.05, 0.5))
+            elif answer.status >= 500:
+                raise Wrong(f"{method} {path}: {answer.status} {content[:300]!r}")
+            return answer.status, json.loads(content) if content[:1] in (b"{", b"[") else content
+        finally:
+            connection.close()
+
+    # --- ways to ask -------------------------------------------------------------------------------------------------
+
+    def plain(self) -> None:
+        status, answer = self.ask("/generate", self.body())
+        if status == 200:
+            self.ledger.drawn(answer["id"], "done")
+
+    def openai(self) -> None:
+        asked = {"prompt": self.random.choice(PROMPTS), "n": 2, "response_format": "url", "quality": "low"}
+        status, answer = self.ask("/v1/images/generations", asked)
+        if status == 200:
+            for image in answer["data"]:
+                self.ledger.drawn(image["url"].rpartition("/")[2], "done: one of two")
+
+    def repeat(self) -> None:
+        """The same request under the same key, by several clients, at once or later."""
+        key = f"key-{self.random.randrange(max(3, len(self.ledger.by_key) + 3))}"
+        body = {"prompt": PROMPTS[0], "steps": 1 + len(key) % 4, "width": self.size.side, "height": self.size.side}
+        status, answer = self.ask("/generate", body, Idempotency_Key=key)
+        if status == 200:
+            again = key in self.ledger.by_key
+            self.ledger.drawn(answer["id"], "done: repeated" if again else "done: with a key", key)
+
+    def later(self) -> None:
+        status, answer = self.ask("/generate", self.body(), Prefer="respond-async")
+        if status == 202:
+            self._wait(answer["id"], "done: later")
+
+    def cancel(self) -> None:
+        status, answer = self.ask("/generate", self.body(), Prefer="respond-async")
+        if status != 202:
+            return
+        picture = answer["id"]
+        time.sleep(self.random.expovariate(4))
+        status, _ = self.ask(f"/jobs/{picture}", method="DELETE")
+        if status not in (204, 409):
+            raise Wrong(f"DELETE /jobs/{picture}: {status}")
+        state = self._wait(picture, "done: too early to cancel")
+        if (state == "done") != (status == 409):
+            raise Wrong(f"DELETE /jobs/{picture} told {status}, but the picture is {state}")
+
+    def _wait(self, picture: str, outcome: str) -> str:
+        while True:
+            status, told = self.ask(f"/images/{picture}", method="GET")
+            if status != 200:
+                raise Wrong(f"GET /images/{picture}, which was accepted: {status}")
+            if told["state"] in OVER:
+                if told["state"] == "done":
+                    self.ledger.drawn(picture, outcome)
+                else:
+                    self.ledger.tell(told["state"])
+                return str(told["state"])
+            time.sleep(0.2)
+
+    def listen(self) -> None:
+        """Events to the end."""
+        with self._stream() as stream:
+            events = list(_events(stream))
+        if not events:
+            return
+        if events[-1][0] != "done":
+            raise Wrong(f"a stream ended with {events[-1]}")
+        if events[0][1]["id"] != events[-1][1]["id"]:
+            raise Wrong("a stream began with one picture and ended with another")
+        self.ledger.drawn(events[-1][1]["id"], "done: listened to")
+
+    def leave(self) -> None:
+        """Events for a moment."""
+        with self._stream() as stream:
+            events = _events(stream)
+            first = next(events, None)
+            if first is None:
+                return
+            if self.random.random() < 0.5:
+                next(events, None)
+        self.ledger.tell("left")
+        with self.ledger.lock:
+            self.ledger.unsettled.add(first[1]["id"])
+
+    def _stream(self) -> socket.socket:
+        content = json.dumps(self.body()).encode()
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=300)
+        head = "POST /generate HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        sock.sendall(head.encode() + content)
+        return sock
+
+
+WAYS = {"plain": 8, "openai": 2, "repeat": 3, "later": 2, "cancel": 2, "listen": 2, "leave": 3}
+
+
+def _events(sock: socket.socket) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and data of each event; none where the service refused."""
+    name = ""
+    with sock.makefile("rb") as lines:
+        if b" 200 " not in lines.readline():
+            return
+        for line in lines:
+            kind, _, value = line.decode().strip().partition(": ")
+            if kind == "event":
+                name = value
+            elif kind == "data":
+                yield name, json.loads(value)
+
+
+@dataclass
+class Watch:
+    """The service's own figures, every second: minutes, MiB, and milliseconds until `/healthz` answered."""
+
+    port: int
+    memory: list[tuple[float, float]] = field(default_factory=list)
+    health: list[tuple[float, float]] = field(default_factory=list)
+
+    def run(self, until: float, over: threading.Event) -> None:
+        began, looks = time.monotonic(), 0
+        while not over.is_set() and time.monotonic() < until:
+            asked = time.monotonic()
+            _get(self.port, "/healthz")
+            answered = time.monotonic()
+            self.health.append(((asked - began) / 60, 1000 * (answered - asked)))
+            if looks % 5 == 0:
+                self.memory.append(((asked - began) / 60, metric(self.port, "process_resident_memory_bytes") / 2**20))
+            looks += 1
+            time.sleep(0.2)
+
+    def at(self, minute: float) -> float:
+        """MiB at the look nearest to a minute."""
+        return min(self.memory, key=lambda look: abs(look[0] - minute))[1]
+
+    def growth(self) -> float:
+        """Of the median memory, from the first half after the warm-up to the second."""
+        warm = [mib for minute, mib in self.memory if minute >= WARM * self.memory[-1][0]]
+        half = len(warm) // 2
+        return statistics.median(warm[half:]) / statistics.median(warm[:half] or warm) - 1
+
+
+def _get(port: int, path: str) -> bytes:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().read()
+    finally:
+        connection.close()
+
+
+def metric(port: int, name: str) -> float:
+    """The sum of a metric over its labels."""
+    lines = _get(port, "/metrics").decode().splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition(" ")[0].partition("{")[0] == name)
+
+
+def soak(size: Size) -> None:
+    """`--minutes` at saturation: 24 clients that ask, repeat, cancel, listen and leave at random. Prints what became of
+    every picture; what the service did wrong, if anything, stands in the last lines."""
+    config = config_of(size)
+    ledger = Ledger()
+    over = threading.Event()
+    with server("service", config, SDXL_MAX_QUEUE=str(QUEUE), SDXL_MAX_ROWS="16") as port:
+        before = {picture for picture, _ in listed(port)}
+        until = time.monotonic() + 60 * size.minutes
+        watch = Watch(port)
+        watching = threading.Thread(target=watch.run, args=(until, over))
+        clients = [Client(port, size, ledger, number) for number in range(CLIENTS)]
+        asking = [threading.Thread(target=client.run, args=(until,)) for client in clients]
+        for thread in (watching, *asking):
+            thread.start()
+        for thread in asking:
+            thread.join()
+        over.set()
+        watching.join()
+        _settle(port)
+        figures = reconcile(port, ledger, before)
+    _report(size, ledger, watch, figures)
+
+
+def _settle(port: int) -> None:
+    """Until nobody waits and nothing is drawn."""
+    ends = time.monotonic() + 60
+    while metric(port, "sdxl_queue_depth") + metric(port, "sdxl_pictures_running"):
+        if time.monotonic() > ends:
+            raise RuntimeError("pictures are being drawn that nobody asks for any more")
+        time.sleep(0.1)
+    time.sleep(1)  # the last ones are being stored
+
+
+def listed(port: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every stored picture, page by page."""
+    cursor = ""
+    while True:
+        page = json.loads(_get(port, f"/images?limit=100{cursor}"))
+        yield from ((image["id"], image) for image in page["images"])
+        if "next" not in page:
+            return
+        cursor = f"&cursor={page['next']}"
+
+
+def reconcile(port: int, ledger: Ledger, before: set[str]) -> dict[str, int]:
+    """Hold what clients were told against what the service has; what does not agree goes to `ledger.wrong`."""
+    stored = [picture for picture, _ in listed(port)]
+    pictures = set(stored) - before
+    lost = ledger.done - pictures
+    strangers = pictures - ledger.done - ledger.unsettled
+    ledger.wrong += [f"{picture} was acknowledged and is not listed" for picture in lost]
+    ledger.wrong += [f"{picture} is stored and nobody asked for it" for picture in strangers - _keyed(ledger)]
+    ledger.wrong += [f"{picture} is listed {times} times" for picture, times in Counter(stored).items() if times > 1]
+    for picture in random.Random(0).sample(sorted(ledger.done - lost), min(50, len(ledger.done - lost))):
+        if not _get(port, f"/download/{picture}").startswith(b"\x89PNG"):
+            ledger.wrong.append(f"{picture} cannot be downloaded")
+    left = ledger.unsettled - pictures
+    for picture in left:
+        told = json.loads(_get(port, f"/images/{picture}"))
+        if told.get("state") != "cancelled" and told.get("status") != 404:  # the oldest are forgotten
+            ledger.wrong.append(f"{picture} was left, and is {told.get('state', told)}")
+    return {
+        "acknowledged pictures": len(ledger.done),
+        "acknowledged and lost": len(lost),
+        "stored and asked for by nobody": len(strangers - _keyed(ledger)),
+        "left by their client and cancelled": len(left),
+        "left by their client and stored": len(ledger.unsettled & pictures),
+    }
+
+
+def _keyed(ledger: Ledger) -> set[str]:
+    return set(ledger.by_key.values())
+
+
+def _report(size: Size, ledger: Ledger, watch: Watch, figures: dict[str, int]) -> None:
+    waits = sorted(wait for _, wait in watch.health)
+    minutes = size.minutes
+    lines: dict[str, float] = {
+        **{f"calls, {outcome}": count for outcome, count in sorted(ledger.outcomes.items())},
+        **figures,
+        **{f"MiB after {part * minutes:.3g} min": round(watch.at(part * minutes)) for part in (0.1, 0.5, 1)},
+        "growth of memory after the warm-up": round(watch.growth(), 4),
+        "/healthz, median ms": round(statistics.median(waits), 2),
+        "/healthz, p99 ms": round(waits[math.ceil(0.99 * (len(waits) - 1))], 2),
+        "things that went wrong": len(ledger.wrong),
+    }
+    title = f"{minutes:g} minutes at saturation"
+    conditions = f"{CLIENTS} clients, {Path(size.model).name}, {size.side} px, up to {size.steps} steps"
+    print(f"\n{title}\n{conditions}")
+    for label, value in lines.items():
+        print(f"{label:44} {value:10,}")
+    for each in ledger.wrong[:20]:
+        print(f"wrong: {each}")
+    size.folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "title": title,
+        "conditions": conditions,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "values": {label: [value] for label, value in lines.items()},
+        "wrong": ledger.wrong[:100],
+        "memory": [[round(minute, 3), round(mib, 1)] for minute, mib in watch.memory],
+    }
+    (size.folder / "soak.json").write_text(json.dumps(content) + "\n")
+    _plot(size.folder / "soak.png", f"{title}: {conditions}", watch)
+
+
+def _plot(path: Path, title: str, watch: Watch) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5), sharex=True, layout="constrained")
+    above.plot(*zip(*watch.memory, strict=True), color="#4c72b0")
+    above.set_ylim(bottom=0)
+    above.set_ylabel("memory, MiB")
+    below.plot(*zip(*watch.health, strict=True), ".", markersize=3, color="#4c72b0")
+    below.set_yscale("log")
+    below.set_ylabel("/healthz, ms")
+    below.set_xlabel("minutes")
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

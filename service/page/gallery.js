@@ -1,0 +1,110 @@
+// The recent pictures, newest first, page by page.
+
+import { element, make, put } from "./dom.js";
+import * as pictures from "./pictures.js";
+
+const PAGE = 24;
+
+export class Gallery {
+  #cursor = null;
+  #tiles = new Map();
+  #selected = null;
+
+  /** `onPick(id)` is called for the picture the user wants to see. */
+  constructor(onPick) {
+    this.onPick = onPick;
+    element("refresh").addEventListener("click", () => this.load());
+    element("more").addEventListener("click", () => this.#older());
+    this.seen = new IntersectionObserver((entries) => entries.filter((e) => e.isIntersecting).forEach((e) => this.#paint(e.target)), {
+      rootMargin: "200px",
+    });
+  }
+
+  /** The newest page, in place of what is there. */
+  async load() {
+    const page = await this.#page(null);
+    if (!page) return;
+    this.#tiles.clear();
+    element("tiles").replaceChildren();
+    this.#append(page);
+  }
+
+  /** Put a new picture in front. */
+  add(picture) {
+    if (!this.#tiles.has(picture.id)) element("tiles").prepend(this.#tile(picture));
+    this.#note();
+    this.select(picture.id);
+  }
+
+  /** Take a picture away and focus the one that takes its place. */
+  remove(id) {
+    const tile = this.#tiles.get(id);
+    if (!tile) return;
+    const next = tile.nextElementSibling ?? tile.previousElementSibling;
+    tile.remove();
+    this.#tiles.delete(id);
+    this.#note();
+    (next?.querySelector("button") ?? element("prompt")).focus();
+  }
+
+  select(id) {
+    this.#tiles.get(this.#selected)?.querySelector("button").removeAttribute("aria-current");
+    this.#selected = id;
+    this.#tiles.get(id)?.querySelector("button").setAttribute("aria-current", "true");
+  }
+
+  async #older() {
+    const first = this.#tiles.size;
+    const page = await this.#page(this.#cursor);
+    if (!page) return;
+    this.#append(page);
+    element("tiles").children[first]?.querySelector("button").focus();
+  }
+
+  async #page(cursor) {
+    try {
+      return await pictures.list(cursor, PAGE);
+    } catch (error) {
+      this.#note(`The pictures cannot be listed: ${error.message}`);
+      return null;
+    }
+  }
+
+  #append({ images, next }) {
+    this.#cursor = next ?? null;
+    element("more").hidden = !next;
+    const drawn = images.filter(({ id, state }) => state === "done" && !this.#tiles.has(id));
+    element("tiles").append(...drawn.map((picture) => this.#tile(picture)));
+    this.#note();
+    this.select(this.#selected);
+  }
+
+  #tile({ id, prompt, source }) {
+    const image = make("img", { alt: prompt, decoding: "async" });
+    const button = make("button", { type: "button", className: "tile", title: prompt }, image);
+    if (source) button.append(make("span", { className: "badge" }, "refined"));
+    button.dataset.id = id;
+    button.addEventListener("click", () => this.onPick(id));
+    const tile = make("li", {}, button);
+    this.#tiles.set(id, tile);
+    this.seen.observe(button);
+    return tile;
+  }
+
+  async #paint(button) {
+    this.seen.unobserve(button);
+    const image = button.querySelector("img");
+    image.addEventListener("error", () => button.classList.add("gone"), { once: true });
+    try {
+      image.src = await pictures.addressOf(button.dataset.id, "webp");
+    } catch {
+      button.classList.add("gone");
+    }
+  }
+
+  #note(trouble) {
+    const note = trouble ?? (this.#tiles.size ? "" : "No pictures yet. What is drawn here or through the API is listed here.");
+    put("gallery-note", note);
+    element("gallery-note").hidden = !note;
+  }
+}

@@ -1,0 +1,327 @@
+"""Pictures that are drawn whoever waits: asked for now, told later, through restarts."""
+
+import asyncio
+import threading
+import time
+import uuid
+
+import obstore
+import pytest
+
+from sdxl_lab.engine import Engine
+from sdxl_lab.images import max_difference, open_picture
+from sdxl_lab.store import UnknownPicture
+from sdxl_lab.trajectory import Job
+from service import studio as module
+from service.jobs import Order, Step
+from service.problems import Stopping
+from tests.service.conftest import wait_for
+
+PROMPT = {"prompt": "a red ring"}
+LATER = {"Prefer": "respond-async"}
+LONG = {**PROMPT, "steps": 100, "width": 512, "height": 512}
+
+
+def state(client, picture):
+    return client.get(f"/images/{picture}").json()["state"]
+
+
+def test_a_picture_is_promised_at_once_and_drawn_later(client):
+    answer = client.post("/generate", json=PROMPT, headers=LATER)
+    body = answer.json()
+    assert answer.status_code == 202
+    assert answer.headers["location"] == body["url"] == f"/images/{body['id']}"
+    assert answer.headers["preference-applied"] == "respond-async"
+    wait_for(lambda: state(client, body["id"]) == "done")
+    assert client.get(client.get(body["url"]).json()["url"]).headers["content-type"] == "image/png"
+
+
+@pytest.mark.parametrize("prefer", ["respond-async, wait=10", "wait=10, Respond-Async", "respond-async; foo"])
+def test_the_preference_may_stand_among_others(client, prefer):
+    assert client.post("/generate", json=PROMPT, headers={"Prefer": prefer}).status_code == 202
+
+
+def test_another_preference_changes_nothing(client):
+    assert client.post("/generate", json=PROMPT, headers={"Prefer": "return=minimal"}).status_code == 200
+
+
+def test_a_refined_picture_may_be_promised_too(client):
+    source = client.post("/generate", json=PROMPT).json()["id"]
+    body = client.post("/refine", json={"id": source}, headers=LATER).json()
+    wait_for(lambda: state(client, body["id"]) == "done")
+    assert client.get(body["url"]).json()["source"] == source
+
+
+def test_the_states_of_two_pictures_from_the_queue_to_their_ends(serve):
+    client = serve(max_rows=2)
+    first, second = (client.post("/generate", json=LONG, headers=LATER).json()["id"] for _ in range(2))
+    wait_for(lambda: client.get(f"/images/{first}").json().get("step", 0) > 0)
+    running, queued = (client.get(f"/images/{each}").json() for each in (first, second))
+    assert (running["state"], running["position"], running["steps"]) == ("running", 0, 100)
+    assert (queued["state"], queued["position"], queued["step"]) == ("queued", 1, 0)
+    assert 0 < running["eta"] < queued["eta"]
+    assert (queued["prompt"], queued["settings"]["steps"]) == ("a red ring", 100)
+    for each in (second, first):
+        assert client.delete(f"/jobs/{each}").status_code == 204
+        assert state(client, each) == "cancelled"
+        again = client.delete(f"/jobs/{each}")
+        assert (again.status_code, again.json()["type"]) == (409, "urn:sdxl-lab:already-over")
+    assert not client.app.state.studio.making
+    assert client.get("/images").json()["images"] == []
+
+
+def test_a_finished_picture_is_not_cancelled(client):
+    picture = client.post("/generate", json=PROMPT).json()
+    answer = client.delete(f"/jobs/{picture['id']}")
+    assert (answer.status_code, "retry-after" in answer.headers) == (409, False)
+    assert client.get(picture["url"]).status_code == 200
+
+
+def test_a_picture_in_the_making_is_not_deleted(client):
+    picture = client.post("/generate", json=LONG, headers=LATER).json()["id"]
+    answer = client.delete(f"/images/{picture}")
+    assert client.delete(f"/jobs/{picture}").status_code == 204
+    assert (answer.status_code, answer.json()["type"]) == (409, "urn:sdxl-lab:not-over")
+
+
+def test_a_picture_that_fails_says_so(client, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(client.app.state.studio, "_keep", broken)
+    picture = client.post("/generate", json=PROMPT, headers=LATER).json()["id"]
+    wait_for(lambda: state(client, picture) == "failed")
+    assert client.get(f"/download/{picture}").status_code == 404
+
+
+def test_an_engine_that_fails_ends_all_that_it_draws(serve, monkeypatch):
+    client = serve()
+    studio = client.app.state.studio
+    kept = client.post("/generate", json=PROMPT).json()
+    picture = client.post("/generate", json=LONG, headers=LATER).json()["id"]
+
+    def broken(*_):
+        raise MemoryError("the engine's own bug")
+
+    monkeypatch.setattr(studio.engine, "_tick", broken)
+    wait_for(lambda: not studio.making)
+    assert state(client, picture) == "failed"
+    assert client.post("/generate", json=PROMPT).status_code == 503
+    assert client.get(kept["url"]).status_code == 200
+
+
+def test_what_ended_without_a_picture_is_forgotten_in_time(client, monkeypatch):
+    studio = client.app.state.studio
+
+    async def ended():
+        drawing = await studio.submit(Order(studio.slot.config, "a ring"))
+        drawing.leave()
+        await asyncio.wait({drawing.task})
+        return drawing
+
+    first = client.portal.call(ended)
+    assert studio._ended[first.id] is first
+    assert (first.ticket, first.state) == (None, "cancelled")
+    monkeypatch.setattr(module, "MOST_REMEMBERED", 1)
+    second = client.portal.call(ended)
+    assert list(studio._ended) == [second.id]
+    monkeypatch.setattr(module, "REMEMBERED", 0)
+    client.portal.call(ended)
+    assert not studio._ended
+
+
+def drawn(client, promoted, asked, picture):
+    """Whether the stored picture is what the engine draws of this request."""
+    info = client.get(f"/images/{picture}").json()
+    config = promoted.with_(**{name: value for name, value in asked.items() if name != "prompt"})
+    expected = client.app.state.studio.engine.draw(Job(config, asked["prompt"], info["seed"])).image
+    stored = open_picture(client.get(info["url"]).content)
+    return max_difference(stored, expected) <= 1 / 255  # another batch rounds another pixel
+
+
+def test_what_a_service_that_stops_has_promised_the_next_one_draws(serve, promoted, tmp_path):
+    asked = {**PROMPT, "steps": 30, "width": 128, "height": 128}
+    client = serve(max_rows=2)
+    ids = [client.post("/generate", json=asked, headers=LATER).json()["id"] for _ in range(2)]
+    seeds = [client.get(f"/images/{each}").json()["seed"] for each in ids]
+    client.portal.call(client.app.state.studio.drain, 0)
+    for each in ids:
+        assert state(client, each) == "queued"
+        missing = client.get(f"/download/{each}")
+        assert (missing.status_code, missing.headers["retry-after"]) == (404, "1")
+    next_one = serve(max_rows=16)
+    for each, seed in zip(ids, seeds, strict=True):
+        wait_for(lambda each=each: state(next_one, each) == "done")
+        assert next_one.get(f"/images/{each}").json()["seed"] == seed
+        assert drawn(next_one, promoted, asked, each)
+    assert next_one.app.state.studio.store.jobs() == []
+
+
+def promise(client, **more):
+    """What a process that was killed leaves of a promised picture."""
+    studio = client.app.state.studio
+    config = studio.slot.config.to_dict()
+    asked = {"request": "", "prompt": "a ring", "seed": 1, "config": config, "promoted": "", "overridden": []}
+    begun = {"state": "queued", "created": 1.0, "claimed": 1.0, "released": False, "attempts": 1}
+    picture = uuid.uuid4()
+    studio.store.put_job(picture, asked | begun | {"source": None, "strength": None} | more)
+    return picture
+
+
+def take_up(client):
+    client.portal.call(client.app.state.studio._take_up)
+
+
+def test_a_promise_that_ends_the_process_each_time_is_given_up(client):
+    picture = promise(client, attempts=module.ATTEMPTS)
+    take_up(client)
+    assert state(client, picture) == "failed"
+
+
+def test_a_promise_for_other_models_fails(client, promoted):
+    other = promoted.with_(model=promoted.model.with_(base="elsewhere")).to_dict()
+    picture = promise(client, config=other)
+    take_up(client)
+    assert state(client, picture) == "failed"
+
+
+def test_a_promise_that_was_kept_is_not_drawn_again(client):
+    studio = client.app.state.studio
+    body = client.post("/generate", json=PROMPT, headers={"Idempotency-Key": "kept"}).json()
+    record = studio.store.record(uuid.UUID(body["id"]))
+    studio.store.put_job(uuid.UUID(body["id"]), record | {"state": "queued", "claimed": 1.0, "released": False})
+    before = studio.engine.stats().ticks
+    take_up(client)
+    assert studio.engine.stats().ticks == before
+    with pytest.raises(UnknownPicture):
+        studio.store.job(uuid.UUID(body["id"]))
+
+
+def test_a_shared_store_leaves_promises_to_the_replica_that_gave_them(serve):
+    """Until that one stops and gives them back, or they are too old to be anybody's."""
+    client = serve(store="memory://")
+    studio = client.app.state.studio
+    now = time.time()
+    theirs = promise(client, claimed=now)
+    released, old = promise(client, claimed=now, released=True), promise(client, claimed=now - module.CLAIM - 1)
+    take_up(client)
+    wait_for(lambda: not studio.making)
+    assert [state(client, each) for each in (theirs, released, old)] == ["queued", "done", "done"]
+    assert client.delete(f"/jobs/{theirs}").status_code == 204
+    assert state(client, theirs) == "cancelled"
+
+
+def test_a_full_store_promises_nothing(client, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(obstore, "put", full)
+    assert client.post("/generate", json=PROMPT, headers=LATER).status_code == 507
+    wait_for(lambda: client.app.state.studio.engine.stats().running == 0)
+    assert not client.app.state.studio.making
+
+
+def test_a_service_that_drains_ends_what_runs_and_tells_the_rest(serve):
+    client = serve(max_rows=2)
+    studio = client.app.state.studio
+    config = studio.slot.config
+
+    async def drained():
+        running = await studio.submit(Order(config.with_(steps=30, width=128, height=128), "a ring"))
+        await anext(event async for event in running.events() if isinstance(event, Step))
+        waiting = await studio.submit(Order(config, "a ring"))
+        await studio.drain(30)
+        with pytest.raises(Stopping):
+            await waiting.result()
+        return await running.result()
+
+    record = client.portal.call(drained)
+    assert client.get(f"/download/{record['id']}").status_code == 200
+    answer = client.post("/generate", json=PROMPT)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+
+
+def test_a_drain_does_not_wait_for_an_engine_that_is_stuck(serve, monkeypatch):
+    client = serve()
+    studio = client.app.state.studio
+    gate, step = threading.Event(), Engine._step
+
+    def stuck(*arguments):
+        gate.wait(30)
+        return step(*arguments)
+
+    monkeypatch.setattr(Engine, "_step", stuck)
+
+    async def drained():
+        drawing = await studio.submit(Order(studio.slot.config, "a ring"))
+        lasting = await studio.submit(Order(studio.slot.config, "a ring", lasting=True))
+        await asyncio.to_thread(wait_for, lambda: drawing.state == "running")
+        await studio.drain(0.1)
+        with pytest.raises(Stopping):
+            await drawing.result()
+        return lasting.id
+
+    try:
+        lasting = client.portal.call(drained)
+    finally:
+        gate.set()
+    assert studio.store.job(lasting)["released"]
+
+
+def test_every_answer_of_ours_is_documented(client):
+    """Statuses, headers, forms and examples in OpenAPI, of the table that makes the answers."""
+    document = client.get("/openapi.json").json()
+    for path in ("/generate", "/refine"):
+        described = document["paths"][path]["post"]["responses"]
+        assert {"200", "202", "409", "413", "422", "429", "503", "507"} <= set(described)
+        assert set(described["200"]["content"]) == {
+            "application/json", "text/event-stream", "image/png", "image/webp", "image/jpeg"
+        }  # fmt: skip
+        assert {"X-Image-Id", "X-Seed", "X-Config-Digest", "X-Accel-Buffering"} == set(described["200"]["headers"])
+        assert {"Location", "Preference-Applied"} == set(described["202"]["headers"])
+        for status in ("429", "503"):
+            assert "Retry-After" in described[status]["headers"]
+        for status in ("409", "413", "422", "429", "503", "507"):
+            (form,) = described[status]["content"]
+            assert form == "application/problem+json"
+            assert described[status]["content"][form]["examples"]
+    for path, method, statuses in (
+        ("/images", "get", {"200", "422"}),
+        ("/images/{id}", "get", {"200", "404"}),
+        ("/images/{id}", "delete", {"204", "404", "409", "507"}),
+        ("/jobs/{id}", "delete", {"204", "404", "409"}),
+        ("/download/{id}", "get", {"200", "304", "404", "422"}),
+    ):
+        assert statuses <= set(document["paths"][path][method]["responses"])
+
+
+@pytest.mark.slow
+def test_retry_after_is_within_a_factor_of_two_of_the_wait(serve, monkeypatch):
+    """Under load: the queue stays full, and each trial asks as soon as the one before was let in. A call takes as long
+    as on a GPU, most of it asleep, so that what else runs on this machine counts less."""
+    predict = Engine._predict
+
+    def slow(*arguments):
+        time.sleep(0.05)
+        return predict(*arguments)
+
+    monkeypatch.setattr(Engine, "_predict", slow)
+    client = serve(max_rows=2, max_queue=2)
+    load = {**PROMPT, "steps": 40}
+    ids = []
+    while (answer := client.post("/generate", json=load, headers=LATER)).status_code == 202:
+        ids.append(answer.json()["id"])
+        wait_for(lambda: client.app.state.studio.engine.stats().running == 1)
+    wait_for(lambda: client.get(f"/images/{ids[0]}").json().get("step", 0) > 5)
+    ratios = []
+    for _ in range(3):
+        asked = time.monotonic()
+        refused = client.post("/generate", json=load, headers=LATER)
+        assert refused.status_code == 429
+        while (answer := client.post("/generate", json=load, headers=LATER)).status_code == 429:
+            time.sleep(0.05)
+        ratios.append(int(refused.headers["retry-after"]) / (time.monotonic() - asked))
+        ids.append(answer.json()["id"])
+    for each in ids:
+        client.delete(f"/jobs/{each}")
+    assert 0.5 <= sorted(ratios)[1] <= 2, ratios

@@ -1,0 +1,161 @@
+"""One key, one picture: by construction of its id and seed, not by luck."""
+
+import json
+import socket
+import threading
+import uuid
+
+import numpy as np
+import pytest
+
+from sdxl_lab.images import open_picture, read_record
+from service.jobs import derived
+from tests.service.conftest import wait_for
+
+PROMPT = {"prompt": "a red ring"}
+LONG = {**PROMPT, "steps": 40, "width": 128, "height": 128}
+
+
+def keyed(key, **more):
+    return {"Idempotency-Key": key, **more}
+
+
+def test_a_repeat_gives_the_stored_picture(client):
+    ticks = client.app.state.studio.engine.stats
+    first = client.post("/generate", json=PROMPT, headers=keyed("repeat"))
+    before = ticks().ticks
+    again = client.post("/generate", json=PROMPT, headers=keyed("repeat"))
+    assert first.json() == again.json()
+    assert ticks().ticks == before
+    picture, seed = derived("anyone", "repeat")
+    assert (first.json()["id"], first.json()["seed"]) == (str(picture), seed)
+    assert uuid.UUID(first.json()["id"]).version == 5
+
+
+def test_a_repeat_answers_in_any_form(client):
+    body = client.post("/generate", json=PROMPT, headers=keyed("forms")).json()
+    image = client.post("/generate", json=PROMPT, headers=keyed("forms", Accept="image/png"))
+    assert image.content == client.get(body["url"]).content
+    assert (image.headers["x-image-id"], image.headers["x-seed"]) == (body["id"], str(body["seed"]))
+    events = client.post("/generate", json=PROMPT, headers=keyed("forms", Accept="text/event-stream")).text
+    assert events.index("event: queued") < events.index("event: done")
+    later = client.post("/generate", json=PROMPT, headers=keyed("forms", Prefer="respond-async"))
+    assert (later.status_code, later.json()["id"]) == (202, body["id"])
+    assert client.get(later.headers["location"]).json()["state"] == "done"
+
+
+@pytest.mark.parametrize("other", [{"prompt": "a blue ring"}, {**PROMPT, "seed": 1}, {**PROMPT, "steps": 4}])
+def test_another_body_under_the_same_key_is_409_also_once_it_is_stored(client, other):
+    client.post("/generate", json=PROMPT, headers=keyed("reused"))
+    answer = client.post("/generate", json=other, headers=keyed("reused"))
+    assert (answer.status_code, answer.json()["type"]) == (409, "urn:sdxl-lab:key-reused")
+
+
+def test_the_same_body_otherwise_written_is_the_same_request(client):
+    first = client.post("/generate", content=b'{"prompt": "a ring", "steps": 3}', headers=keyed("order"))
+    again = client.post("/generate", content=b'{ "steps":3,"seed":null,"prompt":"a ring"}', headers=keyed("order"))
+    assert first.json() == again.json()
+
+
+def test_a_key_of_generate_is_not_one_of_refine(client):
+    body = client.post("/generate", json=PROMPT, headers=keyed("path")).json()
+    assert client.post("/refine", json={"id": body["id"]}, headers=keyed("path")).status_code == 409
+    first, again = (client.post("/refine", json={"id": body["id"]}, headers=keyed("refined")) for _ in range(2))
+    assert first.json() == again.json()
+    assert first.json()["source"] == body["id"]
+
+
+def test_a_seed_that_is_given_stands(client):
+    assert client.post("/generate", json={**PROMPT, "seed": 5}, headers=keyed("seeded")).json()["seed"] == 5
+
+
+def test_whoever_asks_has_keys_of_their_own():
+    assert derived("alice", "key") != derived("bob", "key")
+    assert derived("a", "bkey") != derived("ab", "key")
+
+
+@pytest.mark.parametrize("key", ["", "x" * 129, "tab\there", "é".encode("latin-1")])
+def test_a_bad_key_is_refused(client, key):
+    answer = client.post("/generate", json=PROMPT, headers=keyed(key))
+    assert answer.status_code == 422
+    assert answer.json()["field"].lower() == "idempotency-key"
+
+
+def test_a_key_has_up_to_128_printable_characters(client):
+    assert client.post("/generate", json=PROMPT, headers=keyed("~ " + "x" * 125 + "!")).status_code == 200
+
+
+def test_a_concurrent_repeat_joins_the_running_one(client):
+    studio = client.app.state.studio
+    answers = []
+
+    def ask():
+        answers.append(client.post("/generate", json=LONG, headers=keyed("joined")))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(studio.making) == 1)
+    conflict = client.post("/generate", json=PROMPT, headers=keyed("joined"))
+    for thread in threads:
+        thread.join()
+    assert conflict.status_code == 409
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert len({answer.text for answer in answers}) == 1
+
+
+def test_a_picture_with_a_key_is_drawn_although_its_client_leaves(live):
+    port, studio, _ = live
+    content = json.dumps(LONG).encode()
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nIdempotency-Key: left\r\nContent-Length: {len(content)}\r\n"
+        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
+        wait_for(lambda: any(drawing.progress[0] for drawing in studio.making.values()))
+    wait_for(lambda: not studio.making)
+    assert studio.store.record(derived("anyone", "left")[0])["prompt"] == "a red ring"
+
+
+def test_after_a_crash_the_very_same_picture_is_made_under_the_very_same_id(serve, tmp_path):
+    """The process was killed as it drew: what was promised is there, the picture is not."""
+    first = serve(store=tmp_path / "first")
+    body = first.post("/generate", json=PROMPT, headers=keyed("crash")).json()
+    png = first.get(body["url"]).content
+    elsewhere = serve(store=tmp_path / "second")  # another replica, or the same without its disk
+    again = elsewhere.post("/generate", json=PROMPT, headers=keyed("crash")).json()
+    assert {**again, "timings": None} == {**body, "timings": None}
+    assert elsewhere.get(body["url"]).content == png
+
+
+def test_a_repeat_of_a_promise_keeps_the_configuration_of_then(serve, promoted, tmp_path):
+    """Another configuration was promoted since: the picture is still the one that was promised."""
+    client = serve()
+    studio = client.app.state.studio
+    drawn = client.post("/generate", json=PROMPT, headers=keyed("then")).json()
+    png = client.get(drawn["url"]).content
+    record = studio.store.record(uuid.UUID(drawn["id"]))
+    promise = {"state": "queued", "created": 0.0, "claimed": 0.0, "released": False, "attempts": 1}
+    promise |= {name: record[name] for name in ("request", "prompt", "seed", "config", "promoted", "overridden")}
+    client.delete(f"/images/{drawn['id']}")
+    studio.store.put_job(uuid.UUID(drawn["id"]), promise | {"source": None, "strength": None})
+    object.__setattr__(studio.slot, "config", promoted.with_(steps=7))
+    again = client.post("/generate", json=PROMPT, headers=keyed("then")).json()
+    now = client.get(again["url"]).content
+    assert read_record(now)["config"]["steps"] == 4
+    assert np.array_equal(np.asarray(open_picture(now)), np.asarray(open_picture(png)))
+
+
+def test_a_failed_picture_is_tried_again(client, monkeypatch):
+    studio = client.app.state.studio
+    keep = studio._keep
+
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(studio, "_keep", broken)
+    assert client.post("/generate", json=PROMPT, headers=keyed("again")).status_code == 500
+    picture = derived("anyone", "again")[0]
+    assert client.get(f"/images/{picture}").json()["state"] == "failed"
+    monkeypatch.setattr(studio, "_keep", keep)
+    assert client.post("/generate", json=PROMPT, headers=keyed("again")).status_code == 200
+    assert client.get(f"/images/{picture}").json()["state"] == "done"
+    assert str(picture) not in [job["id"] for job in studio.store.jobs()]

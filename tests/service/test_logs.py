@@ -1,0 +1,93 @@
+"""A line of the log is one JSON object, and says whose request and which picture it is about."""
+
+import asyncio
+import io
+import json
+import logging
+
+import pytest
+
+from service import logs
+
+
+@pytest.fixture
+def lines():
+    """What was logged since the last call, read back."""
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(logs.JsonLines())
+    root = logging.getLogger()
+    before = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+
+    def read():
+        content = written.getvalue()
+        written.seek(0)
+        written.truncate()
+        return [json.loads(line) for line in content.splitlines()]
+
+    yield read
+    root.removeHandler(handler)
+    root.setLevel(before)
+
+
+def test_nothing_that_is_logged_can_forge_a_line(lines):
+    logging.getLogger("x").warning('two\nlines, "quotes", \ud800 and \x00')
+    (line,) = lines()
+    assert line["message"] == 'two\nlines, "quotes", \ud800 and \x00'
+    assert (line["level"], line["logger"]) == ("warning", "x")
+    assert line["time"].endswith("Z")
+
+
+def test_a_traceback_stays_in_its_line(lines):
+    try:
+        raise ValueError("no")
+    except ValueError:
+        logging.getLogger("x").exception("failed")
+    (line,) = lines()
+    assert line["traceback"].endswith("ValueError: no")
+
+
+def test_requests_that_run_at_once_do_not_share_their_fields(lines):
+    log = logging.getLogger("x")
+
+    async def request(name):
+        logs.begin(request=name)
+        await asyncio.sleep(0)
+        await asyncio.create_task(work(name))
+        log.warning("answered")
+
+    async def work(name):
+        logs.note(picture=f"{name}1")
+        await asyncio.to_thread(log.warning, "in a thread")
+
+    async def both():
+        await asyncio.gather(request("a"), request("b"))
+
+    logs.note(picture="nobody's")
+    asyncio.run(both())
+    assert sorted((line["request"], line["message"], line["picture"]) for line in lines()) == [
+        ("a", "answered", "a1"),
+        ("a", "in a thread", "a1"),
+        ("b", "answered", "b1"),
+        ("b", "in a thread", "b1"),
+    ]
+
+
+def test_a_picture_has_a_line_and_its_request_another(client, promoted, lines):
+    body = client.post("/generate", json={"prompt": "a secret ring"}, headers={"X-Request-Id": "r-1"}).json()
+    found = lines()
+    assert "secret" not in json.dumps(found)
+    picture, request = (
+        next(line for line in found if line["logger"] == name) for name in ("service.studio", "service.access")
+    )
+    for line in (picture, request):
+        assert line["request"] == "r-1"
+        assert line["digest"] == promoted.digest
+        assert line["picture"] == body["id"]
+    assert (picture["state"], picture["steps"], picture["of"]) == ("done", 4, 4)
+    assert {name: picture[name] for name in body["timings"]} == body["timings"]
+    assert 0 < picture["first_step_ms"] <= picture["total_ms"]
+    assert (request["method"], request["path"], request["status"]) == ("POST", "/generate", 200)
+    assert request["ms"] >= picture["total_ms"]
