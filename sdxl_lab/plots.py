@@ -454,11 +454,17 @@ def quality_against_cost(
         ax.plot(best["cost"], best["quality"], color=INK, lw=2.2, alpha=0.85, label="Pareto front", zorder=4)
         ax.plot(best["cost"], best["quality"], "o", ms=12, mfc="none", mec=INK, mew=1.5, zorder=5)
         before, reach = -np.inf, np.ptp(found["cost"])
+        low, high = ends = ax.get_xlim()
         for _, point in best.iterrows():
             above = up if point["cost"] - before > 0.25 * reach else not up  # so that names of neighbours keep apart
             before = point["cost"] if above == up else -np.inf
+            name = f"{said(point[series])}, {said(point[along])}"
+            room = 0.024 * len(name) * (ends[1] - ends[0])
+            low, high = (
+                (min(low, point["cost"] - room), high) if above == up else (low, max(high, point["cost"] + room))
+            )
             text = ax.annotate(
-                f"{said(point[series])}, {said(point[along])}",
+                name,
                 (point["cost"], point["quality"]),
                 xytext=(-9 if above == up else 9, 9 if above else -9),
                 textcoords="offset points",
@@ -468,11 +474,11 @@ def quality_against_cost(
                 fontweight="bold",
                 zorder=6,
             )
+            text.set_in_layout(False)
             text.set_path_effects([withStroke(linewidth=3, foreground="white", alpha=0.9)])
         ax.set(xlabel=words(cost), ylabel=words(quality), title=f"{words(quality)} against {words(cost)}")
-        low, high = ax.get_xlim()
-        ax.set_xticks([tick for tick in ax.get_xticks() if max(low, 0) <= tick <= high])
-        ax.set_xlim(low - 0.12 * (high - low), high)  # room for the first name
+        ax.set_xticks([tick for tick in ax.get_xticks() if max(ends[0], 0) <= tick <= ends[1]])
+        ax.set_xlim(low, high)
         figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", title=words(series), fontsize=9)
 
     return _painted((9.0, 5.0), 1, paint)
