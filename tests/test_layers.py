@@ -66,10 +66,3 @@ def test_the_configuration_is_read_without_the_models_libraries(module):
     program = f"import sys, {module}; print(*[name for name in {HEAVY} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert answer.stdout.split() == []
-
-
-def test_the_graphs_of_the_architecture_page_are_the_code_s():
-    from docs import diagram
-
-    text = diagram.PAGE.read_text()
-    assert diagram.page(text) == text, "run: python -m docs.diagram"
