@@ -10,7 +10,7 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab serve check format test test-fast notebooks bench train clean system
+.PHONY: help demo lab serve check format test test-fast notebooks bench pictures train clean system
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,16 @@ notebooks: .venv/.installed system ## Every notebook to its end; the executed co
 
 bench: .venv/.installed system ## Benchmarks
 	$(PY) -m bench
+
+pictures: .venv/.installed system ## The documentation's pictures, tables and graphs again; an hour on two cores
+	$(PY) -m docs.generated
+	$(PY) docs/screenshot.py
+	SDXL_SCREENSHOT=docs/explore.png $(PY) -m pytest tests/browser/test_jupyterlab.py -k looks
+	$(PY) -m sdxl_lab.nano.recipe.evaluate --guidance-scale 3
+	cp runs/nano/evaluation/cats.png docs/
+	$(PY) -m sdxl_lab sweep studies/nano_confirm.toml
+	$(PY) -m sdxl_lab sweep studies/nano_final.toml
+	$(PY) -m studies.nano_report
 
 train: .venv/.installed system ## Train nano, the miniature SDXL, from nothing; resumes
 	$(PY) -m sdxl_lab.nano.recipe
