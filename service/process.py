@@ -79,10 +79,11 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def _drain(self, seconds: float) -> None:
+        engine = self._studio.engine
+        told = engine.stats() if engine is not None else None
         try:
             await self._studio.drain(seconds)
-            engine = self._studio.engine
-            if self.failure is None and engine is not None and self._watchdog.standing(engine) >= DRAIN_SECONDS:
+            if self.failure is None and engine and told and told.running and told.ticks == engine.stats().ticks:
                 self.failure = "the engine is stuck: it made no step since it was told to stop"
                 log.critical("the process ends with an error: %s", self.failure)
         finally:

@@ -152,6 +152,7 @@ def test_what_the_last_step_points_to_is_the_final_latent(start, config, schedul
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the compiler, on a machine that does other things too
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
@@ -174,7 +175,7 @@ def test_no_runtime_option_changes_what_is_drawn(nano, options, tolerance, tmp_p
         with Engine.load(config, RuntimeProfile(device="cpu", **options)) as engine:
             tickets = [engine.submit(job) for job in asked]
             for job, ticket in zip(asked, tickets, strict=True):
-                assert max_difference(ticket.result(SECONDS).image, nano.draw(job).image) <= tolerance
+                assert max_difference(ticket.result(800).image, nano.draw(job).image) <= tolerance
                 assert ticket.trajectory.latents.dtype == torch.float32
                 assert ticket.result().record["runtime"].items() >= options.items()
     finally:
