@@ -45,7 +45,7 @@ RULES = {
 
 def point(work: Work | list[Work], cost: Cost, rule: Rule, rate: float, replicas: int, count: int) -> dict[str, float]:
     """One load: `rate` pictures a second and replica."""
-    count = max(count, 100 * replicas)
+    count = max(count, 60 * replicas)
     works = work if isinstance(work, list) else [work] * count
     out = fleet(poisson(rate * replicas, count, replicas), works, cost, rule, [0.0] * replicas)
     settled, horizon = out.settled(), float(out.arrivals[-1])
