@@ -127,7 +127,7 @@ def fleet(
         mine = np.flatnonzero(to == number)
         moments = arrivals[mine].tolist()
         played = _Replica(cost, rule, horizon)
-        starts[mine], ends[mine] = played.play(moments, [works[index] for index in mine])
+        starts[mine], ends[mine] = played.play(moments, [works[index] for index in mine.tolist()])
         busy[number], calls, rows = played.busy, calls + played.calls, rows + played.rows
     return Outcome(arrivals, starts, ends, to, busy, calls, rows)
 
