@@ -6,6 +6,7 @@ what they took is held against the simulation of the very same moments.
 """
 
 import itertools
+import json
 import os
 import re
 import statistics
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import numpy as np
 
@@ -149,18 +151,38 @@ def main(size: Size) -> None:
         del rates[""]
         costs = {count: seen[1:] for count, seen in costs.items()}
         cost = fitted(costs)
-        lines = calibration(costs, cost) | against(rates, cost, guided, sparing, len(asked))
+        ended = against(rates, cost, guided, sparing, len(asked))
+        felt: dict[str, list[float]] = {}
         for replicas in (1, 2):
-            lines |= foretold(([first, second])[:replicas], size, cost, guided)
+            felt |= foretold([first, second][:replicas], size, cost, guided)
     loads = "; ".join(", ".join(f"{each:.1f}" for each in told) for told in (loads_before, os.getloadavg()))
-    Report(
-        "fleet",
-        "Replicas of the service behind round robin, and what the simulation says of them",
-        lines,
-        f"{len(asked)} pictures at once or {3 * size.pictures} at random moments, {size.steps} steps, {size.side} px; "
-        f"load of the machine before and after (1, 5, 15 min): {loads}",
-        {"2 replicas / 1": "2", "random moments, 1 replica: predicted / measured, all loads": "1"},
-    ).show(size.folder)
+    show(size, {"fleet": ended, "fleet-costs": calibration(costs, cost), "fleet-latency": felt}, loads)
+
+
+TITLES = {
+    "fleet": "Replicas of the service at saturation, and what the simulation says of them",
+    "fleet-costs": "What a replica on one core spends",
+    "fleet-latency": "Pictures asked for at random moments, and the simulation of the same moments",
+}
+
+
+def show(size: Size, parts: dict[str, dict[str, list[float]]], loads: str) -> None:
+    """A report for each of `TITLES`."""
+    conditions = (
+        f"{2 * size.pictures} pictures at once or {3 * size.pictures} at random moments, {size.steps} steps, "
+        f"{size.side} px; load of the machine before and after (1, 5, 15 min): {loads}"
+    )
+    for name, lines in parts.items():
+        Report(name, TITLES[name], lines, conditions, {"2 replicas / 1": "2"}).show(size.folder)
+
+
+def left_in(folder: Path) -> dict[str, list[float]]:
+    """What this benchmark measured, if its results are there."""
+    values: dict[str, list[float]] = {}
+    for name in TITLES:
+        path = folder / f"{name}.json"
+        values |= json.loads(path.read_text())["values"] if path.exists() else {}
+    return values
 
 
 def calibration(costs: dict[int, list[tuple[float, ...]]], cost: Cost) -> dict[str, list[float]]:

@@ -15,7 +15,7 @@ import numpy as np
 from bench import gpu
 from bench.clients import ROOT
 from bench.engine import config_of
-from bench.fleet import INTERVAL, ROWS, work_of
+from bench.fleet import INTERVAL, ROWS, left_in, work_of
 from bench.measure import RESULTS
 from bench.scaling_plot import paint
 from bench.settings import Size
@@ -175,19 +175,13 @@ def main(size: Size) -> None:
     }
     (size.folder / "scaling.json").write_text(json.dumps(_rounded(content)) + "\n")
     path = ROOT / "docs" / "fleet.png" if size.folder == RESULTS else size.folder / "scaling.png"
-    paint(path, found, traces, fleet_of(size.folder))
-
-
-def fleet_of(folder: Path) -> dict[str, list[float]]:
-    """What `fleet` left there; nothing if it did not run."""
-    path = folder / "fleet.json"
-    return dict(json.loads(path.read_text())["values"]) if path.exists() else {}
+    paint(path, found, traces, left_in(size.folder))
 
 
 def measured(folder: Path) -> dict[str, Cost]:
-    values = fleet_of(folder)
+    values = left_in(folder)
     parts = [values[f"fitted: ms {name}"][0] / 1000 for name in ("call", "row", "picture", "beside")] if values else []
-    return {"nano, one core": Cost(*parts)} if parts else {}
+    return {"nano, one core": Cost(*parts)} if values else {}
 
 
 def _rounded(value: Any) -> Any:

@@ -64,7 +64,7 @@ def test_ratios_are_those_of_the_rates(tiny_model, tmp_path):
 def test_fleets_are_scaled_on_paper(tiny_model, tmp_path, capsys, monkeypatch):
     for name, value in {"REPLICAS": (1, 3, 10), "LOADS": (0.2, 0.6, 1.2), "RUNS": 1}.items():
         monkeypatch.setattr(scaling, name, value)
-    (tmp_path / "fleet.json").write_text(
+    (tmp_path / "fleet-costs.json").write_text(
         json.dumps({"values": {f"fitted: ms {name}": [20.0] for name in ("call", "row", "picture", "beside")}})
     )
     bench.main(["scaling", "--model", str(tiny_model), "--folder", str(tmp_path), "--pictures", "1"])
