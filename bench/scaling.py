@@ -27,6 +27,7 @@ SLOW = 2.0  # times the time of a picture alone: where its p99 passes it, there 
 EAGER, COMPILED = gpu.PUBLISHED.values()  # seconds of 30 steps
 STEPS = 30
 RATE = (2 * STEPS * gpu.ROW + gpu.DECODE) / COMPILED  # TFLOP/s that an H100 reached
+EACH = 60  # pictures of a replica, at least
 STARTUPS = (60, 180, 600)
 RUNS = 5  # of the same load step, other moments
 AT = 900.0  # when the load steps up
@@ -43,12 +44,13 @@ RULES = {
 }
 
 
-def point(work: Work | list[Work], cost: Cost, rule: Rule, rate: float, replicas: int, count: int) -> dict[str, float]:
-    """One load: `rate` pictures a second and replica."""
-    count = max(count, 60 * replicas)
-    works = work if isinstance(work, list) else [work] * count
-    out = fleet(poisson(rate * replicas, count, replicas), works, cost, rule, [0.0] * replicas)
-    settled, horizon = out.settled(), float(out.arrivals[-1])
+def point(work: Work, cost: Cost, rule: Rule, rate: float, replicas: int, count: int) -> dict[str, float]:
+    """One load: `rate` pictures a second and replica, `count` pictures in all or a little more."""
+    played = min(replicas, math.ceil(count / EACH))
+    count = max(count, EACH * replicas)
+    moments = poisson(rate * replicas, count, replicas)
+    out = fleet(moments, [work] * count, cost, rule, [0.0] * replicas, played)
+    settled, horizon = out.settled(), float(moments[-1])
     return {
         "rate": rate,
         "p50": float(np.median(settled)),
@@ -168,7 +170,7 @@ def main(size: Size) -> None:
     size.folder.mkdir(parents=True, exist_ok=True)
     content = {
         "title": "Replicas behind round robin, simulated",
-        "conditions": f"{count} pictures a point or more, {ROWS} rows, queue of 100, {STEPS} steps",
+        "conditions": f"{count} pictures a point, {ROWS} rows, queue of 100, {STEPS} steps",
         "costs": {name: vars(cost) for name, cost in machines.items()},
         "works": works,
         **found,

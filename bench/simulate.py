@@ -115,21 +115,29 @@ def poisson(rate: float, count: int, seed: int) -> np.ndarray:
 
 
 def fleet(
-    arrivals: np.ndarray, works: Sequence[Work], cost: Cost, rule: Rule, ready: Sequence[float] = (0.0,)
+    arrivals: np.ndarray,
+    works: Sequence[Work],
+    cost: Cost,
+    rule: Rule,
+    ready: Sequence[float] = (0.0,),
+    played: int | None = None,
 ) -> Outcome:
     """Send arrivals, in order, round robin to the replicas that are ready: from `ready` on, in seconds, for each. Other
-    than that no replica differs. Clients that are refused do not come back."""
-    starts, ends = (np.full(len(arrivals), np.nan) for _ in range(2))
+    than that no replica differs, so that the first `played` of many stand for all: the outcome is then theirs alone.
+    Clients that are refused do not come back."""
     to = routes(arrivals, ready)
-    busy, calls, rows = np.zeros(len(ready)), 0, 0
+    among = len(ready) if played is None else min(played, len(ready))
+    starts, ends = (np.full(len(arrivals), np.nan) for _ in range(2))
+    busy, calls, rows = np.zeros(among), 0, 0
     horizon = float(arrivals[-1])
-    for number in range(len(ready)):
+    for number in range(among):
         mine = np.flatnonzero(to == number)
         moments = arrivals[mine].tolist()
-        played = _Replica(cost, rule, horizon)
-        starts[mine], ends[mine] = played.play(moments, [works[index] for index in mine.tolist()])
-        busy[number], calls, rows = played.busy, calls + played.calls, rows + played.rows
-    return Outcome(arrivals, starts, ends, to, busy, calls, rows)
+        replica = _Replica(cost, rule, horizon)
+        starts[mine], ends[mine] = replica.play(moments, [works[index] for index in mine.tolist()])
+        busy[number], calls, rows = replica.busy, calls + replica.calls, rows + replica.rows
+    kept = to < among
+    return Outcome(arrivals[kept], starts[kept], ends[kept], to[kept], busy, calls, rows)
 
 
 def routes(arrivals: np.ndarray, ready: Sequence[float]) -> np.ndarray:

@@ -152,6 +152,14 @@ def dstacks_own():
     return module
 
 
+def test_some_of_many_replicas_fare_as_they_do_among_all():
+    given = poisson(9.0, 500, 11), [GUIDED] * 500, COST, Rule(16), [0.0] * 20
+    every, some = fleet(*given), fleet(*given, played=3)
+    np.testing.assert_array_equal(some.ends, every.ends[every.replicas < 3])
+    assert len(some.ends) == 75
+    assert some.busy.tolist() == every.busy[:3].tolist()
+
+
 def test_the_wanted_replicas_are_those_of_dstack():
     scalers = dstacks_own()
     for target in (0.1, 0.37, 2.0):
