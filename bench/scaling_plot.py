@@ -100,7 +100,7 @@ def _step(ax: Axes, traces: Mapping[int, Any]) -> None:
 
 def _foretold(ax: Axes, fleet: Mapping[str, Sequence[float]]) -> None:
     ax.set(title="nano, measured and simulated", xlabel="seconds measured", ylabel="seconds simulated")
-    if not fleet:
+    if not any(label.endswith("s measured") for label in fleet):
         ax.annotate("`fleet` was not run", (0.5, 0.5), xycoords="axes fraction", ha="center", color=FAINT)
         return
     ends = [np.inf, 0.0]
@@ -113,6 +113,6 @@ def _foretold(ax: Axes, fleet: Mapping[str, Sequence[float]]) -> None:
             y = [value for label in seen for value in fleet[label.replace("measured", "predicted")]]
             face = colour if filled else "white"
             ax.plot(x, y, mark, color=colour, mfc=face, ms=5, label=f"{replicas}, {share}")
-            ends = [min(ends[0], *x, *y), max(ends[1], *x, *y)]
+            ends = [min([ends[0], *x, *y]), max([ends[1], *x, *y])]
     ax.plot(ends, ends, ":", color=FAINT, lw=1)
     ax.legend()
