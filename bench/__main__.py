@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import clip_truth, engine, gpu, imports, serving, throughput, truesize
+from bench import clip_truth, engine, fleet, gpu, imports, scaling, serving, throughput, truesize
 from bench.measure import RESULTS
 from bench.settings import Size
 from bench.soak import soak
@@ -16,6 +16,8 @@ BENCHMARKS: dict[str, Callable[[Size], None]] = {
     "grid": engine.grid,
     "latency": serving.latency,
     "health": serving.health,
+    "fleet": fleet.main,
+    "scaling": scaling.main,
     "soak": soak,
     "runtime": engine.runtime,
     "cancel": engine.cancel,

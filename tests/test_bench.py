@@ -2,14 +2,16 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from bench import __main__ as bench
-from bench import soak
+from bench import fleet, scaling, soak
 from bench.measure import Report, alternate
+from bench.simulate import Cost
 
 SMALL = ["--pictures", "2", "--steps", "2", "--side", "64", "--rounds", "1"]
 
@@ -56,6 +58,54 @@ def test_ratios_are_those_of_the_rates(tiny_model, tmp_path):
         served, locked = values["service, float32"][0], values["(b) FastAPI, pipeline behind a lock"][0]
         assert values["service / (b)"][0] == pytest.approx(served / locked)
         assert all(value > 0 for each in values.values() for value in each)
+
+
+@pytest.mark.slow
+def test_fleets_are_scaled_on_paper(tiny_model, tmp_path, capsys, monkeypatch):
+    for name, value in {"REPLICAS": (1, 3, 10), "LOADS": (0.2, 0.6, 1.2), "RUNS": 1}.items():
+        monkeypatch.setattr(scaling, name, value)
+    (tmp_path / "fleet-costs.json").write_text(
+        json.dumps({"values": {f"fitted: ms {name}": [20.0] for name in ("call", "row", "picture", "beside")}})
+    )
+    bench.main(["scaling", "--model", str(tiny_model), "--folder", str(tmp_path), "--pictures", "1"])
+    found = json.loads((tmp_path / "scaling.json").read_text())
+    for name, each in found["fleets"].items():
+        assert 0 < each["target"]["1"] < each["target"]["3"] < each["target"]["10"] < 1.2 * each["capacity"]
+        assert [p["refused"] > 0 for p in each["points"]["1"]] == [False, False, True]
+        assert found["costs"][name.partition(", g")[0].removesuffix(", interval")]["row"] > 0
+    assert len(found["fleets"]) == 2 * len(found["costs"]) == 6
+    with Image.open(tmp_path / "scaling.png") as plot:
+        assert plot.width > 500
+    assert "p99 passes twice the time alone" in capsys.readouterr().out
+
+
+def test_the_published_times_of_an_h100_come_out_of_its_computed_costs():
+    guided = ((2, 30),)
+    assert scaling.MACHINES["H100, eager"].alone(guided) == pytest.approx(2.496)
+    assert scaling.MACHINES["H100, compiled"].alone(guided) == pytest.approx(1.471)
+
+
+def test_costs_are_fitted_from_what_a_replica_counts():
+    cost = Cost(call=0.02, row=0.005, picture=0.04, beside=0.03)
+    told = lambda k: (2.0 * k, cost.call + cost.row * 2 * k, cost.picture * k + cost.beside)  # noqa: E731
+    slow_minute = (2.0, 9.9, 9.9)
+    seen = fleet.fitted({k: [told(k), told(k), told(k)] for k in (2, 4, 8)} | {1: [told(1), slow_minute, told(1)]})
+    assert vars(seen) == pytest.approx(vars(cost))
+
+
+def test_the_simulated_rows_are_those_of_the_engine(tiny_model):
+    config = fleet.config_of(bench.Size(model=str(tiny_model), side=64, steps=30))
+    assert fleet.work_of(config) == ((2, 30),)
+    assert fleet.work_of(config.with_(guidance_interval=fleet.INTERVAL)) == ((1, 5), (2, 22), (1, 3))
+    assert fleet.work_of(config.with_(guidance_scale=1.0)) == ((1, 30),)
+
+
+def test_what_is_started_while_pinned_stays_there_and_the_test_does_not():
+    before = os.sched_getaffinity(0)
+    core = min(before)
+    with fleet.pinned([core]):
+        assert os.sched_getaffinity(0) == {core}
+    assert os.sched_getaffinity(0) == before
 
 
 def test_trials_alternate_and_the_first_round_does_not_count():

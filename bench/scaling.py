@@ -1,0 +1,220 @@
+"""From one replica to a thousand, on paper: latency against load, what batching and the guidance interval change, when
+the autoscaler should fire and what happens until the new replica is ready.
+
+Nothing here is measured but what `fleet` left; an H100's costs are computed from `gpu.ROW` and published times.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import gpu
+from bench.clients import ROOT
+from bench.engine import config_of
+from bench.fleet import INTERVAL, ROWS, left_in, work_of
+from bench.measure import RESULTS
+from bench.scaling_plot import paint
+from bench.settings import Size
+from bench.simulate import Cost, Rule, Scaling, Work, called_for, capacity, fleet, mixed, poisson
+
+REPLICAS = (1, 2, 3, 10, 100, 1000)
+LOADS = tuple(tenth / 10 for tenth in range(1, 13))
+SLOW = 2.0  # times the time of a picture alone: where its p99 passes it, there are too few replicas
+EAGER, COMPILED = gpu.PUBLISHED.values()  # seconds of 30 steps
+STEPS = 30
+RATE = (2 * STEPS * gpu.ROW + gpu.DECODE) / COMPILED  # TFLOP/s that an H100 reached
+EACH = 60  # pictures of a replica, at least
+STARTUPS = (60, 180, 600)
+RUNS = 5  # of the same load step, other moments
+AT = 900.0  # when the load steps up
+
+# A call costs 34 ms whatever its rows: what is left of the published eager time. Or next to nothing, as compiled.
+MACHINES = {
+    "H100, eager": Cost((EAGER - gpu.DECODE / RATE) / STEPS - 2 * gpu.ROW / RATE, gpu.ROW / RATE, gpu.DECODE / RATE),
+    "H100, compiled": Cost(0.0, gpu.ROW / RATE, gpu.DECODE / RATE),
+}
+RULES = {
+    "one at a time": Rule(2),
+    "static batches": Rule(ROWS, together=True),
+    "steps": Rule(ROWS),
+}
+
+
+def point(work: Work, cost: Cost, rule: Rule, rate: float, replicas: int, count: int) -> dict[str, float]:
+    """One load: `rate` pictures a second and replica, `count` pictures in all or a little more."""
+    played = min(replicas, math.ceil(count / EACH))
+    count = max(count, EACH * replicas)
+    moments = poisson(rate * replicas, count, replicas)
+    out = fleet(moments, [work] * count, cost, rule, [0.0] * replicas, played)
+    settled, horizon = out.settled(), float(moments[-1])
+    return {
+        "rate": rate,
+        "p50": float(np.median(settled)),
+        "p99": float(np.quantile(settled, 0.99)),
+        "busy": float(out.busy.mean() / horizon),
+        "rows": out.rows / max(1, out.calls) / rule.rows,
+        "refused": float(out.refused.mean()),
+    }
+
+
+def target(points: list[dict[str, float]], alone: float) -> float:
+    """Pictures a second and replica at which p99 passes `SLOW` times the time of one alone, between two loads in
+    proportion; 0 if it is above from the first on."""
+    before: dict[str, float] = {"rate": 0.0, "p99": alone}
+    for each in points:
+        if each["p99"] > SLOW * alone:
+            share = (SLOW * alone - before["p99"]) / (each["p99"] - before["p99"])
+            return max(0.0, before["rate"] + share * (each["rate"] - before["rate"]))
+        before = each
+    return before["rate"]
+
+
+def fleets(cost: Cost, work: Work, count: int) -> dict[str, Any]:
+    """Latency against load for every number of replicas, and the target that follows."""
+    most, alone = capacity(work, cost, RULES["steps"]), cost.alone(work)
+    points = {str(n): [point(work, cost, RULES["steps"], load * most, n, count) for load in LOADS] for n in REPLICAS}
+    return {
+        "alone": alone,
+        "capacity": most,
+        "points": points,
+        "target": {n: target(each, alone) for n, each in points.items()},
+    }
+
+
+def ways(cost: Cost, works: dict[str, Work], count: int) -> dict[str, list[dict[str, float]]]:
+    """One replica under each rule, at the same pictures a second, up to 1.2 times what the best of them draws."""
+    most = max(capacity(work, cost, rule) for work in works.values() for rule in RULES.values())
+    cases = {name: (works["guidance throughout"], rule) for name, rule in RULES.items()}
+    cases["steps, interval"] = (works["interval"], RULES["steps"])
+    return {
+        name: [point(work, cost, rule, load * most, 1, count) for load in LOADS] for name, (work, rule) in cases.items()
+    }
+
+
+def steps_of_many(cost: Cost, count: int) -> dict[str, dict[str, float]]:
+    """One replica at 70 % of its capacity, pictures of 10, 30 and 50 steps mixed: seconds by rule."""
+    works = mixed((10, 30, 50), count, 1)
+    rate = 0.7 * capacity(((2, STEPS),), cost, RULES["steps"])
+    found = {}
+    for name, rule in RULES.items():
+        out = fleet(poisson(rate, count, 1), works, cost, rule)
+        short = np.array([work == ((2, 10),) for work in works])
+        short[: count // 10] = False
+        settled = out.latencies[short & ~out.refused]
+        found[name] = {
+            "p50 of 10 steps": float(np.median(settled)),
+            "p99 of 10 steps": float(np.quantile(settled, 0.99)),
+        }
+        found[name] |= {"p99 of all": float(np.quantile(out.settled(), 0.99)), "refused": float(out.refused.mean())}
+    return found
+
+
+def step_up(work: Work, cost: Cost, scaling: Scaling, seed: int) -> dict[str, Any]:
+    """The load of one replica goes from 50 to 150 % of its capacity at `AT`; the autoscaler calls for more."""
+    most = capacity(work, cost, RULES["steps"])
+    calm, busy = (poisson(share * most, 20_000, seed + number) for number, share in enumerate((0.5, 1.5)))
+    arrivals = np.concatenate([calm[calm < AT], AT + busy[busy < 3 * AT]])
+    ready = called_for(arrivals, scaling, scaling.wanted(int(0.5 * most * scaling.window)))
+    out = fleet(arrivals, [work] * len(arrivals), cost, RULES["steps"], ready)
+    after = arrivals >= AT
+    slow = ~(out.latencies <= SLOW * cost.alone(work))  # the refused, too
+    share = np.convolve(slow, np.ones(50) / 50)[: len(slow)]  # of the last 50
+    bad = arrivals[after & (share > 0.5)]
+    return {
+        "arrivals": arrivals,
+        "latencies": out.latencies,
+        "ready": [moment - AT for moment in ready],
+        "worst": float(np.nanmax(out.latencies[after])),
+        "refused": int(out.refused.sum()),
+        "slow": int((slow & after).sum()),
+        "recovered": float(bad.max() - AT) if len(bad) else 0.0,
+    }
+
+
+def main(size: Size) -> None:
+    count = 1250 * size.pictures
+    config = config_of(size, steps=STEPS)
+    works: dict[str, Work] = {
+        "guidance throughout": work_of(config),
+        "interval": work_of(config.with_(guidance_interval=INTERVAL)),
+    }
+    found: dict[str, Any] = {"fleets": {}, "ways": {}, "mixed": {}, "steps": {}}
+    machines = MACHINES | measured(size.folder)
+    for name, cost in machines.items():
+        for guidance, work in works.items():
+            found["fleets"][f"{name}, {guidance}"] = fleets(cost, work, count)
+        found["ways"][name] = ways(cost, works, count)
+        found["mixed"][name] = steps_of_many(cost, count)
+    cost, work = MACHINES["H100, eager"], works["interval"]
+    capable, prompt = capacity(work, cost, RULES["steps"]), found["fleets"]["H100, eager, interval"]["target"]["3"]
+    traces = {}
+    cases = [
+        (aim, window, 300, startup)
+        for aim in (0.7 * capable, prompt)
+        for window in (30, 60, 300)
+        for startup in STARTUPS
+    ]
+    for aim, window, delay, startup in [*cases, *((0.7 * capable, 60, 60, startup) for startup in STARTUPS)]:
+        scaling = Scaling(aim, window, delay, most=10, startup=startup)
+        runs = [step_up(work, cost, scaling, 10 * seed) for seed in range(RUNS)]
+        if (aim, window, delay) == (0.7 * capable, 60, 300):
+            traces[startup] = runs[0]
+        label = f"target {aim:.3f}, window {window} s, scale_up_delay {delay} s, start {startup} s"
+        kept = ("worst", "refused", "slow", "recovered", "ready")
+        found["steps"][label] = [{key: run[key] for key in kept} for run in runs]
+    _show(found)
+    size.folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "title": "Replicas behind round robin, simulated",
+        "conditions": f"{count} pictures a point, {ROWS} rows, queue of 100, {STEPS} steps",
+        "costs": {name: vars(cost) for name, cost in machines.items()},
+        "works": works,
+        **found,
+    }
+    (size.folder / "scaling.json").write_text(json.dumps(_rounded(content)) + "\n")
+    path = ROOT / "docs" / "fleet.png" if size.folder == RESULTS else size.folder / "scaling.png"
+    paint(path, found, traces, left_in(size.folder))
+
+
+def measured(folder: Path) -> dict[str, Cost]:
+    values = left_in(folder)
+    parts = [values[f"fitted: ms {name}"][0] / 1000 for name in ("call", "row", "picture", "beside")] if values else []
+    return {"nano, one core": Cost(*parts)} if values else {}
+
+
+def _rounded(value: Any) -> Any:
+    """Four digits: more were noise."""
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.4g}") if isinstance(value, float) and math.isfinite(value) else value
+
+
+def _show(found: dict[str, Any]) -> None:
+    say: Callable[..., None] = print
+    say("\nReplicas behind round robin, simulated: pictures a second and replica")
+    heads = "".join(f"{f'N={n}':>9}" for n in REPLICAS)
+    say(f"{'p99 passes twice the time alone at':44}{'alone, s':>9}{'capacity':>9}{heads}")
+    for name, each in found["fleets"].items():
+        targets = "".join(f"{value:9.3f}" for value in each["target"].values())
+        say(f"{name:44}{each['alone']:9.3f}{each['capacity']:9.3f}{targets}")
+    say(f"\n{'one replica, p50 / p99 s at pictures a second':44}")
+    for machine, rules in found["ways"].items():
+        for name, points in rules.items():
+            cells = "  ".join(f"{p['rate']:.2f}: {p['p50']:.1f}/{p['p99']:.1f}" for p in points[1::2])
+            say(f"{machine}, {name:20} {cells}")
+    say("\nmixed steps (10, 30, 50) at 70 %")
+    for machine, rules in found["mixed"].items():
+        for name, each in rules.items():
+            say(f"{machine}, {name:20} " + "  ".join(f"{key} {value:.3g}" for key, value in each.items()))
+    say("\n50 to 150 % of one replica, medians of the runs")
+    for name, runs in found["steps"].items():
+        middles = {
+            key: float(np.median([run[key] for run in runs])) for key in ("worst", "refused", "slow", "recovered")
+        }
+        say(f"{name:66} " + "  ".join(f"{key} {value:.4g}" for key, value in middles.items()), runs[0]["ready"])

@@ -1,0 +1,226 @@
+"""A fleet of replicas behind round robin, on paper: when each picture would be started, done or refused.
+
+Knows numbers only: what a UNet call costs is told, and so is how many rows a picture has in each of its calls. Round
+robin looks at no replica, so each replica is played alone, in leaps over calls that are alike: exact, and for 1,000
+replicas faster than an event queue that all of them share.
+"""
+
+import math
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Work = tuple[tuple[int, int], ...]  # (rows, calls) one after the other: ((2, 30),) is 30 guided steps
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds: of a UNet call whatever its rows, of each row in it, of a picture's decode and the rest that keeps the
+    engine, and of what a picture takes beside the engine."""
+
+    call: float
+    row: float
+    picture: float = 0.0
+    beside: float = 0.0
+
+    def alone(self, work: Work) -> float:
+        """Seconds of a picture that has a replica to itself."""
+        return sum(calls * (self.call + self.row * rows) for rows, calls in work) + self.picture + self.beside
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a replica takes pictures in: at most `rows` at a time by the most that each has in a call, one always;
+    `queue` may wait, the next is refused. `together`: none joins until all under way are done (a static batch), and
+    all are answered with the last."""
+
+    rows: int
+    queue: int = 100
+    together: bool = False
+
+    def at_once(self, work: Work) -> int:
+        """How many such pictures are under way at most."""
+        return max(1, self.rows // _width(work))
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """dstack's autoscaler for `metric: rps`, as its `RPSAutoscaler` has it, asked every `look` seconds; a replica is
+    ready `startup` seconds after it was called for. Seconds; `target` in requests a second and replica."""
+
+    target: float
+    window: int = 60
+    up_delay: float = 300.0
+    most: int = 100
+    startup: float = 180.0
+    look: float = 15.0
+
+    def wanted(self, requests: int) -> int:
+        return min(max(math.ceil(requests / self.window / self.target), 1), self.most)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the pictures, in the order in which they arrived. Arrays of one length, seconds: `starts` is when
+    the replica took it in, `ends` when it was done, both NaN for a refused one. `busy` is each replica's seconds of
+    work until the last arrival."""
+
+    arrivals: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    replicas: np.ndarray
+    busy: np.ndarray
+    calls: int
+    rows: int
+
+    @property
+    def refused(self) -> np.ndarray:
+        return np.isnan(self.ends)
+
+    @property
+    def waits(self) -> np.ndarray:
+        """Seconds until taken in."""
+        return self.starts - self.arrivals
+
+    @property
+    def latencies(self) -> np.ndarray:
+        return self.ends - self.arrivals
+
+    def in_system(self, moment: float) -> int:
+        """Pictures that have arrived, were not refused, and are not done."""
+        return int(((self.arrivals <= moment) & (self.ends > moment)).sum())
+
+    def settled(self, warm: float = 0.1) -> np.ndarray:
+        """Seconds of the pictures that were drawn, without the first share of arrivals, which find an idle fleet."""
+        taken = self.latencies[int(warm * len(self.latencies)) :]
+        return taken[~np.isnan(taken)]
+
+
+def _width(work: Work) -> int:
+    return max(rows for rows, _ in work)
+
+
+def capacity(work: Work, cost: Cost, rule: Rule) -> float:
+    """Pictures a second of one replica that always has enough of them."""
+    calls, rows = sum(count for _, count in work), sum(count * many for many, count in work)
+    return 1 / (calls * cost.call / rule.at_once(work) + rows * cost.row + cost.picture)
+
+
+def poisson(rate: float, count: int, seed: int) -> np.ndarray:
+    """Moments of `count` arrivals, `rate` a second on average."""
+    return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))
+
+
+def fleet(
+    arrivals: np.ndarray,
+    works: Sequence[Work],
+    cost: Cost,
+    rule: Rule,
+    ready: Sequence[float] = (0.0,),
+    played: int | None = None,
+) -> Outcome:
+    """Send arrivals, in order, round robin to the replicas that are ready: from `ready` on, in seconds, for each. Other
+    than that no replica differs, so that the first `played` of many stand for all: the outcome is then theirs alone.
+    Clients that are refused do not come back."""
+    to = routes(arrivals, ready)
+    among = len(ready) if played is None else min(played, len(ready))
+    starts, ends = (np.full(len(arrivals), np.nan) for _ in range(2))
+    busy, calls, rows = np.zeros(among), 0, 0
+    horizon = float(arrivals[-1])
+    for number in range(among):
+        mine = np.flatnonzero(to == number)
+        moments = arrivals[mine].tolist()
+        replica = _Replica(cost, rule, horizon)
+        starts[mine], ends[mine] = replica.play(moments, [works[index] for index in mine.tolist()])
+        busy[number], calls, rows = replica.busy, calls + replica.calls, rows + replica.rows
+    kept = to < among
+    return Outcome(arrivals[kept], starts[kept], ends[kept], to[kept], busy, calls, rows)
+
+
+def routes(arrivals: np.ndarray, ready: Sequence[float]) -> np.ndarray:
+    """The replica of each arrival. Raises ValueError if none is ready for the first."""
+    if min(ready) > arrivals[0]:
+        raise ValueError(f"a replica must be ready for the first arrival, at {arrivals[0]:.3g} s; received {ready}")
+    order = np.argsort(ready, kind="stable")
+    count = np.searchsorted(np.sort(ready), arrivals, side="right")
+    return order[np.arange(len(arrivals)) % count]
+
+
+class _Replica:
+    """The engine's rule for one replica: in a call every picture under way has one step."""
+
+    def __init__(self, cost: Cost, rule: Rule, horizon: float) -> None:
+        self.cost, self.rule, self.horizon = cost, rule, horizon
+        self.busy, self.calls, self.rows = 0.0, 0, 0
+
+    def play(self, arrivals: list[float], works: list[Work]) -> tuple[list[float], list[float]]:
+        """Starts and ends of the pictures, NaN where refused."""
+        cost, rule = self.cost, self.rule
+        starts, ends = [math.nan] * len(arrivals), [math.nan] * len(arrivals)
+        waiting: deque[int] = deque()
+        running: list[list[int]] = []  # index of the picture, of its stretch, the stretch's rows, calls left in it
+        finished: list[int] = []
+        upcoming, in_flight, now = 0, 0, 0.0
+        while True:
+            while upcoming < len(arrivals) and arrivals[upcoming] <= now:
+                if len(waiting) < rule.queue:
+                    waiting.append(upcoming)
+                upcoming += 1
+            open_ = not (rule.together and running)
+            while open_ and waiting and (not running or in_flight + _width(works[waiting[0]]) <= rule.rows):
+                index = waiting.popleft()
+                rows, calls = works[index][0]
+                running.append([index, 0, rows, calls])
+                in_flight += _width(works[index])
+                starts[index] = now
+            if not running:
+                if upcoming == len(arrivals):
+                    return starts, ends
+                now = arrivals[upcoming]
+                continue
+            rows = sum(each[2] for each in running)
+            seconds = cost.call + cost.row * rows
+            leap = min(each[3] for each in running)
+            if not (waiting or rule.together) and upcoming < len(arrivals):
+                leap = max(1, min(leap, math.ceil((arrivals[upcoming] - now) / seconds)))
+            before, now = now, now + leap * seconds
+            self.calls, self.rows = self.calls + leap, self.rows + leap * rows
+            for each in running:
+                each[3] -= leap
+                if not each[3]:
+                    each[1] += 1
+                    stretches = works[each[0]]
+                    if each[1] == len(stretches):
+                        finished.append(each[0])
+                    else:
+                        each[2], each[3] = stretches[each[1]]
+            if finished:
+                running = [each for each in running if each[3]]
+                if not (rule.together and running):
+                    now += cost.picture * len(finished)
+                    for index in finished:
+                        ends[index] = now + cost.beside
+                        in_flight -= _width(works[index])
+                    finished.clear()
+            self.busy += max(0.0, min(now, self.horizon) - min(before, self.horizon))
+
+
+def called_for(arrivals: np.ndarray, scaling: Scaling, replicas: int = 1) -> list[float]:
+    """The moments from which each replica is ready, the first `replicas` from the beginning. Only upwards: a load that
+    falls again is not played."""
+    ready, scaled = [0.0] * replicas, -math.inf
+    for now in np.arange(scaling.look, arrivals[-1], scaling.look):
+        seen = int(((arrivals > now - scaling.window) & (arrivals <= now)).sum())
+        if scaling.wanted(seen) > len(ready) and now - scaled >= scaling.up_delay:
+            ready += [float(now) + scaling.startup] * (scaling.wanted(seen) - len(ready))
+            scaled = float(now)
+    return ready
+
+
+def mixed(steps: Sequence[int], count: int, seed: int) -> list[Work]:
+    """Guided pictures with a number of steps drawn from `steps` each."""
+    draw = random.Random(seed)
+    return [((2, draw.choice(steps)),) for _ in range(count)]
