@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import clip_truth, engine, gpu, serving, throughput, truesize
+from bench import clip_truth, cost, engine, gpu, serving, throughput, truesize
 from bench.measure import RESULTS
 from bench.settings import Size
 from bench.soak import soak
@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, Callable[[Size], None]] = {
     "truesize": truesize.main,
     "clip-truth": clip_truth.main,
     "gpu": gpu.main,
+    "cost": cost.main,
 }
 
 
