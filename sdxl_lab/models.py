@@ -331,8 +331,8 @@ def _check_downloaded(role: str, name: str, revision: str) -> None:
             raise ModelError(
                 f"the {role} model's files must be those of its revision, as the hub named them; received {name!r} at "
                 f"revision {revision}, whose {path.relative_to(folder)} has the checksum {digest.hexdigest()} and should "
-                f"have {expected if path.is_symlink() else 'a blob that it links to'}. Remove {folder.parents[1]} to load "
-                "it again. Example: an untouched download"
+                f"have {expected if path.is_symlink() else 'a blob that it links to'}. Remove "
+                f"{folder.parents[1]} to load it again. Example: an untouched download"
             )
 
 

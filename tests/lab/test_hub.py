@@ -44,7 +44,8 @@ blob, revision, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 
 def draw(**change):
     named = {"base": "org/tiny", "revision": revision, "refiner": "org/tiny-refiner", "refiner_revision": revision}
-    config = GenerationConfig(model=ModelRef(**named | change), steps=2, width=64, height=64, limits=Limits(side=(64, 512)))
+    sizes = {"width": 64, "height": 64, "limits": Limits(side=(64, 512))}
+    config = GenerationConfig(model=ModelRef(**named | change), steps=2, **sizes)
     try:
         with Engine.load(config, RuntimeProfile(device="cpu", dtype="float32")) as engine:
             picture = engine.submit(Job(config, "a cat", seed=1)).result()
