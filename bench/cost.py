@@ -1,4 +1,4 @@
-"""What one SDXL picture costs on which GPU: arithmetic on assumptions, no measurement. Prints Markdown for docs/deploy.md.
+"""What one SDXL picture costs on which GPU: arithmetic on assumptions, not measured. Prints Markdown.
 
 Counted: parameters and FLOPs (torch's FlopCounterMode on the real configurations without weights).
 Assumed: what share of its peak a GPU reaches, what it costs, what a batch needs beside the weights.
@@ -71,8 +71,8 @@ def table() -> str:
         f"- Estimated beside them: {A_ROW} GB a row, {DECODING:.0f} GB to decode, {CONTEXT:.0f} GB for CUDA.",
         f"- A picture: 1024 x 1024, {STEPS} steps, hand-over at {HANDOVER}, guidance: {GUIDED_ROWS} rows a step of "
         f"{BASE_ROW} (base) or {REFINER_ROW} TFLOP (refiner), {DECODE} to decode: {picture_tflop():.0f} TFLOP.",
-        f"- Assumed: {UTILISATION:.0%} of the dense bfloat16 peak; prices an hour of {PRICES_OF}, which are examples to "
-        f"be replaced; GPUs busy {BUSY:.0%} of the time that is paid.",
+        f"- Assumed: {UTILISATION:.0%} of the dense bfloat16 peak; prices an hour of {PRICES_OF}, which are examples "
+        f"to be replaced; GPUs busy {BUSY:.0%} of the time that is paid.",
         "",
         "| GPU | peak TFLOP/s | memory GB | rows that fit | $ an hour | s a picture | pictures a second "
         "| $ for 1000, busy always | $ for 1000, as assumed |",

@@ -76,7 +76,8 @@ def plan(name: str, options: tuple[str, ...], environment: dict[str, str]) -> st
     command = ["dstack", "apply", *options, "-f", name]
     done = subprocess.run(
         [str(DSTACK), *command[1:]],
-        cwd=ROOT, env=environment, input="n\n", text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+        cwd=ROOT, env=environment,
+        input="n\n", text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
     said = "\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines())
     return f"$ {' '.join(command)}\n{said}\n[exit status {done.returncode}]\n"

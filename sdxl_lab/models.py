@@ -330,8 +330,8 @@ def _check_downloaded(role: str, name: str, revision: str) -> None:
         if not path.is_symlink() or digest.hexdigest() != expected:
             raise ModelError(
                 f"the {role} model's files must be those of its revision, as the hub named them; received {name!r} at "
-                f"revision {revision}, whose {path.relative_to(folder)} has the checksum {digest.hexdigest()} and should "
-                f"have {expected if path.is_symlink() else 'a blob that it links to'}. Remove "
+                f"revision {revision}, whose {path.relative_to(folder)} has the checksum {digest.hexdigest()} and "
+                f"should have {expected if path.is_symlink() else 'a blob that it links to'}. Remove "
                 f"{folder.parents[1]} to load it again. Example: an untouched download"
             )
 
