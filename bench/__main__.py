@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import clip_truth, engine, fleet, gpu, imports, scaling, serving, throughput, truesize
+from bench import clip_truth, cost, engine, fleet, gpu, imports, scaling, serving, throughput, truesize
 from bench.measure import RESULTS
 from bench.settings import Size
 from bench.soak import soak
@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, Callable[[Size], None]] = {
     "clip-truth": clip_truth.main,
     "imports": imports.main,
     "gpu": gpu.main,
+    "cost": cost.main,
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from bench.cost import BASE_ROW, DECODE
 from bench.engine import config_of, draw_all, seconds
 from bench.measure import Report
 from bench.settings import PROMPTS, Size
@@ -14,7 +15,6 @@ from sdxl_lab.config import RuntimeProfile
 from sdxl_lab.engine import Engine
 from sdxl_lab.trajectory import Job
 
-ROW, DECODE = 6.76, 10.47  # TFLOP
 # Published, one picture of 30 steps at 1024 px on an H100: diffusers in float16, and TensorRT.
 PUBLISHED = {"published, H100, diffusers, 30 steps: s": 2.496, "published, H100, TensorRT, 30 steps: s": 1.471}
 
@@ -38,7 +38,7 @@ def main(size: Size) -> None:
                     took = [seconds(lambda asked=asked: draw_all(engine, asked)) / count for _ in range(size.rounds)]
                     name = f"{'compiled, ' if compiled else ''}{steps} steps, {count} at once"
                     lines[f"{name}: s a picture"] = took
-                    lines[f"{name}: share of the bound"] = [(2 * ROW * steps + DECODE) / s / product for s in took]
+                    lines[f"{name}: share of the bound"] = [(2 * BASE_ROW * steps + DECODE) / s / product for s in took]
     lines |= {name: [value] for name, value in PUBLISHED.items()}
     Report("gpu", f"SDXL at 1024 px on {torch.cuda.get_device_name()}", lines, "float16", {}).show(size.folder)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import grimp
 import networkx
 
+from bench import cost
 from service.app import create_app
 from service.problems import TABLE as PROBLEMS
 from service.settings import TABLE as SETTINGS
@@ -80,6 +81,7 @@ PARTS = {
     "calls": calls,
     "errors": errors,
     "settings": settings,
+    "cost": cost.table,
 }
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 from PIL import Image
 
 from .config import ModelRef, RuntimeProfile
@@ -288,14 +291,49 @@ def _pipeline(cls: Any, name: str, role: str, revision: str | None, dtype: Dtype
         _check_folder(folder, role)
         options |= _local(folder / "unet")
     else:
+        _check_pinned(role, name, revision)
         options |= {"revision": revision, "variant": "fp16"}
     try:
-        return cls.from_pretrained(str(folder or name), **options)
+        loaded = cls.from_pretrained(str(folder or name), **options)
     except Exception as error:  # diffusers, safetensors, json and the hub client each raise kinds of their own
         raise ModelError(
             f"the {role} model must be a complete SDXL checkpoint, to load as {cls.__name__}; received {name!r}"
             f"{f' at revision {revision}' if revision else ''}: {_reason(error)}. Example: nano"
         ) from error
+    if folder is None:
+        _check_downloaded(role, name, str(revision))
+    return loaded
+
+
+def _check_pinned(role: str, name: str, revision: str | None) -> None:
+    """A branch moves: what it held when the configuration was tuned, nobody could say."""
+    if not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        raise ModelError(
+            f"the {role} model of the hub must name the commit of its revision, 40 hex digits; received {name!r} at "
+            f"revision {revision!r}. Example: 462165984030d82259a11f4367a4eed129e94a7b"
+        )
+
+
+def _check_downloaded(role: str, name: str, revision: str) -> None:
+    """Every cached file of the revision against the checksum that the hub gave with it, which names the blob that the
+    file links to: sha256 for weights, git's own sha1 for small files. Raises `ModelError`."""
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots" / revision
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        expected = path.resolve().name
+        with path.open("rb") as file:
+            if len(expected) == 64:
+                digest = hashlib.file_digest(file, "sha256")
+            else:
+                digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        if not path.is_symlink() or digest.hexdigest() != expected:
+            raise ModelError(
+                f"the {role} model's files must be those of its revision, as the hub named them; received {name!r} at "
+                f"revision {revision}, whose {path.relative_to(folder)} has the checksum {digest.hexdigest()} and "
+                f"should have {expected if path.is_symlink() else 'a blob that it links to'}. Remove "
+                f"{folder.parents[1]} to load it again. Example: an untouched download"
+            )
 
 
 def _local(folder: Path) -> dict[str, Any]:
@@ -324,14 +362,21 @@ def _check_folder(folder: Path, role: str) -> None:
 
 def _vae(name: str, revision: str | None, dtype: torch.dtype) -> AutoencoderKL:
     folder = folder_of(name, "base/vae")
+    if folder is None:
+        _check_pinned("vae", name, revision)
     options = {"revision": revision} if folder is None else _local(folder)
     try:
-        return AutoencoderKL.from_pretrained(str(folder or name), dtype=dtype, use_safetensors=True, **options)
+        loaded: AutoencoderKL = AutoencoderKL.from_pretrained(
+            str(folder or name), dtype=dtype, use_safetensors=True, **options
+        )
     except Exception as error:  # as in _pipeline
         raise ModelError(
             f"the vae must be an AutoencoderKL checkpoint; received {name!r}: {_reason(error)}. "
             "Example: madebyollin/sdxl-vae-fp16-fix"
         ) from error
+    if folder is None:
+        _check_downloaded("vae", name, str(revision))
+    return loaded
 
 
 def identity(ref: ModelRef) -> dict[str, str]:

@@ -11,7 +11,7 @@ import math
 import os
 import pkgutil
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -388,10 +388,21 @@ def run(
             errors = store.complete([keys[key] for key in mine], sweep.metrics, sweep.reference, on_progress)
         if group.num_processes > 1:
             errors = {key: error for part in gather_object([errors]) for key, error in part.items()}
+            _check_shared(store, keys, errors)
         table = _table(sweep, store, errors)
     if group.is_main_process:
         write_table(table, Path(out or OUT / sweep.name) / "table.parquet")
     return table
+
+
+def _check_shared(store: Cells, keys: Iterable[str], errors: Mapping[str, str]) -> None:
+    """Machines that each draw into a folder of their own would give a table with holes."""
+    lost = [key for key in keys if key not in store and key not in errors]
+    if lost:
+        raise SweepError(
+            f"all processes of a sweep must draw into one folder that every machine sees; {store.folder} lacks "
+            f"{len(lost)} cells that others drew. Example: --cells /mnt/shared/cells"
+        )
 
 
 def processes(profile: RuntimeProfile) -> PartialState:

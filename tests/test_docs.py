@@ -19,7 +19,7 @@ PAGES = {
     for name in (
         "README.md",
         "CONTRIBUTING.md",
-        *(f"docs/{page}.md" for page in ("research", "client", "operate", "architecture")),
+        *(f"docs/{page}.md" for page in ("research", "client", "operate", "deploy", "architecture")),
     )
 }
 BLOCKS = [block for page in PAGES.values() for block in re.findall(r"```(\w+)\n(.*?)```", page, re.S)]
@@ -42,8 +42,10 @@ ELSEWHERE = {
     "accelerate launch --multi_gpu --num_processes 2 -m sdxl_lab sweep studies/first_sweep.toml": (
         "lab/test_sweep.py, on the random model"
     ),
-    "dstack apply -f dev.dstack.yml": "test_dstack.py, through dstack's parser: applying it takes a GPU",
-    "dstack apply -f service.dstack.yml": "test_dstack.py, through dstack's parser: applying it takes a GPU",
+    **{
+        f"dstack apply -f {path.name}": "test_dstack.py, dstack's parser and server: applying takes a GPU"
+        for path in ROOT.glob("*.dstack.yml")
+    },
 }
 
 

@@ -5,6 +5,8 @@ Both live under dstack._internal: requirements-dev.txt pins dstack, and an upgra
 
 import io
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import yaml
 from sdxl_lab.promotion import load_slot
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path.name for path in ROOT.glob("*.dstack.yml"))
+FILES = sorted(path.name for path in ROOT.glob("*.dstack.yml") if not path.name.startswith("fleet"))
 MULTIPART_OVERHEAD = 4096  # the limit is on the whole HTTP request
 
 
@@ -54,7 +56,34 @@ def upload(dstack: SimpleNamespace, folder: Path) -> tuple[int, dict[str, int]]:
 
 
 def test_the_service_and_the_dev_environment_are_there():
-    assert {"dev.dstack.yml", "service.dstack.yml"} <= set(FILES)
+    assert {f"{name}.dstack.yml" for name in ("dev", "service", "service.gateway", "sweep")} == set(FILES)
+
+
+def test_dstack_accepts_the_fleet_and_it_is_fit_for_the_sweep(dstack):
+    assert dstack.parse(read("fleet.dstack.yml")).placement.value == "cluster"
+
+
+def test_the_sweep_spreads_the_readme_s_command_over_nodes(dstack):
+    sweep = dstack.parse(read("sweep.dstack.yml"))
+    assert sweep.nodes == 2
+    assert sweep.stop_criteria.value == "master-done"
+    assert sweep.commands[-1].startswith("accelerate launch --multi_gpu --num_processes=$DSTACK_GPUS_NUM ")
+    assert "-m sdxl_lab sweep studies/sdxl_sweep.toml --cells /data/cells " in sweep.commands[-1]
+    assert (ROOT / "studies" / "sdxl_sweep.toml").exists()
+    assert [volume.path for volume in sweep.volumes if not volume.optional] == ["/data"]
+
+
+def test_the_gateway_s_service_has_replicas_over_one_store(dstack):
+    service = dstack.parse(read("service.gateway.dstack.yml"))
+    assert service.env["SDXL_STORE"].startswith("s3://")
+    assert service.scaling.metric == "rps"
+    assert service.commands == dstack.parse(read("service.dstack.yml")).commands
+
+
+@pytest.mark.slow
+def test_the_plans_in_the_guide_are_those_of_the_real_server():
+    done = subprocess.run([sys.executable, ROOT / "docs" / "plan.py"], capture_output=True, text=True, check=True)
+    assert done.stdout == (ROOT / "docs" / "plan.txt").read_text()
 
 
 @pytest.mark.parametrize("name", FILES)
