@@ -10,7 +10,7 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab serve check format test test-fast notebooks bench pictures train clean system
+.PHONY: help demo lab serve check format test test-fast notebooks bench pictures lock train clean system
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ pictures: .venv/.installed system ## The documentation's pictures, tables and gr
 	$(PY) -m sdxl_lab sweep studies/nano_confirm.toml
 	$(PY) -m sdxl_lab sweep studies/nano_final.toml
 	$(PY) -m studies.nano_report
+
+lock: .venv/.installed ## requirements.lock anew from requirements.txt, with the hash of every package
+	$(BIN)/uv pip compile requirements.txt --quiet --generate-hashes --no-header --no-emit-index-url \
+	  --python-version 3.11 --python-platform x86_64-unknown-linux-gnu --output-file requirements.lock
 
 train: .venv/.installed system ## Train nano, the miniature SDXL, from nothing; resumes
 	$(PY) -m sdxl_lab.nano.recipe

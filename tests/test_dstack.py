@@ -4,6 +4,7 @@ Both live under dstack._internal: requirements-dev.txt pins dstack, and an upgra
 """
 
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,14 @@ def test_the_plans_in_the_guide_are_those_of_the_real_server():
     assert done.stdout == (ROOT / "docs" / "plan.txt").read_text()
 
 
+def test_what_a_gpu_installs_is_what_is_pinned_here_each_package_with_its_hash():
+    locked = re.findall(r"^([\w.-]+)==(\S+) \\\n(    --hash=sha256:)?", (ROOT / "requirements.lock").read_text(), re.M)
+    assert len(locked) > 100
+    assert all(hashed for _, _, hashed in locked)
+    pinned = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M)
+    assert set(pinned) <= {(name, version) for name, version, _ in locked}, "run: make lock"
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_dstack_accepts(dstack, name):
     dstack.parse(read(name))
@@ -137,7 +146,7 @@ def test_opencv_finds_its_libraries_before_python_packages_are_installed(dstack,
     configuration = dstack.parse(read(name))
     commands = getattr(configuration, "commands", None) or configuration.init
     libraries = next(i for i, command in enumerate(commands) if "libgl1" in command)
-    packages = next(i for i, command in enumerate(commands) if "-r requirements.txt" in command)
+    packages = next(i for i, command in enumerate(commands) if "--require-hashes -r requirements.lock" in command)
     assert libraries < packages
 
 
@@ -186,7 +195,7 @@ def test_the_upload_fits_and_holds_what_a_gpu_needs(dstack):
     size, members = upload(dstack, ROOT)
     largest = sorted(members.items(), key=lambda item: -item[1])[:10]
     assert fits(size, dstack.limit), f"{size} bytes; exclude in .dstackignore what a GPU does not need of {largest}"
-    assert "requirements.txt" in members
+    assert "requirements.lock" in members
     for folder in ("sdxl_lab", "service"):
         here = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
         assert here <= members.keys()
