@@ -561,8 +561,8 @@ class Studio:
                 raise error
 
     async def _take_up(self) -> None:
-        """Begin what was promised and nobody draws; of a shared store only until something waits here, since other
-        replicas look as well."""
+        """Begin what was promised and nobody draws: all of a folder; of a shared store one, and more while all that is
+        drawn here fits into one call, since other replicas look as well."""
         if self.trouble is not None:
             return
         from sdxl_lab.engine import EngineStopped, QueueFull
@@ -572,7 +572,7 @@ class Studio:
                 await self._take(picture)
             except (QueueFull, NotReady, EngineStopped):
                 return
-            if self.promises.shared and self.ready_engine().stats().queued:
+            if self.promises.shared and 2 * len(self.making) >= self.settings.max_rows:
                 return
 
     async def _take_now(self, picture: uuid.UUID, promise: Mapping[str, Any]) -> Drawing | None:
