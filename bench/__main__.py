@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bench import clip_truth, engine, gpu, serving, throughput, truesize
 from bench.measure import RESULTS
+from bench.replicas import replicas
 from bench.settings import Size
 from bench.soak import soak
 
@@ -17,6 +18,7 @@ BENCHMARKS: dict[str, Callable[[Size], None]] = {
     "latency": serving.latency,
     "health": serving.health,
     "soak": soak,
+    "replicas": replicas,
     "runtime": engine.runtime,
     "cancel": engine.cancel,
     "growth": engine.growth,
