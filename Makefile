@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 PORT ?= 8000
 BIN := .venv/bin
 PY := $(BIN)/python
+# Files of tests side by side; a file's tests share what they have trained or started.
+ABREAST = --numprocesses logical --maxprocesses 4 --dist loadfile
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 export PYTHONPATH := $(CURDIR)
 
@@ -35,10 +37,10 @@ format: .venv/.installed ## Put style and notebooks in the form that `check` ask
 	$(if $(NOTEBOOKS),$(PY) -m nbstripout $(NOTEBOOKS))
 
 test: .venv/.installed system ## All tests
-	$(PY) -m pytest
+	$(PY) -m pytest $(ABREAST)
 
 test-fast: .venv/.installed system ## The tests that take no more than a few seconds each
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest $(ABREAST) -m "not slow"
 
 notebooks: .venv/.installed system ## Every notebook to its end; the executed copies are kept in runs/notebooks/
 	set -e; for notebook in $(NOTEBOOKS); do $(PY) -m sdxl_lab notebook $$notebook; done

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import clip_truth, engine, gpu, serving, throughput, truesize
+from bench import clip_truth, engine, gpu, imports, serving, throughput, truesize
 from bench.measure import RESULTS
 from bench.replicas import replicas
 from bench.settings import Size
@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, Callable[[Size], None]] = {
     "growth": engine.growth,
     "truesize": truesize.main,
     "clip-truth": clip_truth.main,
+    "imports": imports.main,
     "gpu": gpu.main,
 }
 

@@ -3,6 +3,8 @@
 The bound: 6.76 TFLOP a UNet row at 1024x1024, two rows a guided step, and 10.47 TFLOP a VAE decode.
 """
 
+from dataclasses import replace
+
 import torch
 
 from bench.engine import config_of, draw_all, seconds
@@ -22,7 +24,7 @@ def main(size: Size) -> None:
         print("\ngpu: not measured, since torch sees no CUDA device here")
         return
     lines: dict[str, list[float]] = {}
-    size = Size("sdxl", size.pictures, size.steps, 1024, size.rounds, size.folder)
+    size = replace(size, model="sdxl", side=1024)
     product = _product_rate()
     lines["float16 matrix product, TFLOP/s"] = [product]
     for compiled in (False, True):

@@ -54,10 +54,9 @@ def loop_rate(pipeline: Pipeline, asked: list[Body]) -> float:
     return len(asked) / (time.monotonic() - began)
 
 
-def measure(size: Size, *, mixed: bool) -> dict[str, list[float]]:
-    """Pictures a second of each, a value a round."""
+def measure(size: Size) -> dict[bool, dict[str, list[float]]]:
+    """Pictures a second of each, a value a round: with equal settings, and mixed. Whatever draws is loaded once."""
     config = GenerationConfig.for_model(size.model, limits=size.limits, width=size.side, height=size.side)
-    asked = bodies(size, mixed=mixed)
     with ExitStack() as stack:
         pipeline = stack.enter_context(room(Pipeline, size.model))
         engines = {
@@ -66,20 +65,22 @@ def measure(size: Size, *, mixed: bool) -> dict[str, list[float]]:
         }
         ports = {kind: stack.enter_context(server(kind, config)) for kind in ("locked", "litserve")}
         ports["service"] = stack.enter_context(server("service", config, SDXL_MAX_ROWS="32"))
-        trials: dict[str, Trial] = {
-            "(a) pipeline, one at a time": lambda: pipeline(loop_rate, asked),
-            "(b) FastAPI, pipeline behind a lock": lambda: rate(ports["locked"], asked),
-            "(d) LitServe, dynamic batching": lambda: rate(ports["litserve"], asked),
-            "engine, float32": lambda: engines["float32"](engine_rate, jobs(config, asked)),
-            "engine, bfloat16 UNet": lambda: engines["bfloat16"](engine_rate, jobs(config, asked)),
-            "service, float32": lambda: rate(ports["service"], asked),
-        }
-        return alternate(trials, size.rounds)
+
+        def trials(asked: list[Body]) -> dict[str, Trial]:
+            return {
+                "(a) pipeline, one at a time": lambda: pipeline(loop_rate, asked),
+                "(b) FastAPI, pipeline behind a lock": lambda: rate(ports["locked"], asked),
+                "(d) LitServe, dynamic batching": lambda: rate(ports["litserve"], asked),
+                "engine, float32": lambda: engines["float32"](engine_rate, jobs(config, asked)),
+                "engine, bfloat16 UNet": lambda: engines["bfloat16"](engine_rate, jobs(config, asked)),
+                "service, float32": lambda: rate(ports["service"], asked),
+            }
+
+        return {mixed: alternate(trials(bodies(size, mixed=mixed)), size.rounds) for mixed in (False, True)}
 
 
 def main(size: Size) -> None:
-    for mixed in (False, True):
-        rates = measure(size, mixed=mixed)
+    for mixed, rates in measure(size).items():
         a, b, d = (next(v for k, v in rates.items() if k.startswith(f"({letter})")) for letter in "abd")
         ours, low, served = rates["engine, float32"], rates["engine, bfloat16 UNet"], rates["service, float32"]
         lines = {

@@ -190,12 +190,12 @@ class Settings:
         return RuntimeProfile(device=self.device, dtype=self.dtype, rows=self.max_rows, compile=self.compile)
 
 
+def default(setting: Setting) -> str:
+    """The value that a setting has where the environment names none, as text."""
+    value = getattr(Settings(), setting.field)
+    return value.name if isinstance(value, Path) else "none" if value in ("", ()) else str(value).lower()
+
+
 def documentation() -> str:
     """One line a setting: name, default, meaning."""
-    standard = Settings()
-    lines = []
-    for name, setting in TABLE.items():
-        default = getattr(standard, setting.field)
-        shown = default.name if isinstance(default, Path) else "none" if default in ("", ()) else str(default).lower()
-        lines.append(f"  {name:17} {setting.meaning} (default: {shown})")
-    return "\n".join(lines)
+    return "\n".join(f"  {name:17} {each.meaning} (default: {default(each)})" for name, each in TABLE.items())

@@ -1,10 +1,15 @@
 """Fixtures that more than one room of the suite needs."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from sdxl_lab.config import GenerationConfig, Limits, ModelRef
+
+# Workers side by side, and the processes they start, share the cores: torch would take all of them for each.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ def run(name: str, tiny_model: Path, folder: Path) -> dict[str, dict[str, list[f
     return {name: report["values"] for name, report in reports.items()}
 
 
-@pytest.mark.parametrize("name", ["parity", "overhead", "cancel", "growth"])
+@pytest.mark.parametrize("name", ["parity", "overhead", "cancel", "growth", "imports"])
 @pytest.mark.slow
 def test_a_benchmark_of_the_engine_leaves_its_figures(name, tiny_model, tmp_path, capsys):
     values = run(name, tiny_model, tmp_path)[name]

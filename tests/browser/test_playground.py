@@ -208,6 +208,7 @@ def test_a_picture_is_refined(home, visit):
     record = read_record(fetched(home, f"download/{second}"))
     assert (record["source"]["id"], record["strength"], record["prompt"]) == (first, 0.5, "a green star")
     page.get_by_role("button", name=first[:8]).click()
+    expect(page.locator("#caption")).to_have_text(PROMPT)
     assert shown(page) == first
 
 
@@ -424,7 +425,7 @@ def test_it_works_behind_a_prefix(prefixed, visit):
     expect(page.locator(".tile")).to_have_count(2)
     shown(page)
     page.locator(f"[data-id='{first}']").click()
-    assert shown(page) == first
+    expect(page.locator(f"[data-id='{first}']")).to_have_attribute("aria-current", "true")
     expect(page.locator("#download-webp")).to_have_attribute("href", re.compile(f"^{prefixed}download/"))
     page.get_by_role("button", name="Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()

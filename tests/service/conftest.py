@@ -22,6 +22,7 @@ from service.settings import Settings
 from service.studio import Studio
 
 Serve = Callable[..., TestClient]
+NOBODYS = "5f2b8c1e-3d47-4a6b-9e0f-7c1d2a3b4c5d"  # a well-formed id that no picture has
 
 
 class Live(NamedTuple):

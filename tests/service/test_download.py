@@ -1,10 +1,10 @@
 import io
-import uuid
 
 import pytest
 from PIL import Image
 
 from sdxl_lab.images import read_record
+from tests.service.conftest import NOBODYS
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_bad_query_is_refused_by_name(client, picture, query, field):
     assert (answer.status_code, answer.json()["field"]) == (422, field)
 
 
-@pytest.mark.parametrize("unknown", [str(uuid.uuid4()), "x", "..%2F..%2Fetc%2Fpasswd", "%00", "%ff", "a" * 5000])
+@pytest.mark.parametrize("unknown", [NOBODYS, "x", "..%2F..%2Fetc%2Fpasswd", "%00", "%ff", "a" * 5000])
 def test_an_unknown_id_is_404(client, unknown):
     answer = client.get(f"/download/{unknown}")
     assert answer.status_code == 404

@@ -1,11 +1,10 @@
 """Stored pictures: listed, told, deleted."""
 
-import uuid
-
 import pytest
 
 from sdxl_lab.images import read_record
 from service.wishes import accepted
+from tests.service.conftest import NOBODYS
 
 PROMPT = {"prompt": "a red ring", "negative_prompt": "blue", "seed": 3}
 
@@ -70,7 +69,7 @@ def test_a_deleted_picture_is_gone(client):
 
 
 @pytest.mark.parametrize("path", ["/images/{}", "/jobs/{}"])
-@pytest.mark.parametrize("unknown", [str(uuid.uuid4()), "x", "..%2F..%2Fetc%2Fpasswd", "%00", "%ff", "a" * 5000])
+@pytest.mark.parametrize("unknown", [NOBODYS, "x", "..%2F..%2Fetc%2Fpasswd", "%00", "%ff", "a" * 5000])
 def test_an_unknown_id_is_404(client, path, unknown):
     answers = [client.delete(path.format(unknown))]
     if path.startswith("/images"):

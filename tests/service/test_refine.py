@@ -5,6 +5,7 @@ import pytest
 
 from sdxl_lab.images import open_picture, read_record
 from sdxl_lab.trajectory import Job, Source
+from tests.service.conftest import NOBODYS
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_a_refined_picture_can_be_refined(client, source):
     assert read_record(client.get(twice["url"]).content)["source"]["source"]["id"] == source["id"]
 
 
-@pytest.mark.parametrize("unknown", [str(uuid.uuid4()), "../../etc/passwd", "", "\0", "é", "nil"])
+@pytest.mark.parametrize("unknown", [NOBODYS, "../../etc/passwd", "", "\0", "é", "nil"])
 def test_an_unknown_id_is_404(client, unknown):
     assert client.post("/refine", json={"id": unknown}).status_code == 404
 

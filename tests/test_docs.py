@@ -1,4 +1,4 @@
-"""The README's commands and snippets are executed, and its map is the tree."""
+"""The documentation is executed: commands, snippets, links, generated parts, and the map of the tree."""
 
 import re
 import shlex
@@ -14,7 +14,15 @@ from sdxl_lab.images import open_picture
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+PAGES = {
+    name: (ROOT / name).read_text()
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{page}.md" for page in ("research", "client", "operate", "architecture")),
+    )
+}
+BLOCKS = [block for page in PAGES.values() for block in re.findall(r"```(\w+)\n(.*?)```", page, re.S)]
 COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.strip().splitlines()]
 SNIPPETS = [block for language, block in BLOCKS if language == "python"]
 PORT = "127.0.0.1:8000"
@@ -55,6 +63,28 @@ def clone(tmp_path: Path) -> Path:
 def test_every_command_is_executed_somewhere() -> None:
     ours = [line for line in COMMANDS if line.startswith((".venv/bin/python -m ", "curl "))]
     assert sorted(set(COMMANDS) - set(ours)) == sorted(ELSEWHERE)
+
+
+def test_every_page_is_looked_after() -> None:
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} == {Path(name).name for name in PAGES if "/" in name}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_the_code_knows_better_is_what_the_code_says(name: str) -> None:
+    from docs.generated import renewed
+
+    assert renewed(PAGES[name]) == PAGES[name], "run: python -m docs.generated"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", PAGES[name]):
+        path, _, heading = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), f"{name} links to {link}"
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            assert heading in [re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings], link
 
 
 def test_every_make_target_of_the_readme_exists() -> None:

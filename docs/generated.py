@@ -1,0 +1,93 @@
+"""The parts of the documentation that the code knows better: `python -m docs.generated` writes them anew.
+
+A page marks such a part with `<!-- generated: NAME -->` and `<!-- end -->`; `PARTS` says what comes between.
+"""
+
+import re
+from pathlib import Path
+
+import grimp
+import networkx
+
+from service.app import create_app
+from service.problems import TABLE as PROBLEMS
+from service.settings import TABLE as SETTINGS
+from service.settings import Settings, default
+
+FOLDER = Path(__file__).parent
+PART = re.compile(r"<!-- generated: ([\w ]+) -->\n.*?<!-- end -->", re.S)
+
+
+def rooms() -> networkx.DiGraph:
+    """What each module of the library and of the service imports, without what it has at second hand anyway."""
+    code = grimp.build_graph("sdxl_lab", "service")
+    graph = networkx.DiGraph()
+    for module in code.modules:
+        for other in code.find_modules_directly_imported_by(module):
+            user, used = (".".join(name.split(".")[:2]) for name in (module, other))
+            if "." in used and user != used and not user.endswith("__main__") and "nano" not in user:
+                graph.add_edge(user, used)
+    return networkx.transitive_reduction(graph)
+
+
+def diagram(package: str) -> str:
+    """The modules of a package and what of others they import, in mermaid's notation."""
+    edges = sorted(edge for edge in rooms().edges if edge[0].startswith(package))
+    lines = (f"  {user} --> {used}".replace(f"{package}.", "") for user, used in edges)
+    return "\n".join(["```mermaid", "flowchart TB", *lines, "```"])
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    """Rows in Markdown; the first is the head."""
+    head, *rest = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *rest])
+
+
+def calls() -> str:
+    """Every call of the service, with the first sentence of its description."""
+    paths = create_app(Settings()).openapi()["paths"]
+    described = (
+        (f"`{method.upper()} {path}`", re.split(r"\.(?:\s|$)", operation["description"])[0].replace("\n", " "))
+        for path, methods in paths.items()
+        for method, operation in methods.items()
+    )
+    return table(("call", "does"), *described)
+
+
+def errors() -> str:
+    """Every error of the service by status, with the end of its `type` and whether a Retry-After comes along."""
+    entries = sorted(PROBLEMS.values(), key=lambda entry: (entry.status, entry.kind))
+    return table(
+        ("status", "`type`: `urn:sdxl-lab:...`", "what it says", "`Retry-After`"),
+        *(
+            (str(e.status), f"`{e.kind}`", e.title, "measured" if e.measured else str(e.retry_after or ""))
+            for e in entries
+        ),
+    )
+
+
+def settings() -> str:
+    """Every setting of the service."""
+    return table(
+        ("setting", "default", "meaning"),
+        *((f"`{name}`", f"`{default(setting)}`", setting.meaning) for name, setting in SETTINGS.items()),
+    )
+
+
+PARTS = {
+    "imports sdxl_lab": lambda: diagram("sdxl_lab"),
+    "imports service": lambda: diagram("service"),
+    "calls": calls,
+    "errors": errors,
+    "settings": settings,
+}
+
+
+def renewed(page: str) -> str:
+    """A page with its generated parts written anew; KeyError for an unknown one."""
+    return PART.sub(lambda part: f"<!-- generated: {part[1]} -->\n{PARTS[part[1]]()}\n<!-- end -->", page)
+
+
+if __name__ == "__main__":
+    for path in FOLDER.glob("*.md"):
+        path.write_text(renewed(path.read_text()))
