@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from bench.clients import request
-from bench.cluster import Cluster, cluster
+from bench.cluster import Cluster, Replica, cluster
 from bench.engine import FLOAT32, config_of
 from bench.measure import told
 from bench.settings import PROMPTS, Size
-from bench.soak import OVER, Ledger, reconcile
+from bench.soak import OVER, Ledger, metric, reconcile
 from sdxl_lab.config import GenerationConfig
 from sdxl_lab.engine import Engine
 from sdxl_lab.images import max_difference, open_picture
@@ -50,6 +50,7 @@ class Course:
     done: list[float] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
     strikes: list[tuple[float, str]] = field(default_factory=list)
+    torn: int = 0  # pictures being drawn on a replica as it was hit
     outages: list[tuple[float, float]] = field(default_factory=list)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -157,15 +158,29 @@ def strikes(pictures: int) -> list[tuple[int, signal.Signals]]:
 
 
 def strike(running: Cluster, size: Size, course: Course) -> None:
+    """Every other time the replica that draws most at this moment, else any one at any moment."""
     pick = random.Random(SEED)
-    for pictures, kind in strikes(size.pictures):
+    for number, (pictures, kind) in enumerate(strikes(size.pictures)):
         course.wait_for(pictures)
-        time.sleep(pick.uniform(0, 1))
-        replica = pick.choice(running.replicas)
+        if number % 2:
+            time.sleep(pick.uniform(0, 1))
+            replica = pick.choice(running.replicas)
+        else:
+            while not drawing(replica := max(running.replicas, key=drawing)):
+                time.sleep(0.05)
+        course.torn += drawing(replica)
         course.strikes.append((course.now(), kind.name))
         replica.stop(kind)
         time.sleep(pick.uniform(0, 2))
         replica.start()
+
+
+def drawing(replica: Replica) -> int:
+    """How many pictures it draws; 0 where it does not answer."""
+    try:
+        return int(metric(replica.port, "sdxl_pictures_running"))
+    except (OSError, http.client.HTTPException):
+        return 0
 
 
 def take_away(running: Cluster, size: Size, course: Course) -> None:
@@ -206,6 +221,7 @@ def replicas(size: Size) -> None:
         "replicas killed with SIGKILL": kinds["SIGKILL"],
         "replicas stopped with SIGTERM": kinds["SIGTERM"],
         "store outages of 5 s": len(course.outages),
+        "being drawn on a replica as it was hit": course.torn,
         "taken up from another replica or life": sum("took up" in str(line.get("message")) for line in said),
         "drawn, by the logs": drawn,
         **figures,

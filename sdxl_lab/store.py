@@ -261,9 +261,7 @@ class Store:
         except (BaseError, OSError) as error:
             if mode != "overwrite" and "501 Not Implemented" in str(error):
                 raise _Unconditional from error
-            if self.folder is None and isinstance(error, GenericError):
-                raise StoreUnreachable(f"the store does not take the picture: {reason(error)}") from error
-            raise StoreRefused(f"the store refuses to take the picture: {reason(error)}") from error
+            raise self._failure(error, "take the picture") from error
 
     def _read(self, path: str, asked: object) -> bytes:
         return self._read_version(path, asked)[0]
@@ -284,7 +282,13 @@ class Store:
         except FileNotFoundError:
             pass
         except (BaseError, OSError) as error:
-            raise StoreRefused(f"the store refuses to delete: {reason(error)}") from error
+            raise self._failure(error, "delete") from error
+
+    def _failure(self, error: Exception, what: str) -> OSError:
+        """What becomes of a write: an object store that answers 5xx, or not at all, may do so later."""
+        if self.folder is None and isinstance(error, GenericError):
+            return StoreUnreachable(f"the store does not {what}: {reason(error)}")
+        return StoreRefused(f"the store refuses to {what}: {reason(error)}")
 
     def _remove(self, old: uuid.UUID, newest: str | None) -> None:
         for path in (f"{old}.json", f"{old}.png", newest):
