@@ -238,7 +238,7 @@ def _process(stack: ExitStack, command: list[str], log: Path) -> subprocess.Pope
 
 
 def _until(holds: Any, log: Path) -> None:
-    ends = time.monotonic() + 120
+    ends = time.monotonic() + 300
     while time.monotonic() < ends:
         with contextlib.suppress(OSError):
             if holds():

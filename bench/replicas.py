@@ -152,8 +152,8 @@ class Clients:
 def strikes(pictures: int) -> list[tuple[int, signal.Signals]]:
     """After how many pictures a replica is hit, and how."""
     pick = random.Random(SEED)
-    count = max(2, pictures // STRIKES)
-    after = sorted(pick.randint(1, int(0.9 * pictures)) for _ in range(count))
+    count = max(1, pictures // STRIKES)
+    after = [1, *sorted(pick.randint(2, int(0.9 * pictures)) for _ in range(count - 1))]
     return [(done, signal.SIGTERM if number % 4 == 3 else signal.SIGKILL) for number, done in enumerate(after)]
 
 
@@ -166,7 +166,7 @@ def strike(running: Cluster, size: Size, course: Course) -> None:
             time.sleep(pick.uniform(0, 1))
             replica = pick.choice(running.replicas)
         else:
-            while not drawing(replica := max(running.replicas, key=drawing)):
+            while not drawing(replica := max(running.replicas, key=drawing)) and len(course.done) < size.pictures:
                 time.sleep(0.05)
         course.torn += drawing(replica)
         course.strikes.append((course.now(), kind.name))
@@ -200,15 +200,16 @@ def replicas(size: Size) -> None:
     with cluster(config) as running:
         course = Course()
         clients = Clients(running.ports, size, course)
-        troubling = [threading.Thread(target=work, args=(running, size, course)) for work in (strike, take_away)]
+        troubling = [
+            threading.Thread(target=work, args=(running, size, course), daemon=True) for work in (strike, take_away)
+        ]
         for thread in troubling:
             thread.start()
         clients.run()
         seconds = course.now()
         for thread in troubling:
             thread.join()
-        running.wait_until_ready()
-        port = running.ports[0]
+        port = running.ports[0]  # a replica that loads tells of pictures, too
         ledger = clients.ledger
         figures = reconcile(port, ledger, set()) | _left(running, ledger)
         figures |= _held(port, clients, config)
@@ -220,7 +221,7 @@ def replicas(size: Size) -> None:
         **{f"calls, {outcome}": count for outcome, count in sorted(ledger.outcomes.items())},
         "replicas killed with SIGKILL": kinds["SIGKILL"],
         "replicas stopped with SIGTERM": kinds["SIGTERM"],
-        "store outages of 5 s": len(course.outages),
+        f"store outages of {OUTAGE:g} s": len(course.outages),
         "being drawn on a replica as it was hit": course.torn,
         "taken up from another replica or life": sum("took up" in str(line.get("message")) for line in said),
         "drawn, by the logs": drawn,
