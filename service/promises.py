@@ -75,27 +75,28 @@ class Promises:
     def renew(self, picture: uuid.UUID, state: str) -> Told:
         """Hold it for another lease, in this state. Without effect where it is "cancelled", "gone" (stored, as a rule),
         or "lost" to a replica that took it while we could not renew."""
-        while True:
-            try:
-                promise, version = self.store.read_job(picture)
-            except UnknownPicture:
-                told: Told = "gone"
-                break
-            if promise["state"] == "cancelled":
-                told = "cancelled"
-                break
-            if promise["holder"] != self.replica and not self.free(promise):
-                told = "lost"
-                break
-            try:
-                self.store.swap_job(picture, {**promise, **self._leased(state)}, version)
-            except JobChanged:
-                continue
-            told = "held"
-            break
+        told: Told | None = None
+        while told is None:
+            with contextlib.suppress(JobChanged):
+                told = self._renewed(picture, state)
         if picture in self._written:
             self._written[picture] = (state, time.monotonic())
         return told
+
+    def _renewed(self, picture: uuid.UUID, state: str) -> Told:
+        try:
+            promise, version = self.store.read_job(picture)
+        except UnknownPicture:
+            return "gone"
+        if promise["state"] == "cancelled":
+            return "cancelled"
+        if promise["holder"] == self.replica:
+            if promise["state"] == STORING != state:  # it was drawn while this renewal was on its way
+                return "held"
+        elif not self.free(promise):
+            return "lost"
+        self.store.swap_job(picture, {**promise, **self._leased(state)}, version)
+        return "held"
 
     def keep(self, picture: uuid.UUID) -> None:
         """The picture is stored."""

@@ -402,6 +402,14 @@ def test_a_renewal_and_a_cancel_at_once_keep_the_mark(pair, shared, monkeypatch)
     assert first.renew(ID, "running") == "cancelled"
 
 
+def test_a_renewal_that_comes_late_does_not_hide_that_the_picture_is_being_stored(pair, shared):
+    first, second = pair
+    first.take(ID, ASKED, None)
+    assert first.renew(ID, "storing") == "held"
+    assert first.renew(ID, "running") == "held"
+    assert second.cancel(ID) == "storing"
+
+
 def test_a_take_whose_answer_was_lost_is_ours(pair, shared):
     first, second = pair
     first.take(ID, ASKED, None)
