@@ -76,7 +76,7 @@ clean: ## Remove .venv and caches; never runs/ or images/
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-# OpenCV, which watermarks pictures, needs libGL and GLib; the browser tests need Chromium.
+# OpenCV, which watermarks pictures, needs libGL and GLib; the browser tests need Chromium, those of replicas nginx.
 system:
 	@lacking=; \
 	if [ "$$(uname -s)" = Linux ]; then \
@@ -86,11 +86,12 @@ system:
 	fi; \
 	command -v chromium > /dev/null || command -v chromium-browser > /dev/null || command -v google-chrome > /dev/null \
 	  || lacking="$$lacking chromium"; \
+	command -v nginx > /dev/null || [ -x /usr/sbin/nginx ] || lacking="$$lacking nginx"; \
 	[ -n "$$lacking" ] || exit 0; \
 	if [ "$$(id -u)" = 0 ] && [ -e /etc/debian_version ]; then \
 	  echo "Installing system packages:$$lacking"; \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$lacking; } > /dev/null && exit 0; \
 	fi; \
 	echo "Missing system packages:$$lacking. On Debian or Ubuntu: sudo apt-get install$$lacking;" \
-	  "elsewhere take the packages that hold libGL.so.1, libgthread-2.0.so.0 and Chromium." \
+	  "elsewhere take the packages that hold libGL.so.1, libgthread-2.0.so.0, Chromium and nginx." \
 	  "Going on: watermarks or browser tests may fail." >&2

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bench import clip_truth, cost, engine, fleet, gpu, imports, scaling, serving, throughput, truesize
 from bench.measure import RESULTS
+from bench.replicas import replicas
 from bench.settings import Size
 from bench.soak import soak
 
@@ -19,6 +20,7 @@ BENCHMARKS: dict[str, Callable[[Size], None]] = {
     "fleet": fleet.main,
     "scaling": scaling.main,
     "soak": soak,
+    "replicas": replicas,
     "runtime": engine.runtime,
     "cancel": engine.cancel,
     "growth": engine.growth,

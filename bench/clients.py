@@ -25,16 +25,14 @@ Body = Mapping[str, Any]
 def server(kind: str, config: GenerationConfig, **environment: str) -> Iterator[int]:
     """Start "service", "locked", "inline" or "litserve" with the configuration's model; yields its port when it has
     drawn a first picture."""
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "bench.baselines", kind, "--model", config.model.base, "--port", str(port)]
         settings = {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
         if kind == "service":
             command = [sys.executable, "-m", "service", "--port", str(port)]
-            Path(scratch, "slot").mkdir()
-            Path(scratch, "slot", "config.toml").write_text(config.to_toml())
-            slot = {"SDXL_CONFIG": str(Path(scratch, "slot")), "SDXL_STORE": str(Path(scratch, "images"))}
-            settings |= slot | {"SDXL_ATTEST": "off", "SDXL_LOG_LEVEL": "warning"}
+            settings |= {"SDXL_CONFIG": str(slot_of(config, Path(scratch, "slot"))), "SDXL_ATTEST": "off"}
+            settings |= {"SDXL_STORE": str(Path(scratch, "images")), "SDXL_LOG_LEVEL": "warning"}
         with Path(scratch, "log").open("w+") as log:
             process = subprocess.Popen(
                 command,
@@ -48,7 +46,14 @@ def server(kind: str, config: GenerationConfig, **environment: str) -> Iterator[
                 _wait(process, port, first_body(config), Path(scratch, "log"))
                 yield port
             finally:
-                _end(process)
+                end(process)
+
+
+def slot_of(config: GenerationConfig, folder: Path) -> Path:
+    """A slot without goldens, which is served with SDXL_ATTEST=off."""
+    folder.mkdir()
+    (folder / "config.toml").write_text(config.to_toml())
+    return folder
 
 
 def first_body(config: GenerationConfig) -> Body:
@@ -62,7 +67,7 @@ def first_body(config: GenerationConfig) -> Body:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -80,7 +85,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, body: Body, log: Path) ->
     raise RuntimeError(f"the server does not answer: {log.read_text()[-2000:]}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """Its own group, since LitServe has workers that outlive their parent."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
         try:

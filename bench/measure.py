@@ -78,5 +78,26 @@ class Report:
         plt.close(figure)
 
 
+def told(
+    path: Path, title: str, conditions: str, lines: Mapping[str, float], wrong: Sequence[str], **more: object
+) -> None:
+    """Print single figures and what went wrong, and keep both as JSON."""
+    print(f"\n{title}\n{conditions}")
+    for label, value in lines.items():
+        print(f"{label:44} {value:10,}")
+    for each in wrong[:20]:
+        print(f"wrong: {each}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "title": title,
+        "conditions": conditions,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "values": {label: [value] for label, value in lines.items()},
+        "wrong": list(wrong[:100]),
+        **more,
+    }
+    path.write_text(json.dumps(content) + "\n")
+
+
 def _summary(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)

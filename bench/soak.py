@@ -6,8 +6,6 @@ Everything is seen from outside, over HTTP: memory from `/metrics`, pictures fro
 import http.client
 import json
 import math
-import os
-import platform
 import random
 import socket
 import statistics
@@ -21,6 +19,7 @@ from typing import Any
 
 from bench.clients import server
 from bench.engine import config_of
+from bench.measure import told
 from bench.settings import PROMPTS, Size
 
 CLIENTS = 24
@@ -353,21 +352,8 @@ def _report(size: Size, ledger: Ledger, watch: Watch, figures: dict[str, int]) -
     }
     title = f"{minutes:g} minutes at saturation"
     conditions = f"{CLIENTS} clients, {Path(size.model).name}, {size.side} px, up to {size.steps} steps"
-    print(f"\n{title}\n{conditions}")
-    for label, value in lines.items():
-        print(f"{label:44} {value:10,}")
-    for each in ledger.wrong[:20]:
-        print(f"wrong: {each}")
-    size.folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "title": title,
-        "conditions": conditions,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "values": {label: [value] for label, value in lines.items()},
-        "wrong": ledger.wrong[:100],
-        "memory": [[round(minute, 3), round(mib, 1)] for minute, mib in watch.memory],
-    }
-    (size.folder / "soak.json").write_text(json.dumps(content) + "\n")
+    memory = [[round(minute, 3), round(mib, 1)] for minute, mib in watch.memory]
+    told(size.folder / "soak.json", title, conditions, lines, ledger.wrong, memory=memory)
     _plot(size.folder / "soak.png", f"{title}: {conditions}", watch)
 
 

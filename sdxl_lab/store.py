@@ -4,7 +4,8 @@ Beside every picture `<id>.png` stands its record `<id>.json`, and `newest/<time
 sorts the newest first. They are written in the order name, picture, record and deleted in the order record, picture,
 name: a picture is listed only while it can be fetched, and an interruption leaves nothing that `remove_older` does not
 find.
-`jobs/<id>.json` are pictures that were promised and are not drawn yet.
+`jobs/<id>.json` are pictures that were promised and are not drawn yet. Several processes may write them: `swap_job`
+takes the place of exactly the version that was read.
 
 An id is a UUID, minted or derived by the caller; anything else is unknown, and never becomes part of a path.
 """
@@ -26,7 +27,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import BaseError, GenericError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotSupportedError, PreconditionError
 from obstore.store import LocalStore, from_url
 
 from .config import ConfigError
@@ -57,6 +58,26 @@ class StoreRefused(OSError):
 
 class StoreUnreachable(OSError):
     """The store does not answer."""
+
+
+class JobChanged(RuntimeError):
+    """Somebody else wrote the job since it was read, or before us."""
+
+
+class _Unconditional(Exception):
+    """The store knows no conditional writes."""
+
+
+Version = Mapping[str, str]  # what tells one content of an object from another
+
+
+@dataclass(frozen=True)
+class JobName:
+    """A job as the store lists it: `changed` in seconds since 1970, by the store's clock; `tag` names the content."""
+
+    id: uuid.UUID
+    changed: float
+    tag: str
 
 
 @dataclass(frozen=True)
@@ -184,9 +205,32 @@ class Store:
 
     def job(self, job_id: uuid.UUID) -> dict[str, Any]:
         """What was promised under this id; `UnknownPicture` where nothing was."""
+        return self.read_job(job_id)[0]
+
+    def read_job(self, job_id: uuid.UUID) -> tuple[dict[str, Any], Version]:
+        """A job and its version; `UnknownPicture` where nothing was promised."""
         _check_id(job_id)
-        job: dict[str, Any] = json.loads(self._read(f"jobs/{job_id}.json", job_id))
-        return job
+        content, version = self._read_version(f"jobs/{job_id}.json", job_id)
+        return json.loads(content), version
+
+    def swap_job(self, job_id: uuid.UUID, job: Mapping[str, Any], version: Version | None) -> None:
+        """Put a job in place of this version, None: where there is none. Raises `JobChanged` where the store has
+        another. A folder, and an object store that knows no conditions, take what comes last."""
+        _check_id(job_id)
+        if self.folder is not None:  # LocalStore cannot compare, and creates by a hard link, which not all disks have
+            return self.put_job(job_id, job)
+        content = canonical({**job, "id": str(job_id)}).encode()
+        try:
+            self._write(f"jobs/{job_id}.json", content, "create" if version is None else dict(version))
+        except _Unconditional:
+            self.put_job(job_id, job)
+
+    def job_names(self) -> Iterator[JobName]:
+        """All that is promised, without reading it; in any order."""
+        for meta in self._listing("jobs"):
+            name = re.fullmatch(r"jobs/([0-9a-f-]{36})\.json", meta["path"])
+            if name:
+                yield JobName(uuid.UUID(name[1]), meta["last_modified"].timestamp(), meta["e_tag"] or "")
 
     def jobs(self) -> list[dict[str, Any]]:
         """All that is promised, in the order in which it was."""
@@ -205,17 +249,28 @@ class Store:
 
     # --- objects ---------------------------------------------------------------------------------------------------
 
-    def _write(self, path: str, content: bytes) -> None:
+    def _write(self, path: str, content: bytes, mode: Any = "overwrite") -> None:
         try:
-            obstore.put(self._objects, path, content, use_multipart=False)
+            obstore.put(self._objects, path, content, mode=mode, use_multipart=False)
             if self.folder is not None:
                 _settle(self.folder / path)
+        except (AlreadyExistsError, PreconditionError) as error:
+            raise JobChanged(path) from error
+        except (NotImplementedError, NotSupportedError) as error:
+            raise _Unconditional from error
         except (BaseError, OSError) as error:
-            raise StoreRefused(f"the store refuses to take the picture: {reason(error)}") from error
+            if mode != "overwrite" and "501 Not Implemented" in str(error):
+                raise _Unconditional from error
+            raise self._failure(error, "take the picture") from error
 
     def _read(self, path: str, asked: object) -> bytes:
+        return self._read_version(path, asked)[0]
+
+    def _read_version(self, path: str, asked: object) -> tuple[bytes, Version]:
         try:
-            return bytes(obstore.get(self._objects, path).bytes())
+            got = obstore.get(self._objects, path)
+            version = {name: tag for name in ("e_tag", "version") if (tag := got.meta[name])}
+            return bytes(got.bytes()), version
         except FileNotFoundError as error:
             raise UnknownPicture(str(asked)) from error
         except (BaseError, OSError) as error:
@@ -227,7 +282,13 @@ class Store:
         except FileNotFoundError:
             pass
         except (BaseError, OSError) as error:
-            raise StoreRefused(f"the store refuses to delete: {reason(error)}") from error
+            raise self._failure(error, "delete") from error
+
+    def _failure(self, error: Exception, what: str) -> OSError:
+        """What becomes of a write: an object store that answers 5xx, or not at all, may do so later."""
+        if self.folder is None and isinstance(error, GenericError):
+            return StoreUnreachable(f"the store does not {what}: {reason(error)}")
+        return StoreRefused(f"the store refuses to {what}: {reason(error)}")
 
     def _remove(self, old: uuid.UUID, newest: str | None) -> None:
         for path in (f"{old}.json", f"{old}.png", newest):
@@ -240,10 +301,13 @@ class Store:
             yield path.removeprefix("newest/")
 
     def _paths(self, prefix: str, after: str | None = None) -> Iterator[str]:
-        offset = None if after is None else f"{prefix}/{after}"
+        paths = (meta["path"] for meta in self._listing(prefix, None if after is None else f"{prefix}/{after}"))
+        yield from paths if self.folder is None else _sorted(paths)
+
+    def _listing(self, prefix: str, offset: str | None = None) -> Iterator[Any]:
         try:
-            paths = (meta["path"] for chunk in obstore.list(self._objects, prefix, offset=offset) for meta in chunk)
-            yield from paths if self.folder is None else _sorted(paths)
+            for chunk in obstore.list(self._objects, prefix, offset=offset):
+                yield from chunk
         except (BaseError, OSError) as error:
             raise StoreUnreachable(f"the store does not answer: {reason(error)}") from error
 

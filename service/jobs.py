@@ -15,7 +15,7 @@ import asyncio
 import hashlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -232,6 +232,28 @@ class Drawing:
         self._over.set()
         for queue in self._watching:
             queue.put_nowait(None)
+
+
+class Elsewhere(Drawing):
+    """A picture that another replica draws, or drew. `arrive` waits until it is stored, failed or cancelled there, or
+    is drawn here after all, and gives that drawing."""
+
+    def __init__(
+        self, picture_id: uuid.UUID, asked: Mapping[str, Any], arrive: Callable[[], Awaitable[Drawing]]
+    ) -> None:
+        super().__init__(picture_id, asked, lasting=True)
+        self._arrive = arrive
+
+    async def result(self) -> Mapping[str, Any]:
+        return await (await self._arrive()).result()
+
+    async def events(self, previews: int = 0) -> AsyncIterator[Event]:
+        yield Queued(self.id, 0, None)
+        async for event in (await self._arrive()).events(previews):
+            yield event
+
+    def cancel(self, why: Exception) -> None:
+        """Nothing: who draws it has its own reasons."""
 
 
 def _due(step: int, steps: int, previews: int) -> bool:

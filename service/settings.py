@@ -122,6 +122,11 @@ TABLE = {
         "max_queue", "how many pictures may wait before a request is refused", _count(1, 100_000)
     ),
     "SDXL_MAX_ROWS": Setting("max_rows", "UNet rows in one call; a guided picture takes two", _count(1, 4096)),
+    "SDXL_LEASE": Setting(
+        "lease",
+        "seconds after which another replica on the same object store draws what this one promised and renews no more",
+        _count(3, 3600),
+    ),
     "SDXL_DEVICE": Setting("device", "auto, cpu, cuda or cuda:N", _profile("device")),
     "SDXL_DTYPE": Setting("dtype", "auto, float32, float16 or bfloat16", _profile("dtype")),
     "SDXL_COMPILE": Setting("compile", "true: compile the UNets, which takes minutes at the first start", _switch),
@@ -152,6 +157,7 @@ class Settings:
     retention: int | None = None
     max_queue: int = 100
     max_rows: int = 16
+    lease: int = 30
     device: str = "auto"
     dtype: str = "auto"
     compile: bool = False

@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -21,12 +21,33 @@ from weakref import WeakValueDictionary
 from sdxl_lab.config import ConfigError, GenerationConfig
 from sdxl_lab.images import Picture, PictureError, encode_png, open_picture, read_record
 from sdxl_lab.promotion import load_slot
-from sdxl_lab.store import Page, Store, StoreRefused, UnknownPicture, picture_id
+from sdxl_lab.store import (
+    JobChanged,
+    Page,
+    Store,
+    StoreRefused,
+    StoreUnreachable,
+    UnknownPicture,
+    Version,
+    picture_id,
+)
 from service.attestation import Attestation, attest
-from service.jobs import AlreadyOver, CancelledByClient, Drawing, KeyReused, NotOver, Order, SourcePicture, derived
+from service.jobs import (
+    LOOK,
+    AlreadyOver,
+    CancelledByClient,
+    Drawing,
+    Elsewhere,
+    KeyReused,
+    NotOver,
+    Order,
+    SourcePicture,
+    derived,
+)
 from service.logs import note
 from service.metrics import Metrics
 from service.problems import NotReady, StillDrawing, Stopping, known
+from service.promises import OVER, STORING, Promises
 from service.schemas import EXAMPLES, overridden
 from service.settings import Settings
 
@@ -36,9 +57,10 @@ if TYPE_CHECKING:
 REMEMBERED = 600  # seconds, and at most
 MOST_REMEMBERED = 1000  # pictures that failed or were cancelled; those that are done the store knows
 SWEEP = 60  # seconds between two looks at the store
-CLAIM = 900  # seconds after which an unfinished job of a shared store has lost its replica
-TOLD = 86_400  # seconds for which a lasting picture that failed or was cancelled can be asked after
-ATTEMPTS = 3  # after so many starts a job is believed to be what ends the process
+ATTEMPTS = 5  # after so many starts a promise is believed to be what ends the process
+OUTAGE = 60  # seconds for which a picture that is drawn waits for a store that does not answer
+STRANGE = 900  # seconds for which a promise for other models is left to a replica that has them
+RENEWALS = 4  # at a time
 ANSWER = 2  # seconds for a cancelled picture to leave the engine
 
 log = logging.getLogger(__name__)
@@ -52,6 +74,7 @@ class Studio:
         self.settings = settings
         self.slot = load_slot(settings.slot)
         self.store = Store(settings.store)
+        self.promises = Promises(self.store, settings.lease)
         self.engine: Engine | None = None
         self.failure: str | None = None
         self.attestation = Attestation("the golden pictures have not been drawn again yet")
@@ -60,7 +83,7 @@ class Studio:
         self.making: dict[uuid.UUID, Drawing] = {}
         self._ended: dict[uuid.UUID, Drawing] = {}  # failed or cancelled, the last at the end
         self._locks: WeakValueDictionary[uuid.UUID, asyncio.Lock] = WeakValueDictionary()
-        self._housekeeper: asyncio.Task[None] | None = None
+        self._chores: list[asyncio.Task[None]] = []
         self._closing = False
         self._counter: TokenCounter | None = None
 
@@ -92,7 +115,9 @@ class Studio:
             threading.Thread(target=engine.close, name="close").start()
             return
         self.engine, self._counter = engine, counter
-        self._housekeeper = asyncio.create_task(self._keep_house())
+        sweep = self.settings.lease / 2 if self.promises.shared else SWEEP
+        for seconds, chore in ((LOOK, self._renew), (sweep, self._take_up), (SWEEP, self._clean)):
+            self._chores.append(asyncio.create_task(self._again(seconds, chore)))
 
     def _attest(self, engine: "Engine") -> None:
         """In the thread that loads: a service that stops closes the engine, and that ends this too."""
@@ -152,8 +177,8 @@ class Studio:
     async def stop(self) -> None:
         """Tell those who still wait, and end the engine."""
         await self.drain(0)
-        if self._housekeeper is not None:
-            self._housekeeper.cancel()
+        for chore in self._chores:
+            chore.cancel()
         if self.engine is not None:
             await asyncio.to_thread(self.engine.close)
 
@@ -190,25 +215,61 @@ class Studio:
     async def submit(self, order: Order) -> Drawing:
         """Accept an order. Whoever submits calls `Drawing.leave` in the end.
 
-        With a key that was seen before, this is the picture in the making, the stored one, or a new attempt at the same
-        one. Returns once the order would survive a restart, where it is to. Raises `NotReady`, `KeyReused`,
-        `StoreRefused`, and what `Job` and `Engine.submit` raise.
+        With a key that was seen before, this is the picture in the making, here or on another replica, the stored one,
+        or a new attempt at the same one. Returns once the order would survive a restart, where it is to. Raises
+        `NotReady`, `KeyReused`, `StoreRefused`, `StoreUnreachable`, and what `Job` and `Engine.submit` raise.
         """
         self.ready_engine()
         if order.key is None:
             return await self._begin(uuid.uuid4(), order)
         picture, seed = derived(order.scope, order.key)
         async with self._locks.setdefault(picture, asyncio.Lock()):
-            drawing = self.making.get(picture) or await asyncio.to_thread(self._drawn, picture)
-            if drawing is not None:
-                _same_request(order.fingerprint, drawing.asked["request"])
-                return drawing
-            with contextlib.suppress(UnknownPicture):
-                promised = await asyncio.to_thread(self.store.job, picture)
-                _same_request(order.fingerprint, promised["request"])
-                if promised["state"] == "queued":  # the very picture, even if another configuration was promoted since
-                    order = await asyncio.to_thread(self._promised, promised)
+            while True:
+                drawing = self.making.get(picture) or await asyncio.to_thread(self._drawn, picture)
+                if drawing is not None:
+                    _same_request(order.fingerprint, drawing.asked["request"])
+                    return drawing
+                with contextlib.suppress(JobChanged):  # another replica was asked at the same moment: look again
+                    return await self._ordered_again(picture, order, seed)
+
+    async def _ordered_again(self, picture: uuid.UUID, order: Order, seed: int) -> Drawing:
+        try:
+            promise, version = await asyncio.to_thread(self.store.read_job, picture)
+        except UnknownPicture:
             return await self._begin(picture, order, seed)
+        _same_request(order.fingerprint, promise["request"])
+        if promise["state"] not in OVER:
+            if not self.promises.free(promise):
+                return Elsewhere(picture, promise, lambda: self._arrival(picture))
+            # the very picture, even if another configuration was promoted since
+            order = await asyncio.to_thread(self._promised, promise)
+        return await self._begin(picture, order, seed, version=version)
+
+    async def _arrival(self, picture: uuid.UUID) -> Drawing:
+        """Wait for what another replica draws; draw it once that one does not renew its lease any more."""
+        while not self._closing:
+            with contextlib.suppress(StoreUnreachable):
+                drawing = self.making.get(picture) or await self._arrived(picture)
+                if drawing is not None:
+                    return drawing
+            await asyncio.sleep(LOOK)
+        raise Stopping("the service stops before the picture is done; ask again")
+
+    async def _arrived(self, picture: uuid.UUID) -> Drawing | None:
+        try:
+            promise = await asyncio.to_thread(self.store.job, picture)
+        except UnknownPicture:
+            drawing = await asyncio.to_thread(self._drawn, picture)
+            if drawing is None:
+                raise
+            return drawing
+        if promise["state"] in OVER:
+            drawing = Drawing(picture, promise, lasting=True)
+            if promise["state"] == "cancelled":
+                drawing.cancel(CancelledByClient("the picture was cancelled by DELETE /jobs"))
+            drawing.end(drawing.why or RuntimeError(f"another replica could not draw the picture {picture}"))
+            return drawing
+        return await self._take_now(picture, promise)
 
     def _drawn(self, picture: uuid.UUID) -> Drawing | None:
         """The stored picture. One without a request beside it was being written when the process was killed."""
@@ -219,10 +280,16 @@ class Studio:
         return Drawing.stored(picture, record) if "request" in record else None
 
     async def _begin(
-        self, picture: uuid.UUID, order: Order, seed: int | None = None, before: Mapping[str, Any] | None = None
+        self,
+        picture: uuid.UUID,
+        order: Order,
+        seed: int | None = None,
+        before: Mapping[str, Any] | None = None,
+        version: Version | None = None,
     ) -> Drawing:
-        """Give the order to the engine, and write it down if it is to last. `before` is what was written down of it
-        when it was begun the last time."""
+        """Give the order to the engine, and promise it if it is to last. `before` is what was promised when it was
+        begun the last time, `version` that of the promise that this one takes the place of. Raises `JobChanged` where
+        another replica did so first."""
         engine = self.ready_engine()
         from sdxl_lab.trajectory import Job, Source
 
@@ -234,7 +301,8 @@ class Studio:
         source = None if origin is None else Source(origin.image, origin.strength, dict(origin.record))
         job = Job(order.config, order.prompt, seed, source)
         asked = {
-            **_as_begun(before),
+            "created": before["created"] if before else round(time.time(), 3),
+            "attempts": before["attempts"] + 1 if before else 1,
             "id": str(picture),
             "request": order.fingerprint,
             "prompt": job.prompt,
@@ -256,9 +324,9 @@ class Studio:
         self.making[picture] = drawing
         self._ended.pop(picture, None)
         accepted = asyncio.Event()
-        drawing.task = asyncio.create_task(self._follow(drawing, drawing.ticket, accepted))
+        drawing.task = asyncio.create_task(self._follow(drawing, drawing.ticket, accepted, version))
         await accepted.wait()
-        if isinstance(drawing.error, StoreRefused):
+        if isinstance(drawing.error, StoreRefused | StoreUnreachable | JobChanged):
             raise drawing.error
         return drawing
 
@@ -278,19 +346,21 @@ class Studio:
             fields |= ticket.future.result().timings
         log.info("picture %s", ticket.state, extra={"fields": fields})
 
-    async def _follow(self, drawing: Drawing, ticket: "Ticket", accepted: asyncio.Event) -> None:
+    async def _follow(
+        self, drawing: Drawing, ticket: "Ticket", accepted: asyncio.Event, version: Version | None
+    ) -> None:
         """From the acceptance to the end, whatever it is."""
         outcome: Mapping[str, Any] | Exception
         try:
             if drawing.lasting:
-                await asyncio.to_thread(self.store.put_job, drawing.id, drawing.asked)
+                await asyncio.to_thread(self.promises.take, drawing.id, drawing.asked, version)
             accepted.set()
             if drawing.why is not None:  # meanwhile
                 raise drawing.why
             drawing.busy = False
             picture = await _outcome(ticket)
             drawing.busy = True
-            outcome = await asyncio.to_thread(self._keep, drawing, picture)
+            outcome = await self._stored(drawing, picture)
         except asyncio.CancelledError:
             outcome = drawing.why or Stopping("the service stops before the picture is done")
         except Exception as error:
@@ -299,14 +369,14 @@ class Studio:
         ticket.cancel()
         if isinstance(outcome, StoreRefused):
             log.error("the store refuses the picture %s: %s", drawing.id, outcome.__cause__ or outcome)
-        elif isinstance(outcome, Exception) and drawing.lasting and known(outcome) is None:
+        elif isinstance(outcome, Exception) and drawing.lasting and known(outcome) is None and accepted.is_set():
             log.error("the picture %s failed", drawing.id, exc_info=outcome)
         if drawing.lasting and accepted.is_set():
             await asyncio.to_thread(self._settle, drawing, outcome)
         drawing.end(outcome)
         accepted.set()
         del self.making[drawing.id]
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, Exception) and not isinstance(outcome, JobChanged):
             self._ended[drawing.id] = drawing
             self._forget()
 
@@ -314,14 +384,45 @@ class Studio:
         """Write down how a lasting picture ended; where the store refuses, it stays promised."""
         try:
             if not isinstance(outcome, Exception):
-                self.store.drop_job(drawing.id)
+                self.promises.keep(drawing.id)
             elif isinstance(outcome, Stopping):
-                self.store.put_job(drawing.id, {**drawing.asked, "released": True})
-            elif not isinstance(outcome, StoreRefused):
-                state = "cancelled" if isinstance(outcome, CancelledByClient) else "failed"
-                self.store.put_job(drawing.id, {**drawing.asked, "state": state})
-        except StoreRefused as error:
+                self.promises.give_back(drawing.id)
+            elif isinstance(outcome, CancelledByClient):
+                with contextlib.suppress(UnknownPicture):
+                    self.promises.cancel(drawing.id)
+            elif not isinstance(outcome, StoreRefused | StoreUnreachable):
+                self.promises.fail(drawing.id)
+        except (StoreRefused, StoreUnreachable) as error:
             log.error("the store refuses the end of the picture %s: %s", drawing.id, error.__cause__ or error)
+        finally:
+            self.promises.let_go(drawing.id)
+
+    async def _stored(self, drawing: Drawing, picture: Picture) -> Mapping[str, Any]:
+        """Store it, and where the store does not answer, try again for a while: it took long to draw."""
+        ends = time.monotonic() + OUTAGE
+        while True:
+            try:
+                return await asyncio.to_thread(self._keep_once, drawing, picture)
+            except StoreUnreachable:
+                if self._closing or time.monotonic() > ends:
+                    raise
+            if drawing.why is not None:
+                raise drawing.why
+            await asyncio.sleep(LOOK)
+
+    def _keep_once(self, drawing: Drawing, picture: Picture) -> Mapping[str, Any]:
+        """Store it, unless it was cancelled from another replica, or another replica took it over and was faster."""
+        if drawing.lasting and self.promises.shared:
+            told = self.promises.renew(drawing.id, STORING)
+            if told == "cancelled":
+                drawing.cancel(CancelledByClient("the picture was cancelled by DELETE /jobs"))
+                assert drawing.why is not None
+                raise drawing.why
+            if told != "held":
+                before = self._drawn(drawing.id)
+                if before is not None:
+                    return before.asked
+        return self._keep(drawing, picture)
 
     def _keep(self, drawing: Drawing, picture: Picture) -> dict[str, Any]:
         """Store the picture. What differs between two drawings of the same one stands beside it, not in it."""
@@ -351,31 +452,41 @@ class Studio:
         if drawing is not None:
             drawing.cancel(CancelledByClient("the picture was cancelled by DELETE /jobs"))
             await self._wait_for([drawing], ANSWER)
-        state = drawing.state if drawing is not None else (await self.find(text))[0]
-        if drawing is None and state == "queued":  # promised by a replica that is gone
-            promise = await asyncio.to_thread(self.store.job, wanted)
-            await asyncio.to_thread(self.store.put_job, wanted, {**promise, "state": "cancelled"})
-        elif drawing is None or state in ("done", "failed"):
+            state = drawing.state
+            cancelled = state not in ("done", "failed")
+        else:
+            try:
+                state = await asyncio.to_thread(self.promises.cancel, wanted)
+                cancelled = state == "unfinished"
+            except UnknownPicture:
+                state, cancelled = (await self.find(text))[0], False
+        if not cancelled:
             raise AlreadyOver(f"the picture {wanted} is {state} and cannot be cancelled any more")
 
     # --- pictures that there are -----------------------------------------------------------------------------------
 
     async def find(self, text: str) -> tuple[str, Drawing | Mapping[str, Any]]:
         """A picture's state, with the `Drawing` of one on its way or ended without a picture, the record of a stored
-        one, or what was promised before a restart. Raises `UnknownPicture`."""
+        one, or what was promised before a restart or by another replica. What nobody holds any more is begun. Raises
+        `UnknownPicture`."""
         wanted = picture_id(text)
         drawing = self.making.get(wanted)
         if drawing is not None:
             return drawing.state, drawing
         with contextlib.suppress(UnknownPicture):
             return "done", await asyncio.to_thread(self.store.record, wanted)
-        with contextlib.suppress(UnknownPicture):
+        try:
             promise = await asyncio.to_thread(self.store.job, wanted)
-            if wanted not in self._ended or promise["state"] == "queued":
-                return promise["state"], promise
-        if wanted in self._ended:
-            return self._ended[wanted].state, self._ended[wanted]
-        raise UnknownPicture(text)
+        except UnknownPicture:
+            if wanted in self._ended:
+                return self._ended[wanted].state, self._ended[wanted]
+            return "done", await asyncio.to_thread(self.store.record, wanted)  # stored meanwhile
+        if promise["state"] in OVER:
+            return promise["state"], self._ended.get(wanted, promise)
+        drawing = await self._take_now(wanted, promise)
+        if drawing is not None:
+            return drawing.state, drawing.asked if drawing.state == "done" else drawing
+        return "running" if promise["state"] == STORING else promise["state"], promise
 
     async def stored(self, text: str) -> bytes:
         """A picture's PNG. Raises `UnknownPicture`, or `StillDrawing` for one in the making."""
@@ -384,6 +495,8 @@ class Studio:
             return await asyncio.to_thread(self.store.get, wanted)
         except UnknownPicture:
             state, found = await self.find(text)
+            if state == "done":  # meanwhile
+                return await asyncio.to_thread(self.store.get, wanted)
             if state not in ("queued", "running"):
                 raise
             eta = found.eta if isinstance(found, Drawing) else None
@@ -396,9 +509,13 @@ class Studio:
     async def delete(self, text: str) -> None:
         """Remove a stored picture. Raises `UnknownPicture`, or `NotOver` for one in the making."""
         wanted = picture_id(text)
-        if wanted in self.making:
-            raise NotOver(f"the picture {wanted} is in the making: DELETE /jobs/{wanted} cancels it")
-        await asyncio.to_thread(self.store.delete, wanted)
+        try:
+            if wanted not in self.making:
+                return await asyncio.to_thread(self.store.delete, wanted)
+        except UnknownPicture:
+            if (await self.find(text))[0] not in ("queued", "running"):
+                raise
+        raise NotOver(f"the picture {wanted} is in the making: DELETE /jobs/{wanted} cancels it")
 
     async def source(self, text: str, strength: float) -> SourcePicture:
         """A stored picture to refine. Raises as `stored` does, and `ConfigError` for one that is not ours."""
@@ -407,52 +524,105 @@ class Studio:
 
     # --- what nobody waits for -------------------------------------------------------------------------------------
 
-    async def _keep_house(self) -> None:
-        """Take up what was promised and not drawn; remove what is too old."""
+    async def _again(self, seconds: float, chore: Callable[[], Awaitable[None]]) -> None:
         while True:
-            if self.trouble is None:
-                try:
-                    await self._take_up()
-                    retention = self.settings.retention
-                    if retention is not None:
-                        await asyncio.to_thread(self.store.remove_older, retention)
-                    else:
-                        await asyncio.to_thread(self.store.remove_leftovers)
-                except Exception:
-                    log.exception("the store could not be looked through; the next try is in %d s", SWEEP)
-            await asyncio.sleep(SWEEP if self.trouble is None else 0.5)
+            try:
+                await chore()
+            except (StoreRefused, StoreUnreachable) as error:
+                log.warning("%s; the next try is in %g s", error, seconds)
+            except Exception:
+                log.exception("a chore failed; the next try is in %g s", seconds)
+            await asyncio.sleep(seconds if self.trouble is None else LOOK)
+
+    async def _clean(self) -> None:
+        """Remove what is too old."""
+        if self.trouble is None:
+            retention = self.settings.retention
+            if retention is not None:
+                await asyncio.to_thread(self.store.remove_older, retention)
+            else:
+                await asyncio.to_thread(self.store.remove_leftovers)
+
+    async def _renew(self) -> None:
+        """Renew the leases of what is drawn here, and see what was cancelled elsewhere."""
+        gate = asyncio.Semaphore(RENEWALS)
+
+        async def renew(drawing: Drawing) -> None:
+            async with gate:
+                if drawing.busy or not self.promises.due(drawing.id, drawing.state):
+                    return
+                if await asyncio.to_thread(self.promises.renew, drawing.id, drawing.state) == "cancelled":
+                    drawing.cancel(CancelledByClient("the picture was cancelled by DELETE /jobs"))
+
+        lasting = [drawing for drawing in self.making.values() if drawing.lasting]
+        results = await asyncio.gather(*map(renew, lasting), return_exceptions=True)
+        for error in results:
+            if error is not None:
+                raise error
 
     async def _take_up(self) -> None:
-        """Begin the jobs that nobody draws: of a folder, which one replica owns, all that are not ours; of a shared
-        store those that a replica gave back as it stopped, and those that are too old to be anybody's."""
-        from sdxl_lab.engine import QueueFull
+        """Begin what was promised and nobody draws: all of a folder; of a shared store one, and more while all that is
+        drawn here fits into one call, since other replicas look as well."""
+        if self.trouble is not None:
+            return
+        from sdxl_lab.engine import EngineStopped, QueueFull
 
-        for promise in await asyncio.to_thread(self.store.jobs):
-            picture = uuid.UUID(promise["id"])
-            age = time.time() - promise["claimed"]
-            if promise["state"] != "queued":
-                if age > TOLD:
-                    await asyncio.to_thread(self.store.drop_job, picture)
-                continue
-            if self.store.folder is None and not promise["released"] and age < CLAIM:
-                continue
-            async with self._locks.setdefault(picture, asyncio.Lock()):
-                if picture in self.making:
-                    continue
-                if await asyncio.to_thread(self._drawn, picture):
-                    await asyncio.to_thread(self.store.drop_job, picture)
-                    continue
-                try:
-                    if promise["attempts"] >= ATTEMPTS:
-                        raise RuntimeError(f"it was begun {ATTEMPTS} times and never finished")
-                    order = await asyncio.to_thread(self._promised, promise)
-                    await self._begin(picture, order, before=promise)
-                    log.info("took up the picture %s, promised before", picture)
-                except (QueueFull, NotReady, StoreRefused):
-                    return
-                except Exception as error:
-                    log.error("cannot take up the picture %s: %s", picture, error)
-                    await asyncio.to_thread(self.store.put_job, picture, {**promise, "state": "failed"})
+        for picture in await asyncio.to_thread(self.promises.untended):
+            try:
+                await self._take(picture)
+            except (QueueFull, NotReady, EngineStopped):
+                return
+            if self.promises.shared and 2 * len(self.making) >= self.settings.max_rows:
+                return
+
+    async def _take_now(self, picture: uuid.UUID, promise: Mapping[str, Any]) -> Drawing | None:
+        """Begin it, because it is asked for; None where it is another's, or cannot be begun now."""
+        from sdxl_lab.engine import EngineStopped, QueueFull
+
+        if self.trouble is None and self.promises.free(promise):
+            with contextlib.suppress(QueueFull, NotReady, EngineStopped, StoreRefused):
+                return await self._take(picture)
+        return None
+
+    async def _take(self, picture: uuid.UUID) -> Drawing | None:
+        """Begin what was promised, unless somebody else does, or did."""
+        from sdxl_lab.engine import EngineStopped, QueueFull
+
+        async with self._locks.setdefault(picture, asyncio.Lock()):
+            if picture in self.making:
+                return self.making[picture]
+            drawn = await asyncio.to_thread(self._drawn, picture)
+            if drawn is not None:
+                await asyncio.to_thread(self.promises.keep, picture)
+                return drawn
+            try:
+                promise, version = await asyncio.to_thread(self.store.read_job, picture)
+            except UnknownPicture:
+                return None
+            if promise["state"] in OVER or not self.promises.free(promise):
+                return None
+            try:
+                if promise["attempts"] >= ATTEMPTS:
+                    raise RuntimeError(f"it was begun {ATTEMPTS} times and never finished")
+                order = await asyncio.to_thread(self._promised, promise)
+                drawing = await self._begin(picture, order, before=promise, version=version)
+            except JobChanged:
+                return None
+            except (QueueFull, NotReady, EngineStopped, StoreRefused, StoreUnreachable):
+                raise
+            except Exception as error:
+                if self._leaves_to_others(promise, error):
+                    return None
+                log.error("cannot take up the picture %s: %s", picture, error)
+                await asyncio.to_thread(self.promises.fail, picture)
+                return None
+            log.info("took up the picture %s, promised before", picture)
+            return drawing
+
+    def _leaves_to_others(self, promise: Mapping[str, Any], error: Exception) -> bool:
+        """While one configuration takes the place of another, there are replicas with other models."""
+        young = time.time() - promise["created"] < STRANGE
+        return self.promises.shared and young and isinstance(error, ConfigError) and error.field == "model"
 
     def _promised(self, promise: Mapping[str, Any]) -> Order:
         """The order that a promise was made of. Raises `ConfigError` where other models are served by now."""
@@ -493,18 +663,6 @@ def _source(origin: uuid.UUID, png: bytes, strength: float) -> SourcePicture:
         return SourcePicture(origin, open_picture(png), read_record(png), strength)
     except PictureError as error:
         raise ConfigError("id", str(origin), f"a picture that SDXL Lab drew ({error})", EXAMPLES["id"]) from error
-
-
-def _as_begun(before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What is written down of a beginning, the first or another; times in seconds since 1970."""
-    now = round(time.time(), 3)
-    return {
-        "state": "queued",
-        "created": before["created"] if before else now,
-        "claimed": now,
-        "released": False,
-        "attempts": before["attempts"] + 1 if before else 1,
-    }
 
 
 def _same_request(now: str, before: str) -> None:

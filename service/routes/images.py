@@ -187,14 +187,18 @@ async def picture(id: str, request: Request) -> PictureInfo:
     return PictureInfo.of(found, prefix, state, **({"record": found} if state == "done" else {}))
 
 
-@router.delete("/images/{id}", status_code=204, responses=answers("unknown-picture", "not-over", "store-refused"))
+@router.delete(
+    "/images/{id}",
+    status_code=204,
+    responses=answers("unknown-picture", "not-over", "store-refused", "store-unreachable"),
+)
 async def delete(id: str, request: Request) -> Response:
     """Delete a stored picture and its record."""
     await request.app.state.studio.delete(id)
     return Response(status_code=204)
 
 
-@router.delete("/jobs/{id}", status_code=204, responses=answers("unknown-picture", "already-over"))
+@router.delete("/jobs/{id}", status_code=204, responses=answers("unknown-picture", "already-over", "store-unreachable"))
 async def cancel(id: str, request: Request) -> Response:
     """Cancel a picture that is queued or running, at its next step. Whoever waits for it is told."""
     await request.app.state.studio.cancel(id)

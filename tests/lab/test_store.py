@@ -4,23 +4,53 @@ import json
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
 
 import obstore
 import pytest
+from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from sdxl_lab.config import ConfigError
 from sdxl_lab.images import encode_png
-from sdxl_lab.store import ABANDONED, Store, StoreRefused, UnknownPicture, check_place, picture_id
+from sdxl_lab.store import (
+    ABANDONED,
+    JobChanged,
+    Store,
+    StoreRefused,
+    StoreUnreachable,
+    UnknownPicture,
+    check_place,
+    picture_id,
+)
 
 ID = uuid.UUID("12345678-1234-5678-1234-567812345678")
 RECORD = {"prompt": "a red ring", "seed": 3}
 
 
-@pytest.fixture(params=["folder", "file", "memory"])
+@pytest.fixture(scope="module")
+def s3():
+    """The URL of a bucket that moto keeps in memory."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    address = f"http://{host}:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT", address)
+        patch.setenv("AWS_REGION", "us-east-1")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "any")
+        urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT")).close()
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "file", "memory", "s3"])
 def store(request, tmp_path):
     folder = tmp_path / "pictures of mine"
+    if request.param == "s3":
+        return Store(f"{request.getfixturevalue('s3')}/{uuid.uuid4()}")
     return Store({"folder": folder, "file": folder.as_uri(), "memory": "memory://"}[request.param])
 
 
@@ -153,6 +183,40 @@ def test_a_folder_of_pictures_from_before_is_read_and_listed(tmp_path):
     assert store.record(ID)["prompt"] == "a red ring"
     assert store.get(uuid.UUID(int=1)) == b"no picture of ours"
     assert [record["id"] for record in Store(tmp_path).page(5).records] == [str(ID)]
+
+
+def test_a_job_takes_the_place_of_the_version_that_was_read(store):
+    store.swap_job(ID, {"state": "queued"}, None)
+    job, version = store.read_job(ID)
+    store.swap_job(ID, job | {"state": "running"}, version)
+    assert store.job(ID)["state"] == "running"
+    (name,) = store.job_names()
+    assert name.id == ID
+    assert abs(name.changed - time.time()) < 60
+    store.put_job(ID, job | {"state": "failed"})
+    assert [each.tag for each in store.job_names()] != [name.tag]
+    if store.folder is None:  # a folder has one owner, and takes what comes last
+        store.swap_job(ID, {"state": "running"}, store.read_job(ID)[1])
+        for late in (None, version):
+            with pytest.raises(JobChanged):
+                store.swap_job(ID, {"state": "late"}, late)
+        store.drop_job(ID)
+        with pytest.raises(JobChanged):
+            store.swap_job(ID, {"state": "late"}, version)
+
+
+def test_a_store_that_is_away_is_unreachable_and_no_refusal(s3, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT", "http://127.0.0.1:9")
+    store = Store("s3://bucket/prefix")
+    for act in (
+        lambda: store.put(ID, b"", RECORD),
+        lambda: store.get(ID),
+        lambda: store.drop_job(ID),
+        lambda: store.swap_job(ID, {}, None),
+        lambda: list(store.job_names()),
+    ):
+        with pytest.raises(StoreUnreachable, match="the store does not"):
+            act()
 
 
 def _full_record():

@@ -164,7 +164,7 @@ def promise(client, **more):
     studio = client.app.state.studio
     config = studio.slot.config.to_dict()
     asked = {"request": "", "prompt": "a ring", "seed": 1, "config": config, "promoted": "", "overridden": []}
-    begun = {"state": "queued", "created": 1.0, "claimed": 1.0, "released": False, "attempts": 1}
+    begun = {"state": "queued", "created": 1.0, "holder": "another", "renewed": 1.0, "lease": 30, "attempts": 1}
     picture = uuid.uuid4()
     studio.store.put_job(picture, asked | begun | {"source": None, "strength": None} | more)
     return picture
@@ -191,26 +191,12 @@ def test_a_promise_that_was_kept_is_not_drawn_again(client):
     studio = client.app.state.studio
     body = client.post("/generate", json=PROMPT, headers={"Idempotency-Key": "kept"}).json()
     record = studio.store.record(uuid.UUID(body["id"]))
-    studio.store.put_job(uuid.UUID(body["id"]), record | {"state": "queued", "claimed": 1.0, "released": False})
+    studio.store.put_job(uuid.UUID(body["id"]), record | {"state": "queued", "holder": "", "renewed": 1.0, "lease": 30})
     before = studio.engine.stats().ticks
     take_up(client)
     assert studio.engine.stats().ticks == before
     with pytest.raises(UnknownPicture):
         studio.store.job(uuid.UUID(body["id"]))
-
-
-def test_a_shared_store_leaves_promises_to_the_replica_that_gave_them(serve):
-    """Until that one stops and gives them back, or they are too old to be anybody's."""
-    client = serve(store="memory://")
-    studio = client.app.state.studio
-    now = time.time()
-    theirs = promise(client, claimed=now)
-    released, old = promise(client, claimed=now, released=True), promise(client, claimed=now - module.CLAIM - 1)
-    take_up(client)
-    wait_for(lambda: not studio.making)
-    assert [state(client, each) for each in (theirs, released, old)] == ["queued", "done", "done"]
-    assert client.delete(f"/jobs/{theirs}").status_code == 204
-    assert state(client, theirs) == "cancelled"
 
 
 def test_a_full_store_promises_nothing(client, monkeypatch):
@@ -267,7 +253,7 @@ def test_a_drain_does_not_wait_for_an_engine_that_is_stuck(serve, monkeypatch):
         lasting = client.portal.call(drained)
     finally:
         gate.set()
-    assert studio.store.job(lasting)["released"]
+    assert studio.store.job(lasting)["lease"] == 0
 
 
 def test_every_answer_of_ours_is_documented(client):

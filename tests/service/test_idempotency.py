@@ -133,7 +133,7 @@ def test_a_repeat_of_a_promise_keeps_the_configuration_of_then(serve, promoted, 
     drawn = client.post("/generate", json=PROMPT, headers=keyed("then")).json()
     png = client.get(drawn["url"]).content
     record = studio.store.record(uuid.UUID(drawn["id"]))
-    promise = {"state": "queued", "created": 0.0, "claimed": 0.0, "released": False, "attempts": 1}
+    promise = {"state": "queued", "created": 0.0, "holder": "", "renewed": 0.0, "lease": 30, "attempts": 1}
     promise |= {name: record[name] for name in ("request", "prompt", "seed", "config", "promoted", "overridden")}
     client.delete(f"/images/{drawn['id']}")
     studio.store.put_job(uuid.UUID(drawn["id"]), promise | {"source": None, "strength": None})

@@ -1,0 +1,247 @@
+"""Three replicas of the service behind nginx, on one object store: all real processes, on the loopback interface.
+
+Every process is ended by its process id. `python -m bench replicas` draws with it, and breaks it.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench.clients import ROOT, end, free_port, request, slot_of
+from sdxl_lab.config import GenerationConfig
+
+REPLICAS = 3
+LEASE = 5  # seconds: a replica that is killed is missed soon
+BUCKET = "pictures"
+
+# A request that could not be sent goes to the next replica. A POST that was sent is never sent again by nginx, which
+# cannot know that it has a key: its client gets a 502, knows, and repeats it.
+NGINX = """
+daemon off;
+master_process off;
+pid {folder}/nginx.pid;
+error_log {folder}/nginx.log warn;
+events {{}}
+http {{
+  access_log off;
+  client_body_temp_path {folder}/body;
+  proxy_temp_path {folder}/proxy;
+  fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi;
+  scgi_temp_path {folder}/scgi;
+  upstream replicas {{
+{servers}
+  }}
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{
+      proxy_pass http://replicas;
+      proxy_http_version 1.1;
+      proxy_buffering off;
+      proxy_connect_timeout 2s;
+      proxy_read_timeout 300s;
+      proxy_next_upstream error timeout;
+    }}
+  }}
+}}
+"""
+
+
+class Replica:
+    """One `python -m service`, which can be killed and started again on its port."""
+
+    def __init__(self, environment: dict[str, str], log: Path) -> None:
+        self.environment, self.log, self.port = environment, log, free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            command = [sys.executable, "-m", "service", "--port", str(self.port)]
+            self.process = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=log, stderr=log)
+
+    def stop(self, number: signal.Signals) -> None:
+        """SIGKILL: at once; SIGTERM: when it has drained."""
+        if self.process is not None:
+            self.process.send_signal(number)
+            self.process.wait(30)
+
+    def said(self) -> list[dict[str, Any]]:
+        """Its log, over all its lives."""
+        lines = []
+        for line in self.log.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+        return [line for line in lines if isinstance(line, dict)]
+
+
+class Line:
+    """A TCP line to the store that can be cut: what is open is aborted, what is new is refused."""
+
+    def __init__(self, to: int) -> None:
+        self.to, self.port = to, free_port()
+        self._loop = asyncio.new_event_loop()
+        self._ends: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+        self._thread = threading.Thread(target=self._loop.run_forever, name="line", daemon=True)
+        self._thread.start()
+        self.mend()
+
+    def mend(self) -> None:
+        self._do(self._listen()).result()
+
+    def cut(self) -> None:
+        self._do(self._abort()).result()
+
+    def close(self) -> None:
+        self.cut()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _do(self, work: Any) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(self._carry, "127.0.0.1", self.port)
+
+    async def _abort(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for writer in list(self._ends):
+            writer.transport.abort()
+        await asyncio.sleep(0.05)  # for those that carry to see it
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._ends.add(writer)
+        try:
+            store, to_store = await asyncio.open_connection("127.0.0.1", self.to)
+            self._ends.add(to_store)
+            try:
+                await asyncio.gather(self._pump(reader, to_store), self._pump(store, writer))
+            finally:
+                self._ends.discard(to_store)
+                to_store.transport.abort()
+        except OSError:
+            pass
+        finally:
+            self._ends.discard(writer)
+            writer.transport.abort()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while content := await reader.read(1 << 16):
+                writer.write(content)
+                await writer.drain()
+            writer.write_eof()
+
+
+class Cluster:
+    """What runs. `ports` are those that clients ask in turns: nginx's, or, where there is no nginx, the replicas'."""
+
+    def __init__(self, replicas: list[Replica], moto: subprocess.Popen[bytes], line: Line, front: int | None) -> None:
+        self.replicas, self.moto, self.line, self.front = replicas, moto, line, front
+        self.ports = [front] if front is not None else [replica.port for replica in replicas]
+
+    @contextmanager
+    def outage(self, stalls: bool) -> Iterator[None]:
+        """Nobody reaches the store: it `stalls`, and answers later what it was asked, or the line to it is cut."""
+        if stalls:
+            self.moto.send_signal(signal.SIGSTOP)
+        else:
+            self.line.cut()
+        try:
+            yield
+        finally:
+            if stalls:
+                self.moto.send_signal(signal.SIGCONT)
+            else:
+                self.line.mend()
+
+    def wait_until_ready(self) -> None:
+        for replica in self.replicas:
+            _until(lambda port=replica.port: request(port, "GET", "/readyz")[0] == 200, replica.log)
+
+    def promised(self) -> list[str]:
+        """Names of the promises that the store still has."""
+        listed = request(self.moto_port, "GET", f"/{BUCKET}?list-type=2&prefix=lab/jobs/")[1].decode()
+        return [part.partition("<")[0] for part in listed.split("<Key>")[1:]]
+
+    @property
+    def moto_port(self) -> int:
+        return self.line.to
+
+
+@contextmanager
+def cluster(config: GenerationConfig) -> Iterator[Cluster]:
+    """Three replicas with one thread each, ready; moto as S3, which keeps all in memory; nginx in front."""
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        folder = Path(scratch)
+        port = free_port()
+        moto = _process(
+            stack, [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], folder / "moto"
+        )
+        _until(lambda: request(port, "PUT", f"/{BUCKET}")[0] == 200, folder / "moto")
+        line = Line(port)
+        stack.callback(line.close)
+        ours = {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "TQDM_DISABLE": "1",
+            "SDXL_CONFIG": str(slot_of(config, folder / "slot")),
+            "SDXL_ATTEST": "off",
+            "SDXL_STORE": f"s3://{BUCKET}/lab",
+            "SDXL_LEASE": str(LEASE),
+            "AWS_ENDPOINT": f"http://127.0.0.1:{line.port}",
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "any",
+            "AWS_SECRET_ACCESS_KEY": "any",
+        }
+        running = [Replica(os.environ | ours, folder / f"replica-{number}") for number in range(REPLICAS)]
+        for replica in running:
+            stack.callback(replica.stop, signal.SIGKILL)
+            replica.start()
+        made = Cluster(running, moto, line, _front(stack, running, folder))
+        made.wait_until_ready()
+        yield made
+
+
+def _front(stack: ExitStack, replicas: list[Replica], folder: Path) -> int | None:
+    nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if nginx is None:
+        print("nginx is missing (make system installs it): clients ask the replicas in turns themselves")
+        return None
+    port = free_port()
+    servers = "\n".join(f"    server 127.0.0.1:{replica.port} max_fails=1 fail_timeout=1s;" for replica in replicas)
+    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, servers=servers, port=port))
+    _process(stack, [nginx, "-e", str(folder / "nginx.log"), "-c", str(folder / "nginx.conf")], folder / "nginx.out")
+    return port
+
+
+def _process(stack: ExitStack, command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+    stack.callback(end, process)
+    return process
+
+
+def _until(holds: Any, log: Path) -> None:
+    ends = time.monotonic() + 300
+    while time.monotonic() < ends:
+        with contextlib.suppress(OSError):
+            if holds():
+                return
+        time.sleep(0.1)
+    raise RuntimeError(f"it does not come up: {log.read_text(errors='replace')[-2000:]}")

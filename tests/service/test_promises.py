@@ -1,0 +1,462 @@
+"""Replicas that share nothing but the object store: who holds a promise draws it, and who is asked takes over."""
+
+import time
+import uuid
+from contextlib import ExitStack
+
+import obstore
+import pytest
+from starlette.testclient import TestClient
+
+from sdxl_lab import store as stores
+from sdxl_lab.images import max_difference, open_picture
+from sdxl_lab.store import Store, StoreUnreachable, UnknownPicture
+from sdxl_lab.trajectory import Job
+from service import studio as module
+from service.app import create_app
+from service.jobs import derived
+from service.promises import Promises
+from service.settings import Settings
+from tests.service.conftest import wait_for, wait_until_ready
+
+PROMPT = {"prompt": "a red ring"}
+LATER = {"Prefer": "respond-async"}
+LONG = {**PROMPT, "steps": 100, "width": 256, "height": 256}
+ID = uuid.UUID("12345678-1234-5678-1234-567812345678")
+
+
+@pytest.fixture(scope="module")
+def objects():
+    """Every store opened as `memory://` is this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        objects = obstore.store.MemoryStore()
+        patch.setattr(stores, "from_url", lambda *_, **__: objects)
+        yield objects
+
+
+@pytest.fixture
+def shared(objects):
+    """The store, empty."""
+    for chunk in obstore.list(objects):
+        obstore.delete(objects, [meta["path"] for meta in chunk])
+    return Store("memory://")
+
+
+@pytest.fixture(scope="module")
+def replicas(slot, objects):
+    with ExitStack() as stack:
+        start = lambda: stack.enter_context(TestClient(create_app(Settings(slot=slot, store="memory://"))))  # noqa: E731
+        yield [wait_until_ready(start()) for _ in range(3)]
+
+
+@pytest.fixture
+def two(replicas, shared):
+    yield replicas[:2]
+    for client in replicas:
+        for picture in list(studio(client).making):
+            client.delete(f"/jobs/{picture}")
+        wait_for(lambda client=client: not studio(client).making)
+
+
+def studio(client):
+    return client.app.state.studio
+
+
+def state(client, picture):
+    return client.get(f"/images/{picture}").json()["state"]
+
+
+def promise(shared, config, age=0.0, **more):
+    """What a replica leaves that was killed so many seconds ago."""
+    asked = {"request": "", "prompt": "a ring", "seed": 1, "config": config.to_dict(), "promoted": "", "overridden": []}
+    asked |= {"source": None, "strength": None, "created": 1.0, "attempts": 1, "state": "running"}
+    picture = uuid.uuid4()
+    shared.put_job(picture, asked | {"holder": "another", "renewed": time.time() - age, "lease": 30} | more)
+    return picture
+
+
+def running(client, **more):
+    """A long picture that is being drawn."""
+    picture = client.post("/generate", json=LONG, headers=LATER | more).json()["id"]
+    wait_for(lambda: client.get(f"/images/{picture}").json()["step"] > 0)
+    return picture
+
+
+def test_generate_on_one_replica_refine_on_another_download_from_a_third(replicas, shared):
+    first, second, third = replicas
+    drawn = first.post("/generate", json=PROMPT).json()
+    refined = second.post("/refine", json={"id": drawn["id"]}).json()
+    assert refined["source"] == drawn["id"]
+    assert third.get(refined["url"]).content == second.get(refined["url"]).content
+    assert [image["id"] for image in third.get("/images").json()["images"]] == [refined["id"], drawn["id"]]
+    assert third.delete(f"/images/{drawn['id']}").status_code == 204
+    assert first.get(drawn["url"]).status_code == 404
+
+
+def test_another_replica_tells_the_state_and_leaves_a_held_promise_alone(two):
+    first, second = two
+    picture = running(first)
+    wait_for(lambda: state(second, picture) == "running")  # told as soon as it changes, not when the lease is renewed
+    missing = second.get(f"/download/{picture}")
+    assert (missing.status_code, missing.json()["type"]) == (404, "urn:sdxl-lab:still-drawing")
+    assert second.delete(f"/images/{picture}").json()["type"] == "urn:sdxl-lab:not-over"
+    second.portal.call(studio(second)._take_up)
+    assert not studio(second).making
+    first.delete(f"/jobs/{picture}")
+
+
+def test_a_promise_whose_lease_ran_out_is_drawn_by_the_replica_that_is_asked(two, shared, promoted):
+    client = two[0]
+    expected = studio(client).engine.draw(Job(promoted, "a ring", 1)).image
+    held = promise(shared, promoted, age=20)
+    assert (state(client, held), client.get(f"/download/{held}").status_code) == ("running", 404)
+    assert not studio(client).making
+    for ask in ("images", "download"):
+        picture = promise(shared, promoted, age=31)
+        client.get(f"/{ask}/{picture}")
+        wait_for(lambda picture=picture: state(client, picture) == "done")
+        assert max_difference(open_picture(client.get(f"/download/{picture}").content), expected) <= 1 / 255
+        with pytest.raises(UnknownPicture):
+            shared.job(picture)
+
+
+def test_a_promise_that_nobody_asks_for_is_found(two, shared, promoted, monkeypatch):
+    client = two[0]
+    monkeypatch.setattr(studio(client).promises, "seconds", 0)  # what was written just now is old enough to be read
+    held, left = promise(shared, promoted, age=20), promise(shared, promoted, age=31)
+    ahead, given = promise(shared, promoted, age=-(10**6)), promise(shared, promoted, lease=0)
+    shared.put_job(uuid.uuid4(), {"no": "promise"})
+    client.portal.call(studio(client)._take_up)
+    wait_for(lambda: not studio(client).making)
+    stored = {image["id"] for image in client.get("/images").json()["images"]}
+    assert stored == {str(left), str(ahead), str(given)}
+    assert shared.job(held)["holder"] == "another"
+
+
+def test_a_look_takes_only_what_this_replica_can_begin(serve, shared, promoted, monkeypatch):
+    client = serve(store="memory://", max_rows=2)
+    monkeypatch.setattr(studio(client).promises, "seconds", 0)
+    slow = promoted.with_(steps=100, width=256, height=256)
+    pictures = [promise(shared, slow, age=31, created=float(number)) for number in range(4)]
+    client.portal.call(studio(client)._take_up)
+    assert list(studio(client).making) == pictures[: len(studio(client).making)]
+    assert len(studio(client).making) == 1
+    for picture in pictures:
+        client.delete(f"/jobs/{picture}")
+
+
+def test_a_lease_is_renewed_while_the_picture_is_drawn(two, shared):
+    first = two[0]
+    picture = uuid.UUID(running(first))
+    promises = studio(first).promises
+    wait_for(lambda: shared.job(picture)["state"] == "running")
+    before = shared.job(picture)
+    assert (before["holder"], before["lease"]) == (promises.replica, 30)
+    promises._written[picture] = ("running", time.monotonic() - promises.seconds / 3)
+    wait_for(lambda: shared.job(picture)["renewed"] > before["renewed"])
+    first.delete(f"/jobs/{picture}")
+
+
+def test_a_picture_is_cancelled_through_any_replica(two):
+    first, second = two
+    picture = running(first)
+    assert second.delete(f"/jobs/{picture}").status_code == 204
+    assert state(second, picture) == "cancelled"
+    assert second.delete(f"/jobs/{picture}").json()["type"] == "urn:sdxl-lab:already-over"
+    studio(first).promises._written[uuid.UUID(picture)] = ("running", -1e9)  # it is time to renew
+    wait_for(lambda: not studio(first).making)
+    assert state(first, picture) == "cancelled"
+
+
+def test_a_picture_cancelled_elsewhere_is_not_stored_even_if_it_was_drawn_before_the_mark_was_seen(two, monkeypatch):
+    first, second = two
+    monkeypatch.setattr(studio(first).promises, "due", lambda *_: False)
+    picture = first.post("/generate", json=PROMPT | {"steps": 40}, headers=LATER).json()["id"]
+    assert second.delete(f"/jobs/{picture}").status_code == 204
+    wait_for(lambda: not studio(first).making)
+    assert [state(client, picture) for client in two] == ["cancelled"] * 2
+    assert first.get(f"/download/{picture}").status_code == 404
+
+
+def test_a_picture_that_is_being_stored_is_not_cancelled_elsewhere(two, shared, promoted):
+    storing = promise(shared, promoted, state="storing")
+    answer = two[0].delete(f"/jobs/{storing}")
+    assert answer.json()["type"] == "urn:sdxl-lab:already-over"
+    assert state(two[0], storing) == "running"
+
+
+def test_a_key_joins_the_picture_that_another_replica_draws(two):
+    first, second = two
+    keyed = {"Idempotency-Key": "joined"}
+    asked = PROMPT | {"steps": 100, "width": 128, "height": 128}
+    later = first.post("/generate", json=asked, headers=keyed | LATER).json()
+    before = studio(second).engine.stats().ticks
+    again = second.post("/generate", json=asked, headers=keyed | LATER)
+    assert (again.status_code, again.json()["id"]) == (202, later["id"])
+    assert second.post("/generate", json=PROMPT, headers=keyed).json()["type"] == "urn:sdxl-lab:key-reused"
+    events = second.post("/generate", json=asked, headers=keyed | {"Accept": "text/event-stream"}).text
+    assert events.index("event: queued") < events.index("event: done")
+    answers = [client.post("/generate", json=asked, headers=keyed).json() for client in two]
+    assert answers[0] == answers[1]
+    assert answers[0]["id"] == later["id"]
+    assert studio(second).engine.stats().ticks == before
+
+
+def test_whoever_waits_for_a_replica_that_dies_gets_the_picture_all_the_same(two, shared, promoted, monkeypatch):
+    """The lease runs out while a client waits elsewhere."""
+    client = two[0]
+    picture, seed = derived("anyone", "orphan")
+    client.post("/generate", json=PROMPT, headers={"Idempotency-Key": "orphan"})
+    kept = shared.record(picture)
+    png = shared.get(picture)
+    shared.delete(picture)
+    names = ("request", "prompt", "seed", "config", "promoted", "overridden")
+    asked = {name: kept[name] for name in names} | {"source": None, "strength": None, "created": 1.0, "attempts": 1}
+    lease = {"state": "running", "holder": "another", "renewed": time.time(), "lease": 2}
+    shared.put_job(picture, asked | lease)
+    answer = client.post("/generate", json=PROMPT, headers={"Idempotency-Key": "orphan"}).json()
+    assert time.time() - lease["renewed"] >= 2
+    assert (answer["id"], answer["seed"]) == (str(picture), seed)
+    assert max_difference(open_picture(shared.get(picture)), open_picture(png)) <= 1 / 255
+
+
+@pytest.mark.parametrize(("ended", "status"), [("failed", 500), ("cancelled", 409)])
+def test_whoever_waits_is_told_how_it_ended_elsewhere(two, shared, promoted, ended, status, monkeypatch):
+    client = two[0]
+    key = {"Idempotency-Key": ended}
+    held = promise(shared, promoted)
+    picture, _ = derived("anyone", ended)
+    job = shared.job(held)
+    monkeypatch.setattr(module, "_same_request", lambda *_: None)
+    shared.put_job(picture, job)
+    arrived = studio(client)._arrived
+
+    async def ends(wanted):
+        shared.put_job(picture, job | {"state": ended})
+        return await arrived(wanted)
+
+    monkeypatch.setattr(studio(client), "_arrived", ends)
+    if status == 500:
+        client = type(client)(client.app, raise_server_exceptions=False)
+    assert client.post("/generate", json=PROMPT, headers=key).status_code == status
+
+
+def test_two_replicas_that_get_one_key_at_once_draw_one_picture(two, shared, monkeypatch):
+    """The second one looks before the first has written, and writes after it."""
+    first, second = two
+    key = {"Idempotency-Key": "at once", **LATER}
+    read, blind = Store.read_job, [True]
+
+    def late(self, picture):
+        if self is studio(second).store and blind:
+            blind.clear()
+            first.post("/generate", json=LONG, headers=key)
+            raise UnknownPicture(str(picture))
+        return read(self, picture)
+
+    monkeypatch.setattr(Store, "read_job", late)
+    picture = second.post("/generate", json=LONG, headers=key).json()["id"]
+    assert not studio(second).making
+    assert uuid.UUID(picture) not in studio(second)._ended
+    assert shared.job(uuid.UUID(picture))["holder"] == studio(first).promises.replica
+    assert second.delete(f"/jobs/{picture}").status_code == 204
+
+
+def test_what_another_replica_stored_first_stands(two, shared, monkeypatch):
+    """A replica that was too slow to renew finds its picture stored."""
+    first = two[0]
+    monkeypatch.setattr(studio(first).promises, "due", lambda *_: False)
+    picture = uuid.UUID(first.post("/generate", json=PROMPT | {"steps": 40}, headers=LATER).json()["id"])
+    asked = shared.job(picture)
+    kept = shared.put(picture, b"theirs", asked)
+    shared.drop_job(picture)
+    wait_for(lambda: not studio(first).making)
+    assert shared.get(picture) == b"theirs"
+    assert shared.record(picture) == kept
+
+
+def test_a_picture_waits_for_a_store_that_does_not_answer(two, monkeypatch):
+    first = two[0]
+    monkeypatch.setattr(module, "LOOK", 0.01)
+    put, refused = Store.put, []
+
+    def out(*arguments):
+        if len(refused) < 3:
+            refused.append(arguments)
+            raise StoreUnreachable("the store does not answer")
+        return put(*arguments)
+
+    monkeypatch.setattr(Store, "put", out)
+    assert first.post("/generate", json=PROMPT).status_code == 200
+    refused.clear()
+    later = first.post("/generate", json=PROMPT, headers=LATER).json()
+    wait_for(lambda: state(first, later["id"]) == "done")
+    assert len(refused) == 3
+
+
+def test_a_store_that_stays_away_costs_an_attempt_and_no_picture(two, shared, monkeypatch):
+    first, second = two
+    monkeypatch.setattr(module, "OUTAGE", 0)
+    put = Store.put
+
+    def out(*_):
+        raise StoreUnreachable("the store does not answer")
+
+    monkeypatch.setattr(Store, "put", out)
+    answer = first.post("/generate", json=PROMPT, headers={"Idempotency-Key": "away"})
+    assert (answer.status_code, answer.json()["type"]) == (503, "urn:sdxl-lab:store-unreachable")
+    monkeypatch.setattr(Store, "put", put)
+    picture = derived("anyone", "away")[0]
+    assert state(second, picture) == "running"  # by the lease that the first one still has
+    assert first.post("/generate", json=PROMPT, headers={"Idempotency-Key": "away"}).json()["id"] == str(picture)
+    assert state(second, picture) == "done"
+
+
+def test_what_a_stop_gives_back_is_free_at_once_and_no_attempt(serve, two, shared):
+    first, second = serve(store="memory://"), two[0]
+    picture = running(first)
+    first.portal.call(studio(first).drain, 0)
+    left = shared.job(uuid.UUID(picture))
+    assert (left["lease"], left["attempts"], left["state"]) == (0, 0, "queued")
+    assert state(second, picture) in ("queued", "running")
+    assert uuid.UUID(picture) in studio(second).making
+    second.delete(f"/jobs/{picture}")
+
+
+def test_a_promise_for_other_models_is_left_to_their_replicas_for_a_while(two, shared, promoted):
+    client = two[0]
+    other = promoted.with_(model=promoted.model.with_(base="elsewhere"))
+    young, old = promise(shared, other, 31, created=time.time()), promise(shared, other, 31)
+    assert (state(client, young), state(client, old)) == ("running", "running")
+    assert (shared.job(young)["state"], shared.job(old)["state"]) == ("running", "failed")
+
+
+def test_a_promise_is_not_failed_because_the_store_does_not_answer(two, shared, promoted, monkeypatch):
+    client = two[0]
+    refined = promise(shared, promoted, 31, source=str(ID), strength=0.3)
+    get = Store.get
+
+    def out(self, picture):
+        raise StoreUnreachable("the store does not answer")
+
+    monkeypatch.setattr(Store, "get", out)
+    assert client.get(f"/images/{refined}").status_code == 503
+    monkeypatch.setattr(Store, "get", get)
+    assert shared.job(refined)["state"] == "running"
+    client.get(f"/images/{refined}")
+    assert shared.job(refined)["state"] == "failed"  # its source is gone
+
+
+# --- the lease itself ------------------------------------------------------------------------------------------------
+
+ASKED = {"created": 1.0, "attempts": 1}
+
+
+@pytest.fixture
+def pair(shared):
+    return Promises(shared, 30), Promises(shared, 30)
+
+
+def expire(shared):
+    shared.put_job(ID, shared.job(ID) | {"renewed": time.time() - 31})
+
+
+def test_a_lease_goes_from_hand_to_hand(pair, shared):
+    first, second = pair
+    first.take(ID, ASKED, None)
+    job, version = shared.read_job(ID)
+    assert (first.free(job), second.free(job)) == (True, False)
+    assert first.renew(ID, "running") == "held"
+    with pytest.raises(stores.JobChanged):
+        second.take(ID, ASKED, version)  # it was renewed since
+    expire(shared)
+    job, version = shared.read_job(ID)
+    assert second.free(job)
+    second.take(ID, job, version)
+    assert first.renew(ID, "running") == "lost"
+    first.fail(ID)  # no longer its business
+    first.give_back(ID)
+    assert shared.job(ID)["state"] == "queued"
+    assert shared.job(ID)["lease"] == 30
+    expire(shared)
+    assert first.renew(ID, "running") == "held"  # the second one is gone, too
+    assert second.cancel(ID) == "unfinished"
+    assert first.renew(ID, "storing") == "cancelled"
+    assert second.cancel(ID) == "cancelled"
+    first.keep(ID)
+    assert second.renew(ID, "running") == "gone"
+
+
+def test_a_renewal_and_a_cancel_at_once_keep_the_mark(pair, shared, monkeypatch):
+    first, second = pair
+    first.take(ID, ASKED, None)
+    swap, meanwhile = Store.swap_job, [True]
+
+    def cancelled_first(self, *arguments):
+        if meanwhile:
+            meanwhile.clear()
+            second.cancel(ID)
+        return swap(self, *arguments)
+
+    monkeypatch.setattr(Store, "swap_job", cancelled_first)
+    assert first.renew(ID, "running") == "cancelled"
+
+
+def test_a_renewal_that_comes_late_does_not_hide_that_the_picture_is_being_stored(pair, shared):
+    first, second = pair
+    first.take(ID, ASKED, None)
+    assert first.renew(ID, "storing") == "held"
+    assert first.renew(ID, "running") == "held"
+    assert second.cancel(ID) == "storing"
+
+
+def test_a_take_whose_answer_was_lost_is_ours(pair, shared):
+    first, second = pair
+    first.take(ID, ASKED, None)
+    first.take(ID, ASKED, None)
+    with pytest.raises(stores.JobChanged):
+        second.take(ID, ASKED, None)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), obstore.exceptions.GenericError("501 Not Implemented")])
+def test_a_store_without_conditions_takes_what_comes_last(pair, shared, monkeypatch, error):
+    put = obstore.put
+
+    def unconditional(objects, path, content, mode, **more):
+        if mode != "overwrite":
+            raise error
+        return put(objects, path, content, mode=mode, **more)
+
+    monkeypatch.setattr(obstore, "put", unconditional)
+    first, second = pair
+    first.take(ID, ASKED, None)
+    second.take(ID, ASKED, None)
+    assert (first.renew(ID, "running"), second.renew(ID, "running")) == ("lost", "held")
+
+
+def test_looking_reads_each_ended_promise_once_and_forgets_it_after_a_day(shared, monkeypatch):
+    promises = Promises(shared, 0)
+    ended = [uuid.uuid4() for _ in range(3)]
+    for each in ended:
+        shared.put_job(each, ASKED | {"state": "failed", "holder": "", "renewed": 1.0, "lease": 30})
+    read, reads = Store.job, []
+    monkeypatch.setattr(Store, "job", lambda self, job: reads.append(job) or read(self, job))
+    for _ in range(3):
+        assert promises.untended() == []
+    assert sorted(reads) == sorted(ended)
+    monkeypatch.setattr("service.promises.TOLD", 0)
+    promises.untended()
+    assert list(shared.job_names()) == []
+
+
+def test_what_was_renewed_within_a_lease_is_not_read(shared, monkeypatch):
+    Promises(shared, 30).take(ID, ASKED, None)
+    monkeypatch.setattr(Store, "job", lambda *_: pytest.fail("it was read"))
+    assert Promises(shared, 30).untended() == []
+
+
+def test_a_look_reads_only_so_many(shared, monkeypatch):
+    monkeypatch.setattr("service.promises.LOOKS", 2)
+    for _ in range(5):
+        shared.put_job(uuid.uuid4(), ASKED | {"state": "queued", "holder": "", "renewed": 1.0, "lease": 30})
+    assert len(Promises(shared, 0).untended()) == 2
