@@ -12,12 +12,13 @@ import optuna
 import pandas as pd
 import pytest
 
+from sdxl_lab.axes import SweepError, changed
 from sdxl_lab.cells import Cells
 from sdxl_lab.cli import STOPPED, main
 from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig
 from sdxl_lab.engine import Engine
 from sdxl_lab.metrics import METRICS, Metric, MetricError
-from sdxl_lab.sweep import Sweep, SweepError, read_table, run
+from sdxl_lab.sweep import Sweep, read_table, run
 from sdxl_lab.tune import Choices, Plan, Span, hopeless, knee, tune
 
 PAIRS = tuple((prompt, seed) for seed in range(4) for prompt in ("a cat", "a boat", "a red star"))
@@ -434,4 +435,4 @@ def test_a_range_of_a_fraction_is_one_though_its_ends_are_whole(plan: Plan) -> N
     trial = optuna.trial.FixedTrial({"guidance_scale": 2.5, "steps": 3})
     assert Span(1, 5, 0.5, False, False).suggest(trial, "guidance_scale") == 2.5
     assert Span(1, 5, None, False, True).suggest(trial, "steps") == 3
-    assert plan.configured({"refiner.handover": 0.5, "refiner": {}}).refiner == RefinerConfig(0.5)
+    assert changed(plan.config, {"refiner.handover": 0.5, "refiner": {}}).refiner == RefinerConfig(0.5)
