@@ -402,12 +402,6 @@ def test_refining_with_a_model_without_refiner_is_refused():
         Job(config, "a cat", 1, Source(Image.new("RGB", (64, 64)), 0.5, {}))
 
 
-@pytest.mark.parametrize("name", ["lcm", "tcd"])
-def test_more_steps_than_a_distilled_scheduler_has_are_refused(name):
-    with pytest.raises(ConfigError, match=rf"steps must be at most 50 with the scheduler {name}; received 51"):
-        Job(GenerationConfig(scheduler=name, steps=51), "a cat", 1)
-
-
 @pytest.mark.parametrize(("handover", "lacking"), [(0.01, "base"), (0.999, "refiner")])
 def test_a_hand_over_that_leaves_a_stage_without_a_step_is_refused(bench, handover, lacking):
     job = Job(bench.config.with_(scheduler="dpmpp_2m", refiner=RefinerConfig(handover)), "a cat", 1)
