@@ -20,9 +20,9 @@ from tempfile import NamedTemporaryFile
 from typing import Any, Self
 
 from . import __version__
-from .config import GenerationConfig, ModelRef, RuntimeProfile
+from .config import GenerationConfig, ModelRef, RuntimeProfile, canonical
 from .engine import Engine, EngineStopped, Ticket
-from .images import Picture, PictureError, canonical, open_picture, read_record
+from .images import Picture, PictureError, open_picture, read_record
 from .metrics import Metric
 from .models import identity, placement
 from .trajectory import Job, calls_of, rows_of

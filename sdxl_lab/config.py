@@ -138,6 +138,11 @@ _NAME = _text(1, 500, "nano")
 _PROMPT = _text(1, MAX_PROMPT, "A cat in a hat")
 
 
+def canonical(content: Mapping[str, Any]) -> str:
+    """JSON with sorted keys and no blanks: equal content, equal text."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
 class Record:
     """What the records below share: rules checked at birth, plain-dict and JSON forms, `with_`."""
 
@@ -196,9 +201,8 @@ class Record:
 
     @property
     def digest(self) -> str:
-        """First 12 hex digits of the sha256 of the canonical JSON (sorted keys, no blanks)."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """First 12 hex digits of the sha256 of the `canonical` JSON."""
+        return hashlib.sha256(canonical(self.to_dict()).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -379,8 +383,7 @@ class RuntimeProfile(Record):
         "device": Rule(
             "auto, cpu, cuda or cuda:N",
             lambda v: (
-                isinstance(v, str)
-                and (v in ("auto", "cpu", "cuda", "mps") or (v.startswith("cuda:") and v[5:].isdigit()))
+                isinstance(v, str) and (v in ("auto", "cpu", "cuda") or (v.startswith("cuda:") and v[5:].isdigit()))
             ),
             "auto",
         ),

@@ -34,9 +34,8 @@ from .axes import (
     spread,
 )
 from .cells import FOLDER, Cell, Cells, OnProgress
-from .config import GenerationConfig, Record, RuntimeProfile
+from .config import GenerationConfig, Record, RuntimeProfile, canonical
 from .engine import Engine
-from .images import canonical
 from .metrics import Metric
 from .models import placement
 

@@ -20,9 +20,8 @@ from scipy import stats
 
 from .axes import NONE, SweepError, base_config, changed, check_axis, flat, named_metric, read_toml, spread
 from .cells import FOLDER, Cell, Cells
-from .config import ConfigError, GenerationConfig, RuntimeProfile
+from .config import ConfigError, GenerationConfig, RuntimeProfile, canonical
 from .engine import Engine
-from .images import canonical
 from .metrics import Metric
 from .sweep import on_own_device, processes, write_table
 
