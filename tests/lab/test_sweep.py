@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,6 @@ from sdxl_lab.sweep import Sweep, read_table, run, summary
 
 ROOT = Path(__file__).parents[2]
 PROMPT = ["A cat in a hat"]
-
-
-@pytest.fixture
-def engine(start: Callable[..., Engine]) -> Engine:
-    return start()
-
-
-@pytest.fixture
-def submitted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every job that reaches the engine."""
-    jobs: list[Any] = []
-    submit = engine.submit
-    monkeypatch.setattr(engine, "submit", lambda job, **more: (jobs.append(job), submit(job, **more))[1])
-    return jobs
 
 
 def settings(sweep: Sweep, *names: str) -> list[tuple[Any, ...]]:
@@ -288,11 +273,8 @@ def test_the_command_draws_then_only_reads(file: Path, capsys: pytest.CaptureFix
     pd.testing.assert_frame_equal(read_table(out), table)
 
 
-def test_ctrl_c_says_how_to_go_on(file: Path, capsys: pytest.CaptureFixture, monkeypatch: Any) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Cells, "complete", interrupted)
+@pytest.mark.usefixtures("interrupted")
+def test_ctrl_c_says_how_to_go_on(file: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["sweep", str(file), "--out", str(file.parent / "out")]) == STOPPED
     assert "what is finished is kept in runs/cells; to go on, run the same command again" in capsys.readouterr().err
 

@@ -42,20 +42,6 @@ KNOWN = Metric("known", "higher", "this test", _known)
 
 
 @pytest.fixture
-def engine(start: Callable[..., Engine]) -> Engine:
-    return start()
-
-
-@pytest.fixture
-def submitted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every job that reaches the engine."""
-    jobs: list[Any] = []
-    submit = engine.submit
-    monkeypatch.setattr(engine, "submit", lambda job, **more: (jobs.append(job), submit(job, **more))[1])
-    return jobs
-
-
-@pytest.fixture
 def plan(tiny_config: GenerationConfig) -> Plan:
     return Plan(
         name="known",
@@ -421,11 +407,8 @@ def test_the_command_tunes_says_what_it_found_and_resumes(file: Path, capsys: py
     pd.testing.assert_frame_equal(read_table(out), table)
 
 
-def test_ctrl_c_says_how_to_go_on(file: Path, capsys: pytest.CaptureFixture, monkeypatch: Any) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Cells, "complete", interrupted)
+@pytest.mark.usefixtures("interrupted")
+def test_ctrl_c_says_how_to_go_on(file: Path, capsys: pytest.CaptureFixture) -> None:
     command = ["tune", str(file), "--out", str(file.parent / "out"), "--cells", str(file.parent / "cells")]
     assert main(command) == STOPPED
     assert "to go on, run the same command again" in capsys.readouterr().err
