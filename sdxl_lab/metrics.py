@@ -1,7 +1,7 @@
 """Numbers from pictures, and what a difference of such numbers proves.
 
 Every metric has one signature: pictures in, one float a picture out; `METRICS` lists those that need no model, and
-`clip_score` makes the one that does. `interval` and `paired` say how sure a mean is. Knows no sweeps and no files.
+`clip_score` makes the one that does. `interval` and `paired` say how sure a mean is. Knows no sweeps and no cells.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence

@@ -123,7 +123,7 @@ def _where(table: pd.DataFrame, settings: Mapping[str, Any]) -> pd.DataFrame:
 def grid(images: Sequence[Image.Image], labels: Sequence[str], columns: int | None = None) -> Image.Image:
     """Pictures of one size in rows of `columns` (default: one row), each under its label."""
     if len(images) != len(labels) or not images:
-        raise ValueError(f"a grid must have one label a picture; received {len(images)} pictures, {len(labels)} labels")
+        raise PlotError(f"a grid must have one label a picture; received {len(images)} pictures, {len(labels)} labels")
     columns = columns or len(images)
     width, height = images[0].size
     rows = -(-len(images) // columns)

@@ -224,10 +224,7 @@ def run(
     for a sample here and there that rounds to the next of its 256 values. An interrupt raises `KeyboardInterrupt` and
     leaves what is finished; run it again to go on.
     """
-    profile = engine.profile if engine else profile or RuntimeProfile()
-    group = processes(profile)
-    if engine is None:
-        profile = on_own_device(profile, group)
+    group, profile = processes(profile, engine)
     with Cells(cells, profile, engine) as store:
         keys = {store.key(cell): cell for cell in sweep.cells}
         # In the order of their keys, which is as good as shuffled: every process gets easy and hard ones alike.
@@ -242,19 +239,15 @@ def run(
     return table
 
 
-def processes(profile: RuntimeProfile) -> PartialState:
-    """This process among those of `accelerate launch`; alone without it. Nobody gives up waiting for a slower one."""
-    on_cpu = placement(profile)[0].type == "cpu"
-    return (
-        PartialState(cpu=on_cpu, timeout=timedelta(days=30)) if "LOCAL_RANK" in os.environ else PartialState(cpu=on_cpu)
-    )
-
-
-def on_own_device(profile: RuntimeProfile, group: PartialState) -> RuntimeProfile:
-    """Each of many processes on the GPU that is its own."""
-    if group.num_processes == 1 or group.device.type != "cuda":
-        return profile
-    return profile.with_(device=f"cuda:{group.local_process_index}")
+def processes(profile: RuntimeProfile | None, engine: Engine | None) -> tuple[PartialState, RuntimeProfile]:
+    """This process among those of `accelerate launch`, alone without it, and the profile it draws with: that of the
+    engine where one is lent, else each of many on the GPU that is its own. Nobody gives up waiting for a slower one."""
+    profile = engine.profile if engine else profile or RuntimeProfile()
+    patience = {"timeout": timedelta(days=30)} if "LOCAL_RANK" in os.environ else {}
+    group = PartialState(cpu=placement(profile)[0].type == "cpu", **patience)
+    if engine is None and group.num_processes > 1 and group.device.type == "cuda":
+        profile = profile.with_(device=f"cuda:{group.local_process_index}")
+    return group, profile
 
 
 def _table(sweep: Sweep, store: Cells, errors: Mapping[str, str]) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 Every trial draws the same pairs of prompt and seed, as cells: what another trial, a sweep or an interrupted run has
 drawn is not drawn again. The study itself is Optuna's, in Optuna's storage; it resumes, and many workers may share it.
+How a cell is drawn, kept and measured this module does not know.
 """
 
 import json
@@ -23,7 +24,7 @@ from .cells import FOLDER, Cell, Cells
 from .config import ConfigError, GenerationConfig, RuntimeProfile, canonical
 from .engine import Engine
 from .metrics import Metric
-from .sweep import on_own_device, processes, write_table
+from .sweep import processes, write_table
 
 OUT = Path("runs/studies")
 KEYS = {"name", "model", "config", "metric", "clip", "trials", "startup", "seed", "storage", "choose"} | {
@@ -245,10 +246,7 @@ def tune(
     that was begun on something else.
     """
     out = Path(out or OUT / plan.name)
-    profile = engine.profile if engine else profile or RuntimeProfile()
-    workers = processes(profile)
-    if engine is None:
-        profile = on_own_device(profile, workers)
+    workers, profile = processes(profile, engine)
     with Cells(cells, profile, engine) as store:
         with workers.main_process_first(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats, names of metrics
