@@ -27,7 +27,7 @@ from .metrics import Metric
 from .sweep import processes, write_table
 
 OUT = Path("runs/studies")
-KEYS = {"name", "model", "config", "metric", "clip", "trials", "startup", "seed", "storage", "choose"} | {
+KEYS = {"name", "model", "config", "metric", "clip", "trials", "startup", "seed", "choose"} | {
     "space", "pairs", "stop", "start"
 }  # fmt: skip
 WHOLE = {item.name for item in fields(GenerationConfig) if item.type is int}

@@ -356,6 +356,7 @@ def test_a_file_is_a_plan(file: Path, tiny_config: GenerationConfig) -> None:
 
 BAD = {
     "no space": (FILE.replace("[space]", "[spaces]"), SweepError, "received 'spaces'. Did you mean space?"),
+    "a storage, which the command takes": ("storage = 'x'" + FILE, SweepError, "received 'storage'"),
     "an unknown field": (
         FILE.replace("scheduler =", "schedular ="),
         SweepError,
