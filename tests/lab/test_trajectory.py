@@ -367,11 +367,7 @@ def test_the_comparison_turns_red_when_the_strength_changes(bench, strength):
 BAD_JOBS = [
     ({"prompt": ""}, "; received '0 characters'. Example: prompt = \"A cat in a hat\""),
     ({"prompt": "x" * 2001}, "received '2001 characters'"),
-    ({"prompt": None}, "received None"),
     ({"seed": -1}, "seed must be a whole number from 0 to 9223372036854775807; received -1. Example: seed = 7"),
-    ({"seed": 2**63}, f"received {2**63}"),
-    ({"seed": 1.0}, "received 1.0"),
-    ({"seed": True}, "received True"),
 ]
 
 
