@@ -189,6 +189,13 @@ def test_a_metric_that_cannot_measure_ends_the_study(tuned: Callable, plan: Plan
         tuned(replace(plan, metric=Metric("broken", "higher", "this test", broken)))
 
 
+def test_a_rule_over_two_fields_that_are_both_searched_is_left_to_the_trials(plan: Plan) -> None:
+    config, few = plan.config.with_(steps=100), {"scheduler": Choices(("euler", "lcm"))}
+    assert replace(plan, config=config, space=few | {"steps": Choices((4, 60))}).config == config
+    with pytest.raises(ConfigError, match="at most 50 with the scheduler lcm; received 100"):
+        replace(plan, config=config, space=few)
+
+
 def test_the_refiners_fields_are_left_out_where_it_is(tuned: Callable, plan: Plan) -> None:
     space = {"refiner.handover": Span(0.4, 0.6, None, False, False), "refiner": Choices(("none", {}))}
     found = tuned(replace(plan, space=space, trials=8, stop_after=12))
