@@ -19,13 +19,13 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, Self
 
-from . import __version__, schedulers
-from .config import GenerationConfig, ModelRef, RuntimeProfile
+from . import __version__
+from .config import GenerationConfig, ModelRef, RuntimeProfile, canonical
 from .engine import Engine, EngineStopped, Ticket
-from .images import Picture, PictureError, canonical, open_picture, read_record
+from .images import Picture, PictureError, open_picture, read_record
 from .metrics import Metric
 from .models import identity, placement
-from .trajectory import Job, rows_of
+from .trajectory import Job, calls_of, rows_of
 
 FOLDER = Path("runs/cells")
 LIBRARIES = ("diffusers", "torch", "transformers", "scipy", "torchsde", "invisible-watermark", "opencv-python")
@@ -52,9 +52,7 @@ class Cell:
     @cached_property
     def cost(self) -> float:
         """What drawing it takes, roughly, in UNet rows x pixels: for the forecast alone."""
-        config = self.config
-        calls = config.steps * schedulers.order(config.scheduler)
-        return float(calls * rows_of(self.job) * config.width * config.height)
+        return float(calls_of(self.job) * rows_of(self.job) * self.config.width * self.config.height)
 
 
 @dataclass(frozen=True)

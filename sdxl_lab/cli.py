@@ -1,4 +1,8 @@
-"""The terminal's door: draw, show or repeat a picture, sweep, promote and verify settings, run a notebook."""
+"""The terminal's door: draw, show or repeat a picture, sweep, tune, promote and verify settings, run a notebook.
+
+Knows words, exit codes and progress bars; each command imports what does its work when it is asked for, so that help
+and a wrong word need no torch.
+"""
 
 import argparse
 import dataclasses
@@ -20,7 +24,7 @@ STOPPED = 130  # what a shell expects of a program ended by Ctrl-C
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m sdxl_lab", description=__doc__)
+    top = argparse.ArgumentParser(prog="python -m sdxl_lab", description=__doc__.splitlines()[0])
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -121,7 +125,7 @@ def _changes(asked: argparse.Namespace, config: GenerationConfig) -> dict[str, A
 
 
 def _generate(asked: argparse.Namespace) -> None:
-    with_source = None
+    refined = None
     prompt, seed = asked.prompt, asked.seed
     if asked.like:
         from .images import read_record
@@ -130,7 +134,7 @@ def _generate(asked: argparse.Namespace) -> None:
         config = GenerationConfig.from_dict(record["config"])
         prompt = prompt if prompt is not None else record["prompt"]
         seed = seed if seed is not None else record["seed"]
-        with_source = record if "source" in record else None
+        refined = record if "source" in record else None
     elif asked.config:
         config = GenerationConfig.from_toml(asked.config)
     else:
@@ -145,8 +149,8 @@ def _generate(asked: argparse.Namespace) -> None:
 
     job = Job(config, prompt, seed)
     with Engine.load(config) as engine:
-        if with_source is not None:
-            job = Job(config, prompt, seed, _source(engine, with_source))
+        if refined is not None:
+            job = Job(config, prompt, seed, _source(engine, refined))
         picture = _draw(engine, job)
     picture.save(asked.out)
     print(f"{asked.out}  seed {seed}  config {config.digest}  {picture.timings['total_ms'] / 1000:.1f} s")

@@ -37,6 +37,14 @@ SCHEDULERS = (
     "lcm",
     "tcd",
 )
+MAX_STEPS = 1000
+# LCM and TCD are distilled to 50 steps. Of the others these would begin beyond the 1,000 noise levels that SDXL was
+# trained on, or twice on the same one, and diffusers then fails or divides by zero.
+FEWER_STEPS = {
+    **dict.fromkeys(("lcm", "tcd"), 50),
+    **dict.fromkeys(("dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis"), 998),
+    **dict.fromkeys(("ddim", "ddpm", "pndm", "lms", "dpmpp_sde"), 999),
+}
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 2_000
 
@@ -130,6 +138,11 @@ _NAME = _text(1, 500, "nano")
 _PROMPT = _text(1, MAX_PROMPT, "A cat in a hat")
 
 
+def canonical(content: Mapping[str, Any]) -> str:
+    """JSON with sorted keys and no blanks: equal content, equal text."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
 class Record:
     """What the records below share: rules checked at birth, plain-dict and JSON forms, `with_`."""
 
@@ -188,9 +201,8 @@ class Record:
 
     @property
     def digest(self) -> str:
-        """First 12 hex digits of the sha256 of the canonical JSON (sorted keys, no blanks)."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """First 12 hex digits of the sha256 of the `canonical` JSON."""
+        return hashlib.sha256(canonical(self.to_dict()).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -259,7 +271,7 @@ class Limits(Record):
     side: tuple[int, int] = (128, 512)
 
     RULES = {
-        "steps": _increasing(_pair(_integer(1, 1000, 25), (1, 100))),
+        "steps": _increasing(_pair(_integer(1, MAX_STEPS, 25), (1, 100))),
         "guidance_scale": _increasing(_pair(_number(0, 100, 7.0), (0, 30))),
         "side": _increasing(_pair(_side(256), (128, 512))),
     }
@@ -294,7 +306,7 @@ class GenerationConfig(Record):
     NESTED = {"model": ModelRef, "refiner": RefinerConfig, "limits": Limits}
     RULES = {
         "scheduler": _one_of(SCHEDULERS),
-        "steps": _integer(1, 1000, 25),
+        "steps": _integer(1, MAX_STEPS, 25),
         "guidance_scale": _number(0, 100, 5.0),
         "guidance_rescale": _number(0, 1, 0.7),
         "guidance_interval": _or_none(_increasing(_pair(_number(0, 1000, 0.28), (0.28, 5.42)))),
@@ -309,6 +321,9 @@ class GenerationConfig(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        most = FEWER_STEPS.get(self.scheduler, MAX_STEPS)
+        if self.steps > most:
+            raise ConfigError("steps", self.steps, f"at most {most} with the scheduler {self.scheduler}", most)
         if self.refiner is not None and self.model.refiner is None:
             raise ConfigError(
                 "refiner",
@@ -368,8 +383,7 @@ class RuntimeProfile(Record):
         "device": Rule(
             "auto, cpu, cuda or cuda:N",
             lambda v: (
-                isinstance(v, str)
-                and (v in ("auto", "cpu", "cuda", "mps") or (v.startswith("cuda:") and v[5:].isdigit()))
+                isinstance(v, str) and (v in ("auto", "cpu", "cuda") or (v.startswith("cuda:") and v[5:].isdigit()))
             ),
             "auto",
         ),

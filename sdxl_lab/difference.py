@@ -11,16 +11,22 @@ from .config import GenerationConfig
 
 def changed_fields(before: GenerationConfig, after: GenerationConfig) -> dict[str, tuple[Any, Any]]:
     """Field by field what differs, nested ones as `refiner.handover`; None where a side has no such field."""
-    first, second = _flat(before.to_dict()), _flat(after.to_dict())
-    names = [*first, *(name for name in second if name not in first)]
-    return {name: (first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)}
+    return changes(flat(before.to_dict()), flat(after.to_dict()))
 
 
-def _flat(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name by name what differs, as (before, after); None where a side lacks the name."""
+    return {
+        name: (before.get(name), after.get(name)) for name in {**before, **after} if before.get(name) != after.get(name)
+    }
+
+
+def flat(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested values under dotted names."""
+    found: dict[str, Any] = {}
     for name, value in content.items():
-        flat |= _flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
-    return flat
+        found |= flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
+    return found
 
 
 def difference_table(
@@ -28,11 +34,9 @@ def difference_table(
 ) -> str:
     """What a pull request says of a promotion, as Markdown: the settings that change, and with `judged` the metrics and
     the gates."""
-    changes = (
-        changed_fields(before, after) if before else {name: (None, v) for name, v in _flat(after.to_dict()).items()}
-    )
+    changed = changes(flat(before.to_dict()) if before else {}, flat(after.to_dict()))
     parts = [f"### {f'`{before.digest}`' if before else 'a new slot'} → `{after.digest}`"]
-    rows = [(f"`{name}`", _shown(old), _shown(new)) for name, (old, new) in changes.items()]
+    rows = [(f"`{name}`", _shown(old), _shown(new)) for name, (old, new) in changed.items()]
     parts.append(_markdown(("setting", "served", "candidate"), rows) if rows else "The settings are the same.")
     if judged:
         parts.append(_markdown(("metric", "better", "served", "candidate", "difference [95 %]"), _metric_rows(judged)))

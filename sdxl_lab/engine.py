@@ -21,12 +21,12 @@ import torch
 import transformers
 from PIL import Image
 
-from . import __version__, schedulers
+from . import __version__
 from .config import ConfigError, GenerationConfig, RuntimeProfile
 from .images import Picture, finish, preview
 from .models import Embedding, Models, identity, load
 from .pace import Load, Pace, Span, forecast
-from .trajectory import DenoiserName, Job, Rows, Trajectory, rows_of
+from .trajectory import DenoiserName, Job, Rows, Trajectory, calls_of, rows_of
 
 log = logging.getLogger(__name__)
 
@@ -185,27 +185,28 @@ class Engine:
         """`Ticket.eta`."""
         if ticket.future.done():
             return 0.0
-        with self._wake:
-            running, waiting = list(self._running), list(self._waiting)
+        running, waiting = self._under_way()
         spans = self._forecast(running, waiting)
         everyone = [*running, *waiting]
         return spans[everyone.index(ticket)].end if spans and ticket in everyone else None
 
     def backlog_seconds(self) -> float | None:
         """Seconds until a picture submitted now would have its first step; None while nothing was measured."""
-        with self._wake:
-            running, waiting = list(self._running), list(self._waiting)
-        spans = self._forecast(running, waiting, Load("none", 2, 1))
+        spans = self._forecast(*self._under_way(), Load("none", 2, 1))
         return spans[-1].start if spans else None
 
     def room_seconds(self) -> float | None:
         """Seconds until the queue takes one more picture: 0.0 if it does now; None while nothing was measured."""
-        with self._wake:
-            running, waiting = list(self._running), list(self._waiting)
+        running, waiting = self._under_way()
         if len(waiting) < self.max_queue:
             return 0.0
         spans = self._forecast(running, waiting)
         return spans[len(running) + len(waiting) - self.max_queue].start if spans else None
+
+    def _under_way(self) -> tuple[list[Ticket], list[Ticket]]:
+        """Those that are drawn and those that wait, at one moment."""
+        with self._wake:
+            return list(self._running), list(self._waiting)
 
     def _forecast(self, running: list[Ticket], waiting: list[Ticket], *more: Load) -> list[Span] | None:
         if not self._pace:
@@ -219,20 +220,18 @@ class Engine:
             name = next((stage.name for stage in trajectory.stages if not stage.finished), "base")
             height, width = trajectory.latents.shape[-2:]
             return Load((name, height, width), rows_of(job), max(0, trajectory.total - trajectory.calls))
-        factor, order = self.models.scale_factor, schedulers.order(job.config.scheduler)
-        if job.source is None:
-            width, height, calls = job.config.width, job.config.height, job.config.steps
-        else:
-            (width, height), calls = job.source.image.size, int(job.config.steps * job.source.strength)
         name = "base" if job.source is None else "refiner"
-        return Load((name, height // factor, width // factor), rows_of(job), max(1, calls * order))
+        width, height = (job.config.width, job.config.height) if job.source is None else job.source.image.size
+        factor = self.models.scale_factor
+        return Load((name, height // factor, width // factor), rows_of(job), calls_of(job))
 
     def stats(self) -> EngineStats:
-        with self._wake:
-            running, waiting = list(self._running), len(self._waiting)
+        running, waiting = self._under_way()
         rows, seconds = self._last_call
         in_flight = sum(rows_of(ticket.job) for ticket in running)
-        return EngineStats(waiting, len(running), in_flight, self.rows, self._ticks, rows, seconds, *self._all_calls)
+        return EngineStats(
+            len(waiting), len(running), in_flight, self.rows, self._ticks, rows, seconds, *self._all_calls
+        )
 
     def submit(self, job: Job, on_step: OnStep | None = None, priority: int = 0) -> Ticket:
         """Queue a picture: behind those of its own `priority` or a higher one, before the others.
@@ -473,23 +472,10 @@ class Engine:
 
     def _record(self, ticket: Ticket) -> dict[str, Any]:
         """All that decides the picture's pixels."""
-        job, trajectory = ticket.job, ticket.trajectory
-        assert trajectory is not None
-        record: dict[str, Any] = {
+        assert ticket.trajectory is not None
+        return ticket.trajectory.record() | {
             "version": __version__,
-            "prompt": job.prompt,
-            "negative_prompt": job.config.negative_prompt,
-            "seed": job.seed,
-            "config": job.config.to_dict(),
-            "digest": job.config.digest,
-            "sampler": schedulers.spec(job.config.scheduler).a1111,
-            "scheduler": schedulers.effective(trajectory.stages[-1].scheduler),
-            "unet_calls": {stage.name: len(stage.timesteps) for stage in trajectory.stages},
-            "unet_rows": {stage.name: stage.total_rows for stage in trajectory.stages},
             "weights": self.weights,
             "runtime": self.profile.to_dict(),
             "libraries": {module.__name__: module.__version__ for module in (diffusers, torch, transformers)},
         }
-        if job.source is not None:
-            record |= {"source": job.source.record, "strength": job.source.strength}
-        return record

@@ -1,4 +1,5 @@
-"""Exploring by hand: a panel on an engine, in a notebook.
+"""Exploring by hand: a panel on an engine, in a notebook. How it looks is `widgets.py`'s, what its controls mean
+`form.py`'s.
 
 Handlers only submit to the engine or cancel a ticket; one thread watches what is being drawn and sets the widgets'
 values. Nothing is printed, so a running cell neither blocks the panel nor gets its text. Every button has a method, so

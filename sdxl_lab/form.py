@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .config import MAX_SEED, ConfigError, GenerationConfig, RefinerConfig, checked_prompt, checked_seed
+from .difference import changes, flat
 from .trajectory import Job
 
 SEED_POLICIES = ("fixed", "random", "next")
@@ -59,20 +60,20 @@ def job_of(values: Mapping[str, Any], start: GenerationConfig) -> Job:
             errors[control] = str(error)
             return None
 
-    changes = {name: checked(name, GenerationConfig.checked, name, values[name]) for name in PLAIN}
-    changes["negative_prompt"] = checked("negative_prompt", _negative, values["negative_prompt"], start)
-    changes["guidance_interval"] = changes["refiner"] = None
+    asked = {name: checked(name, GenerationConfig.checked, name, values[name]) for name in PLAIN}
+    asked["negative_prompt"] = checked("negative_prompt", _negative, values["negative_prompt"], start)
+    asked["guidance_interval"] = asked["refiner"] = None
     if values["interval"]:
         pair = (values["interval_low"], values["interval_high"])
-        changes["guidance_interval"] = checked("interval", GenerationConfig.checked, "guidance_interval", pair)
+        asked["guidance_interval"] = checked("interval", GenerationConfig.checked, "guidance_interval", pair)
     if values["refiner"]:
         parts = {name: checked(name, RefinerConfig.checked, name, values[name]) for name in REFINER}
-        changes["refiner"] = None if errors.keys() & parts.keys() else RefinerConfig(**parts)
+        asked["refiner"] = None if errors.keys() & parts.keys() else RefinerConfig(**parts)
     prompt = checked("prompt", checked_prompt, values["prompt"])
     seed = checked("seed", checked_seed, _number(values["seed"]))
     if not errors:
         try:
-            return Job(start.with_(**changes), prompt, seed)
+            return Job(start.with_(**asked), prompt, seed)
         except ConfigError as error:  # a rule over more than one control
             errors[error.field] = str(error)
     raise FormError(errors)
@@ -102,17 +103,9 @@ def next_seed(policy: str, seed: int, last: int | None) -> int:
 
 def settings(job: Job) -> dict[str, Any]:
     """All that decides the job's picture, flat: prompt, seed, and the configuration's fields with dotted names."""
-    return {"prompt": job.prompt, "seed": job.seed, **_flat(job.config.to_dict())}
+    return {"prompt": job.prompt, "seed": job.seed, **flat(job.config.to_dict())}
 
 
 def differences(first: Job, second: Job) -> dict[str, tuple[Any, Any]]:
     """The settings in which two jobs differ: name -> (first's value, second's); None where one has none."""
-    a, b = settings(first), settings(second)
-    return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
-
-
-def _flat(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        flat |= _flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
-    return flat
+    return changes(settings(first), settings(second))

@@ -9,7 +9,8 @@
 "worse" and "better" hold the candidate against what is served, pair by pair of the same prompt and seed, in the
 direction in which the metric is better; "at most X worse" is a test of non-inferiority with the margin X, which may be
 a share of the served mean. The two last hold the candidate alone. Every interval is over prompts, so that it speaks of
-prompts not drawn yet, and counts with its unfavourable end. 95 % where no confidence is given.
+prompts not drawn yet, and counts with its unfavourable end. 95 % where no confidence is given. Knows numbers and their
+prompts, no pictures and no slots.
 """
 
 import re

@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from .config import canonical as canonical
+
 RECORD_KEY = "sdxl_lab"
 # The 48 bits that Stability's reference code and diffusers' StableDiffusionXLWatermarker write.
 WATERMARK_BITS = [int(bit) for bit in f"{0b101100111110110010010000011110111011000110011110:b}"]
@@ -85,11 +87,6 @@ def encode_png(image: Image.Image, record: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info, compress_level=4)
     return buffer.getvalue()
-
-
-def canonical(content: Mapping[str, Any]) -> str:
-    """JSON with sorted keys and no blanks: equal content, equal text."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def open_picture(source: Path | str | bytes) -> Image.Image:

@@ -1,7 +1,7 @@
 """Numbers from pictures, and what a difference of such numbers proves.
 
 Every metric has one signature: pictures in, one float a picture out; `METRICS` lists those that need no model, and
-`clip_score` makes the one that does. `interval` and `paired` say how sure a mean is. Knows no sweeps and no files.
+`clip_score` makes the one that does. `interval` and `paired` say how sure a mean is. Knows no sweeps and no cells.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -223,7 +223,7 @@ def find(name: str, clip: str = "nano") -> Metric:
     return METRICS[name]
 
 
-def clip_score(model: str = "nano", revision: str | None = None) -> Metric:
+def clip_score(model: str = "nano") -> Metric:
     """How well a picture fits the prompt in its record: 100 times the cosine of CLIP's two embeddings.
 
     Hessel et al. 2021 (arXiv 2104.08718) without their clip at 0, which would call a wrong picture and a contrary one
@@ -234,17 +234,17 @@ def clip_score(model: str = "nano", revision: str | None = None) -> Metric:
         "clip_score",
         "higher",
         f"Hessel et al. 2021 (arXiv 2104.08718), 100 x cosine; transformers' CLIPModel {model}",
-        lambda pictures, _: _clip_scores(model, revision, pictures),
+        lambda pictures, _: _clip_scores(model, pictures),
     )
 
 
 CLIP_BATCH = 32
 
 
-def _clip_scores(model: str, revision: str | None, pictures: Sequence[Picture]) -> list[float]:
+def _clip_scores(model: str, pictures: Sequence[Picture]) -> list[float]:
     # In a thread that ends, as `Engine.load` says: a second OpenMP pool that stays would slow the engine's.
     with ThreadPoolExecutor(1, thread_name_prefix="clip") as pool:
-        clip = pool.submit(_load_clip, model, revision).result()
+        clip = pool.submit(_load_clip, model).result()
         parts = [pictures[start : start + CLIP_BATCH] for start in range(0, len(pictures), CLIP_BATCH)]
         return [score for part in parts for score in pool.submit(clip.scores, part).result()]
 
@@ -268,14 +268,14 @@ class _Clip:
 
 
 @cache
-def _load_clip(model: str, revision: str | None) -> _Clip:
+def _load_clip(model: str) -> _Clip:
     place = str(NANO / "clip") if model == "nano" else model
     variant = "fp16" if Path(place, "model.fp16.safetensors").is_file() else None
     try:
         with loading():
-            loaded = CLIPModel.from_pretrained(place, revision=revision, variant=variant, dtype=torch.float32)
-            tokenizer = CLIPTokenizer.from_pretrained(place, revision=revision)
-            processor = CLIPImageProcessorPil.from_pretrained(place, revision=revision)
+            loaded = CLIPModel.from_pretrained(place, variant=variant, dtype=torch.float32)
+            tokenizer = CLIPTokenizer.from_pretrained(place)
+            processor = CLIPImageProcessorPil.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise MetricError(
             f"a CLIP model must be nano, a folder or a hub id of a CLIPModel; received {model!r}: {error}. Example: "
@@ -362,8 +362,6 @@ def paired(
     *,
     by: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
-    resamples: int = 4000,
-    seed: int = 0,
 ) -> Interval:
     """The `interval` of the mean of `a - b`, where a[i] and b[i] are of the same prompt and seed.
 
@@ -376,7 +374,7 @@ def paired(
             f"a and b must be pairs, value by value of the same prompt and seed; received {len(first)} and "
             f"{len(second)} values"
         )
-    return interval(first - second, by=by, confidence=confidence, resamples=resamples, seed=seed)
+    return interval(first - second, by=by, confidence=confidence)
 
 
 def _checked(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:

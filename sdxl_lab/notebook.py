@@ -28,13 +28,12 @@ def run(
     *,
     out: Path | str | None = None,
     cell_seconds: float = 600,
-    cwd: Path | str = ROOT,
 ) -> Path:
     """Execute a notebook in a kernel of its own and return the executed copy, by default `runs/notebooks/NAME`.
 
     `parameters` replace what the cell tagged "parameters" assigns: names it does not assign and values of another type
-    are refused before anything runs. `cell_seconds` is what one cell may take. The kernel works in `cwd`, by default
-    the repository's root. Raises `NotebookError` for all that is not a run to the last cell; the copy is kept then too.
+    are refused before anything runs. `cell_seconds` is what one cell may take. The kernel works in the repository's
+    root. Raises `NotebookError` for all that is not a run to the last cell; the copy is kept then too.
     """
     import papermill
 
@@ -48,7 +47,7 @@ def run(
             notebook,
             str(out.resolve()),
             parameters=given,
-            cwd=str(cwd),
+            cwd=str(ROOT),
             progress_bar=False,
             execution_timeout=cell_seconds,
             start_timeout=120,

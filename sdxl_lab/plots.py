@@ -2,15 +2,14 @@
 
 A table is a sweep's: one row a picture, with its settings, `prompt`, `seed`, numbers and `picture`, the id under which
 `pictures` gives it. Every plot is an image at twice the size at which a README shows it, in colours that the
-colour-blind tell apart (Okabe and Ito 2008) and with a mark of its own for every line. Knows no engine and no files.
+colour-blind tell apart (Okabe and Ito 2008) and with a mark of its own for every line. Knows no engine, no files, and
+of a sheet of pictures only what stands where.
 """
 
 import json
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import cycle, product
-from pathlib import Path
 from typing import Any, TypeVar
 
 import matplotlib as mpl
@@ -20,13 +19,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from .images import Picture
 from .metrics import METRICS, Interval, interval
+from .sheet import FAINT, GAP, INK, PALE, Axis, Panel, fitted, page, typeface
 
-LABEL, GAP = 26, 8
-INK, FAINT, PALE = "#1f2328", "#656d76", "#eceff2"
+LABEL = 26
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#555555")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -65,31 +64,6 @@ def said(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """The font that the plots have, too."""
-    return ImageFont.truetype(Path(mpl.get_data_path(), "fonts/ttf", f"DejaVuSans{'-Bold' * bold}.ttf"), size)
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """At most `lines` lines of at most `width` pixels; what is left over becomes an ellipsis."""
-    across = next((n for n in range(len(text), 0, -1) if _widest(textwrap.wrap(text, n), font) <= width), 1)
-    found = textwrap.wrap(text, across, max_lines=lines, placeholder="…")
-    return [_fitted(line, width, font) for line in found]
-
-
-def _widest(lines: Sequence[str], font: ImageFont.FreeTypeFont) -> float:
-    return max((font.getlength(line) for line in lines), default=0)
-
-
-def _fitted(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    """The text, or as much of it as fits, with an ellipsis."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
-
-
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
@@ -123,21 +97,17 @@ def _where(table: pd.DataFrame, settings: Mapping[str, Any]) -> pd.DataFrame:
 def grid(images: Sequence[Image.Image], labels: Sequence[str], columns: int | None = None) -> Image.Image:
     """Pictures of one size in rows of `columns` (default: one row), each under its label."""
     if len(images) != len(labels) or not images:
-        raise ValueError(f"a grid must have one label a picture; received {len(images)} pictures, {len(labels)} labels")
+        raise PlotError(f"a grid must have one label a picture; received {len(images)} pictures, {len(labels)} labels")
     columns = columns or len(images)
     width, height = images[0].size
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + LABEL + GAP) + GAP), "white")
-    pen, font = ImageDraw.Draw(sheet), _font(13)
+    pen, font = ImageDraw.Draw(sheet), typeface(13)
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         x, y = GAP + index % columns * (width + GAP), GAP + index // columns * (height + LABEL + GAP)
-        pen.text((x, y + 4), _fitted(label, width, font), fill=INK, font=font)
+        pen.text((x, y + 4), fitted(label, width, font), fill=INK, font=font)
         sheet.paste(image, (x, y + LABEL))
     return sheet
-
-
-MARGIN = 24
-NOTE = 20  # the line under a picture
 
 
 def picture_grid(
@@ -165,12 +135,16 @@ def picture_grid(
     cells = {place: _cell(table, axes, place, pictures, side) for place in product(sheets, rows, columns)}
     size = next((cell.size for cell in cells.values() if isinstance(cell, Image.Image)), (side, side))
     below = {place: _notes(table, axes, place, notes, size[0]) for place in cells}
-    panel = _Panel(size, across, columns, down, rows, max(map(len, below.values())))
+    panel = Panel(size, _axis(across, columns), _axis(down, rows) if down else None, max(map(len, below.values())))
     drawn = [
         panel.draw(f"{words(panels)}: {said(sheet)}" if panels else "", _of(cells, sheet), _of(below, sheet))
         for sheet in sheets
     ]
-    return _page(_shared(table, axes), drawn, width)
+    return page(_shared(table, axes), drawn, width)
+
+
+def _axis(column: str, values: Sequence[Any]) -> Axis:
+    return Axis(words(column), values, [said(value) for value in values])
 
 
 def _of(places: Mapping[Place, T], sheet: Any) -> dict[tuple[Any, Any], T]:
@@ -219,7 +193,8 @@ def _notes(
         for note in notes
     ]
     together = ", ".join(values)
-    return [together] if _font(12).getlength(together) <= width else [_fitted(v, width, _font(12)) for v in values]
+    font = typeface(12)
+    return [together] if font.getlength(together) <= width else [fitted(value, width, font) for value in values]
 
 
 def _shared(table: pd.DataFrame, axes: Sequence[str | None]) -> str:
@@ -229,95 +204,6 @@ def _shared(table: pd.DataFrame, axes: Sequence[str | None]) -> str:
         if name in table and name not in axes and table[name].nunique() == 1:
             parts.append(form.format(table[name].iloc[0]))
     return ", ".join(parts)
-
-
-class _Panel:
-    """One grid: the axes' names and values around pictures of one size."""
-
-    def __init__(
-        self,
-        size: tuple[int, int],
-        across: str,
-        columns: Sequence[Any],
-        down: str | None,
-        rows: Sequence[Any],
-        notes: int,
-    ) -> None:
-        self.size, self.columns, self.rows = size, columns, rows
-        self.across, self.down, self.notes = words(across), words(down) if down else "", notes
-        self.small, self.plain, self.bold = _font(12), _font(13), _font(14, bold=True)
-        self.heads = [_wrapped(said(value), self.bold, size[0], 6) for value in columns]
-        self.head = 22 + 18 * max(map(len, self.heads)) + 6
-        lines = max(1, size[1] // 18)
-        widest = max([self.small.getlength(self.down), *(self.bold.getlength(said(row)) for row in rows)])
-        self.left = int(min(widest, 190)) + 14 if down else 0
-        self.sides = [_wrapped(said(value), self.bold, self.left - 12, lines) for value in rows] if down else [[]]
-
-    def draw(
-        self,
-        title: str,
-        cells: Mapping[tuple[Any, Any], Image.Image | str],
-        notes: Mapping[tuple[Any, Any], Sequence[str]],
-    ) -> Image.Image:
-        width, height = self.size
-        step_x, step_y = width + GAP, height + GAP + NOTE * self.notes
-        top = 30 if title else 0
-        size = (self.left + len(self.columns) * step_x - GAP, top + self.head + len(self.rows) * step_y - GAP)
-        sheet = Image.new("RGB", size, "white")
-        pen = ImageDraw.Draw(sheet)
-        if title:
-            pen.text((self.left, 0), _fitted(title, size[0] - self.left, self.bold), fill=INK, font=self.bold)
-        pen.text((self.left, top), f"{self.across} →", fill=FAINT, font=self.small)
-        if self.down:
-            pen.text((0, top + self.head - 20), f"{self.down} ↓", fill=FAINT, font=self.small)
-        for index, lines in enumerate(self.heads):
-            middle = self.left + index * step_x + width / 2
-            for number, line in enumerate(reversed(lines)):
-                pen.text((middle, top + self.head - 24 - 18 * number), line, fill=INK, font=self.bold, anchor="ma")
-        for number, row in enumerate(self.rows):
-            y = top + self.head + number * step_y
-            for index, side in enumerate(self.sides[number]):
-                above = y + height / 2 - 9 * len(self.sides[number]) + 18 * index
-                pen.text((self.left - 12, above), side, fill=INK, font=self.bold, anchor="ra")
-            for index, column in enumerate(self.columns):
-                at = (self.left + index * step_x, y)
-                self._place(sheet, pen, at, cells[row, column])
-                for under, note in enumerate(notes[row, column]):
-                    below = (at[0] + width / 2, y + height + 3 + NOTE * under)
-                    pen.text(below, note, fill=FAINT, font=self.small, anchor="ma")
-        return sheet
-
-    def _place(
-        self, sheet: Image.Image, pen: ImageDraw.ImageDraw, at: tuple[int, int], cell: Image.Image | str
-    ) -> None:
-        (left, top), (width, height) = at, self.size
-        if isinstance(cell, Image.Image):
-            sheet.paste(cell, (left + (width - cell.width) // 2, top + (height - cell.height) // 2))
-            return
-        pen.rectangle((left, top, left + width - 1, top + height - 1), fill=PALE)
-        for number, line in enumerate(_wrapped(cell, self.small, width - 16, max(1, height // 16 - 1))):
-            pen.text((left + 8, top + 8 + 16 * number), line, fill=FAINT, font=self.small)
-
-
-def _page(title: str, panels: Sequence[Image.Image], width: int) -> Image.Image:
-    """Panels of one size beside one another, as many as fit into `width`, under a title."""
-    across, down = panels[0].size
-    apart = 2 * MARGIN
-    fit = max(1, min(len(panels), (width - 2 * MARGIN + apart) // (across + apart)))
-    rows = -(-len(panels) // fit)
-    in_a_row = -(-len(panels) // rows)
-    inner = in_a_row * (across + apart) - apart
-    font = _font(15)
-    lines = _wrapped(title, font, max(inner, 400), 3) if title else []
-    top = MARGIN + 22 * len(lines) + (10 if lines else 0)
-    size = (max(inner, int(_widest(lines, font))) + 2 * MARGIN, top + rows * (down + apart) - apart + MARGIN)
-    page = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(page)
-    for number, line in enumerate(lines):
-        pen.text((MARGIN, MARGIN + 22 * number), line, fill=INK, font=font)
-    for index, panel in enumerate(panels):
-        page.paste(panel, (MARGIN + index % in_a_row * (across + apart), top + index // in_a_row * (down + apart)))
-    return page
 
 
 # --- curves --------------------------------------------------------------------------------------------------------

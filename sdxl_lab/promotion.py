@@ -280,7 +280,8 @@ def _check_unchanged(folder: Path, compared: str | None) -> None:
 
 
 def _write(folder: Path, config: GenerationConfig, evidence: Mapping[str, Any], goldens: Mapping[str, Picture]) -> None:
-    """The whole slot, put in the place of the old one, which comes back where that fails."""
+    """The whole slot, put in the place of the old one, which comes back where that fails. For a moment between the two
+    renames there is none: POSIX puts no folder in the place of one that is not empty."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / "slot"
         (fresh / "golden").mkdir(parents=True)

@@ -2,7 +2,8 @@
 
 On the same kind of machine (device and dtype) a golden must come back as `promotion.compare_golden` has it, to one step
 of an 8-bit sample. Elsewhere that is not promised: there it must also be as similar as `LEAST_SSIM`. The metric set is
-compared everywhere, pair by pair, with the relative gates that the candidate had to pass itself.
+compared everywhere, pair by pair, with the relative gates that the candidate had to pass itself. Knows no notebook,
+and changes no slot.
 """
 
 import json

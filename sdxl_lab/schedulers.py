@@ -1,4 +1,4 @@
-"""Schedulers by name.
+"""Schedulers by name, as diffusers builds them. Knows no pictures and no steps: who denoises asks for a fresh one.
 
 Each is built from the model's pristine config, never from another scheduler's: options would leak (`use_karras_sigmas`
 set for one picture stays on for the next).
@@ -11,17 +11,14 @@ from typing import Any
 import diffusers
 from diffusers import SchedulerMixin
 
-from .config import ConfigError
-
 
 @dataclass(frozen=True)
 class Spec:
-    """A diffusers class, the options that make it this scheduler, its name in A1111, and how many steps it allows."""
+    """A diffusers class, its name in A1111, and the options that make it this scheduler."""
 
     cls: str
     a1111: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    max_steps: int = 1000
 
 
 KARRAS = {"use_karras_sigmas": True}
@@ -43,30 +40,20 @@ TABLE: dict[str, Spec] = {
     "kdpm2_a": Spec("KDPM2AncestralDiscreteScheduler", "DPM2 a"),
     "pndm": Spec("PNDMScheduler", "PLMS"),
     "deis": Spec("DEISMultistepScheduler", "DEIS"),
-    "lcm": Spec("LCMScheduler", "LCM", max_steps=50),
-    "tcd": Spec("TCDScheduler", "TCD", max_steps=50),
+    "lcm": Spec("LCMScheduler", "LCM"),
+    "tcd": Spec("TCDScheduler", "TCD"),
 }
-
-
-def spec(name: str, steps: int = 1) -> Spec:
-    """The scheduler's entry; `ConfigError` for an unknown name or more steps than it allows."""
-    if name not in TABLE:
-        raise ConfigError("scheduler", name, f"one of {', '.join(TABLE)}", "euler")
-    found = TABLE[name]
-    if steps > found.max_steps:
-        raise ConfigError("steps", steps, f"at most {found.max_steps} with the scheduler {name}", found.max_steps)
-    return found
 
 
 def order(name: str) -> int:
     """UNet calls a step: 2 for Heun and the other second-order methods."""
-    return int(getattr(diffusers, spec(name).cls).order)
+    return int(getattr(diffusers, TABLE[name].cls).order)
 
 
 def build(name: str, pristine: Mapping[str, Any], *, seed: int) -> SchedulerMixin:
     """A fresh scheduler for one picture. `pristine` is the model's `scheduler_config.json`; `seed` seeds the one
     scheduler that draws from its own noise tree (DPM++ SDE) instead of the picture's generator."""
-    found = spec(name)
+    found = TABLE[name]
     options = dict(found.options)
     if found.cls == "DPMSolverSDEScheduler":
         options["noise_sampler_seed"] = seed

@@ -1,18 +1,16 @@
 """Sweeps: axes over configuration, prompt and seed, made into cells and from cells into a table.
 
 Everything is checked before anything is drawn. What was drawn stays in the cells: a sweep that was stopped goes on
-where it was, a longer one draws only what is new, and the table can always be made again.
+where it was, a longer one draws only what is new, and the table can always be made again. How a cell is drawn, kept and
+measured it does not know.
 """
 
-import difflib
 import itertools
 import json
 import math
 import os
-import pkgutil
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,106 +19,30 @@ import pandas as pd
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from .axes import (
+    LIMIT,
+    NONE,
+    NULLABLE,
+    SweepError,
+    base_config,
+    changed,
+    check_axis,
+    flat,
+    named_metric,
+    overlaid,
+    read_toml,
+    spread,
+)
 from .cells import FOLDER, Cell, Cells, OnProgress
-from .config import ConfigError, GenerationConfig, ModelRef, Record, RefinerConfig, RuntimeProfile
+from .config import GenerationConfig, Record, RuntimeProfile, canonical
 from .engine import Engine
-from .images import canonical
-from .metrics import Metric, find
+from .metrics import Metric
 from .models import placement
 
 OUT = Path("runs/sweeps")
-LIMIT = 10_000
-NONE = "none"  # TOML has no null
-NULLABLE = ("refiner", "guidance_interval", "original_size", "target_size", "negative_prompt")
-EXAMPLE = 'scheduler = ["euler", "dpmpp_2m"]'
-
 PAIRS = ("prompt", "seed")
 
 Axes = Mapping[str, Sequence[Any]]
-
-
-class SweepError(ValueError):
-    """A sweep breaks a rule, or its results cannot be read."""
-
-
-# --- one field of a configuration ----------------------------------------------------------------------------------
-
-
-def field_names() -> list[str]:
-    """Every field of the configuration, nested ones dotted: `refiner.handover`."""
-    names = []
-    for item in fields(GenerationConfig):
-        names.append(item.name)
-        nested = GenerationConfig.NESTED.get(item.name)
-        names += [f"{item.name}.{inner.name}" for inner in fields(nested)] if nested else []  # type: ignore[arg-type]
-    return names
-
-
-def changed(config: GenerationConfig, name: str, value: Any) -> GenerationConfig:
-    """The configuration with one field changed, a dotted name for a nested one.
-
-    `value` may be plain, as TOML has it: lists for pairs, a table for the refiner, a name for the model, "none" for a
-    field that may be left out. A field of the refiner brings one where there was none. Raises `ConfigError`.
-    """
-    if value == NONE and name in NULLABLE:
-        value = None
-    outer, _, inner = name.partition(".")
-    if inner:
-        whole = getattr(config, outer, None) or (RefinerConfig() if outer == "refiner" else None)
-        if not isinstance(whole, Record):
-            raise ConfigError(name, value, f"a field of the configuration: {', '.join(field_names())}", EXAMPLE)
-        return config.with_(**{outer: whole.with_(**{inner: value})})
-    if name == "model" and isinstance(value, str):
-        value = ModelRef.named(value)
-    elif name in GenerationConfig.NESTED and isinstance(value, Mapping):
-        value = GenerationConfig.NESTED[name].from_dict(value)
-    return config.with_(**{name: value})
-
-
-def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """TOML's nested tables as dotted names; a table that is a range or a whole record stays one."""
-    found: dict[str, Any] = {}
-    for name, value in table.items():
-        if isinstance(value, Mapping) and not _RANGE.issuperset(value):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
-
-
-_RANGE = frozenset(("from", "to", "step", "count", "log"))
-
-
-def spread(name: str, values: Any) -> list[Any]:
-    """An axis's values: a list as it is, a table `{ from, to, step }` or `{ from, to, count }` with both ends."""
-    if isinstance(values, Mapping):
-        low, high = values.get("from"), values.get("to")
-        numbers = [value for value in values.values() if isinstance(value, int | float) and math.isfinite(value)]
-        keys = set(values)
-        if len(numbers) != 3 or keys not in ({"from", "to", "step"}, {"from", "to", "count"}) or low > high:  # type: ignore[operator]
-            raise SweepError(
-                f"the range of {name} must have from, to, and step or count, the first not above the second; received "
-                f"{dict(values)}. Example: {name} = {{ from = 10, to = 50, step = 10 }}"
-            )
-        return _range(low, high, values.get("step"), values.get("count"))
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence | range):
-        raise SweepError(f"the axis {name} must be a list of values; received {values!r}. Example: {EXAMPLE}")
-    if not len(values):
-        raise SweepError(f"the axis {name} must have at least one value; received none. Example: {EXAMPLE}")
-    return list(values)
-
-
-def _range(low: Any, high: Any, step: Any, count: Any) -> list[Any]:
-    if count is not None:
-        count = max(1, int(count))
-        step = (high - low) / max(1, count - 1)
-    elif step <= 0:
-        raise SweepError(f"a range's step must be above zero; received {step}. Example: step = 5")
-    else:
-        count = math.floor((high - low) / step + 1e-9) + 1
-    values = [low + index * step for index in range(min(count, LIMIT + 1))]
-    whole = all(float(value).is_integer() for value in values) and isinstance(low, int) and isinstance(high, int)
-    return [int(value) if whole else round(value, 12) for value in values]
 
 
 # --- the sweep -----------------------------------------------------------------------------------------------------
@@ -187,12 +109,12 @@ class Sweep:
         config = base_config(content, path.parent)
         reference = None
         if "reference" in content:
-            reference = _overlaid(config, content["reference"])
+            reference = overlaid(config, content["reference"])
         metrics = content.get("metrics", [])
         if not isinstance(metrics, list):
             raise SweepError(f'metrics must be a list; received {metrics!r}. Example: metrics = ["clip_score"]')
-        axes = flat_axes(content.get("axes", {}))
-        zipped = [flat_axes(table) for table in content.get("zip", [])]
+        axes = flat(content.get("axes", {}))
+        zipped = [flat(table) for table in content.get("zip", [])]
         for table in (axes, *zipped):
             if "config" in table:
                 table["config"] = [path.parent / str(file) for file in spread("config", table["config"])]
@@ -207,69 +129,11 @@ class Sweep:
         )
 
 
-def read_toml(path: Path, known: set[str]) -> dict[str, Any]:
-    """A TOML file with no key but those known; `SweepError` else."""
-    try:
-        content = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SweepError(f"{path} must be valid TOML: {error}. Example: [axes] {EXAMPLE}") from error
-    unknown = sorted(set(content) - known)
-    if unknown:
-        raise SweepError(
-            f"{path} must have no keys but {', '.join(sorted(known))}; received {unknown[0]!r}"
-            f"{_near(unknown[0], known)}"
-        )
-    return content
-
-
-def base_config(content: Mapping[str, Any], folder: Path) -> GenerationConfig:
-    """What the file starts from: `config`, a file or a table of fields, over the starting values of `model`."""
-    name = content.get("model", "nano")
-    if not isinstance(name, str):
-        raise SweepError(f"model must be a name, a folder or a hub id; received {name!r}. Example: nano")
-    start = GenerationConfig.for_model(name)
-    given = content.get("config", {})
-    if isinstance(given, str):
-        return GenerationConfig.from_toml(folder / given)
-    return _overlaid(start, given)
-
-
-def _overlaid(config: GenerationConfig, table: Any) -> GenerationConfig:
-    if not isinstance(table, Mapping):
-        raise SweepError(f"config must be a file or a table of fields; received {table!r}. Example: config.steps = 20")
-    for name, value in flat(table).items():
-        check_axis(name, ())
-        config = changed(config, name, value)
-    return config
-
-
-def flat_axes(table: Any) -> dict[str, Any]:
-    if not isinstance(table, Mapping):
-        raise SweepError(f"axes must be a table; received {table!r}. Example: [axes] {EXAMPLE}")
-    return flat(table)
-
-
-def named_metric(name: str, clip: str = "nano") -> Metric:
-    """A metric by its name, or one of yours as `module:attribute`. Raises `MetricError` or `SweepError`."""
-    if not isinstance(name, str) or ":" not in name:
-        return find(name, clip)
-    try:
-        metric = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SweepError(
-            f"a metric of yours must be an importable module:attribute; received {name!r} ({error}). Example: "
-            "studies.scenes:scene_right"
-        ) from error
-    if not isinstance(metric, Metric):
-        raise SweepError(f"{name} must be a Metric; received a {type(metric).__name__}. Example: studies.scenes:SCENE")
-    return metric
-
-
 def _groups(axes: Axes, zipped: Sequence[Axes]) -> list[dict[str, list[Any]]]:
     """The axes as groups that go together: each of `axes` alone, each table of `zipped` as one."""
     groups = [{name: _axis(name, values)} for name, values in axes.items()]
     for table in zipped:
-        group = {name: _axis(name, values) for name, values in flat_axes(table).items()}
+        group = {name: _axis(name, values) for name, values in flat(table).items()}
         lengths = {name: len(values) for name, values in group.items()}
         if not group or len(set(lengths.values())) > 1:
             raise SweepError(
@@ -300,20 +164,6 @@ def _axis(name: str, values: Any) -> list[Any]:
     ]
 
 
-def check_axis(name: str, more: tuple[str, ...]) -> None:
-    known = [*more, *field_names()]
-    if name not in known:
-        raise SweepError(
-            f"an axis must be {', '.join(more) + ' or ' if more else ''}a field of the configuration "
-            f"({', '.join(field_names())}); received {name!r}{_near(name, known)}"
-        )
-
-
-def _near(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f". Did you mean {close[0]}?" if close else f". Example: {EXAMPLE}"
-
-
 def _combinations(groups: list[dict[str, list[Any]]]) -> Iterator[dict[str, Any]]:
     choices = [[dict(zip(group, values, strict=True)) for values in zip(*group.values())] for group in groups]  # noqa: B905
     for parts in itertools.product(*choices):
@@ -321,23 +171,21 @@ def _combinations(groups: list[dict[str, list[Any]]]) -> Iterator[dict[str, Any]
 
 
 def _cell(config: GenerationConfig, combination: Mapping[str, Any]) -> tuple[Cell, dict[str, Any]]:
-    """The cell, and its settings as the table shows them. A whole configuration goes first, then whole records, then
-    their fields, which do not apply where the record was taken out."""
+    """The cell, and its settings as the table shows them. The fields go over a whole configuration; a record's fields
+    do not apply where the record was taken out."""
     settings = dict(combination)
     prompt, seed = settings["prompt"], settings.setdefault("seed", 0)
-    order = sorted(settings.keys() - {"prompt", "seed"}, key=lambda name: (name != "config", name.count(".")))
-    for name in order:
-        value = settings[name]
-        if name == "config":
-            settings[name], config = value
-            continue
+    if "config" in settings:
+        settings["config"], config = settings["config"]
+    values = {name: value for name, value in settings.items() if name not in ("config", *PAIRS)}
+    for name in list(values):
         outer = name.partition(".")[0]
-        if outer != name and outer in settings and getattr(config, outer) is None:
+        if outer != name and values.get(outer, ()) in (None, NONE):
+            del values[name]
             settings[name] = None
-            continue
-        config = changed(config, name, value)
-        settings[name] = _shown(value, name)
-    return Cell(config, prompt, seed), settings
+        else:
+            settings[name] = _shown(values[name], name)
+    return Cell(changed(config, values), prompt, seed), settings
 
 
 def _short(path: Any) -> str:
@@ -376,10 +224,7 @@ def run(
     for a sample here and there that rounds to the next of its 256 values. An interrupt raises `KeyboardInterrupt` and
     leaves what is finished; run it again to go on.
     """
-    profile = engine.profile if engine else profile or RuntimeProfile()
-    group = processes(profile)
-    if engine is None:
-        profile = on_own_device(profile, group)
+    group, profile = processes(profile, engine)
     with Cells(cells, profile, engine) as store:
         keys = {store.key(cell): cell for cell in sweep.cells}
         # In the order of their keys, which is as good as shuffled: every process gets easy and hard ones alike.
@@ -405,19 +250,15 @@ def _check_shared(store: Cells, keys: Iterable[str], errors: Mapping[str, str]) 
         )
 
 
-def processes(profile: RuntimeProfile) -> PartialState:
-    """This process among those of `accelerate launch`; alone without it. Nobody gives up waiting for a slower one."""
-    on_cpu = placement(profile)[0].type == "cpu"
-    return (
-        PartialState(cpu=on_cpu, timeout=timedelta(days=30)) if "LOCAL_RANK" in os.environ else PartialState(cpu=on_cpu)
-    )
-
-
-def on_own_device(profile: RuntimeProfile, group: PartialState) -> RuntimeProfile:
-    """Each of many processes on the GPU that is its own."""
-    if group.num_processes == 1 or group.device.type != "cuda":
-        return profile
-    return profile.with_(device=f"cuda:{group.local_process_index}")
+def processes(profile: RuntimeProfile | None, engine: Engine | None) -> tuple[PartialState, RuntimeProfile]:
+    """This process among those of `accelerate launch`, alone without it, and the profile it draws with: that of the
+    engine where one is lent, else each of many on the GPU that is its own. Nobody gives up waiting for a slower one."""
+    profile = engine.profile if engine else profile or RuntimeProfile()
+    patience = {"timeout": timedelta(days=30)} if "LOCAL_RANK" in os.environ else {}
+    group = PartialState(cpu=placement(profile)[0].type == "cpu", **patience)
+    if engine is None and group.num_processes > 1 and group.device.type == "cuda":
+        profile = profile.with_(device=f"cuda:{group.local_process_index}")
+    return group, profile
 
 
 def _table(sweep: Sweep, store: Cells, errors: Mapping[str, str]) -> pd.DataFrame:

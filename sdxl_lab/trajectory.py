@@ -48,7 +48,6 @@ class Job:
     def __post_init__(self) -> None:
         checked_prompt(self.prompt)
         checked_seed(self.seed)
-        schedulers.spec(self.config.scheduler, self.config.steps)
         if self.source is None:
             return
         strength = self.source.strength
@@ -81,6 +80,12 @@ class Rows(NamedTuple):
 def rows_of(job: Job) -> int:
     """The most rows a picture takes in one call: two with guidance, else one."""
     return 2 if job.config.guidance_scale > 1 else 1
+
+
+def calls_of(job: Job) -> int:
+    """The UNet calls a picture takes, by its settings alone: a second-order scheduler may make one less."""
+    strength = 1 if job.source is None else job.source.strength
+    return max(1, int(job.config.steps * strength) * schedulers.order(job.config.scheduler))
 
 
 def base_stop(scheduler: SchedulerMixin, handover: float) -> int:
@@ -315,3 +320,21 @@ class Trajectory:
     def denoised(self) -> torch.Tensor | None:
         """The clean latents that the last step points to, None before the first. Any thread may ask."""
         return None if self._last is None else self._last.denoised()
+
+    def record(self) -> dict[str, Any]:
+        """What was asked, what the scheduler made of it, and what it cost, as plain values."""
+        job, config = self.job, self.job.config
+        record: dict[str, Any] = {
+            "prompt": job.prompt,
+            "negative_prompt": config.negative_prompt,
+            "seed": job.seed,
+            "config": config.to_dict(),
+            "digest": config.digest,
+            "sampler": schedulers.TABLE[config.scheduler].a1111,
+            "scheduler": schedulers.effective(self.stages[-1].scheduler),
+            "unet_calls": {stage.name: len(stage.timesteps) for stage in self.stages},
+            "unet_rows": {stage.name: stage.total_rows for stage in self.stages},
+        }
+        if job.source is not None:
+            record |= {"source": job.source.record, "strength": job.source.strength}
+        return record

@@ -2,6 +2,7 @@
 
 Every trial draws the same pairs of prompt and seed, as cells: what another trial, a sweep or an interrupted run has
 drawn is not drawn again. The study itself is Optuna's, in Optuna's storage; it resumes, and many workers may share it.
+How a cell is drawn, kept and measured this module does not know.
 """
 
 import json
@@ -18,28 +19,15 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from scipy import stats
 
+from .axes import NONE, SweepError, base_config, changed, check_axis, flat, named_metric, read_toml, spread
 from .cells import FOLDER, Cell, Cells
-from .config import ConfigError, GenerationConfig, RuntimeProfile
+from .config import ConfigError, GenerationConfig, RuntimeProfile, canonical
 from .engine import Engine
-from .images import canonical
 from .metrics import Metric
-from .sweep import (
-    NONE,
-    SweepError,
-    base_config,
-    changed,
-    check_axis,
-    flat_axes,
-    named_metric,
-    on_own_device,
-    processes,
-    read_toml,
-    spread,
-    write_table,
-)
+from .sweep import processes, write_table
 
 OUT = Path("runs/studies")
-KEYS = {"name", "model", "config", "metric", "clip", "trials", "startup", "seed", "storage", "choose"} | {
+KEYS = {"name", "model", "config", "metric", "clip", "trials", "startup", "seed", "choose"} | {
     "space", "pairs", "stop", "start"
 }  # fmt: skip
 WHOLE = {item.name for item in fields(GenerationConfig) if item.type is int}
@@ -144,9 +132,17 @@ class Plan:
                 )
         Cell(self.config, *self.pairs[0])
         for name, choices in self.space.items():
-            check_axis(name, ())
+            check_axis(name)
             for value in choices.examples:
-                changed(self.config, name, value)
+                self._check(name, value)
+
+    def _check(self, name: str, value: Any) -> None:
+        """A rule over two fields that are both searched is left to the trials."""
+        try:
+            changed(self.config, {name: value})
+        except ConfigError as error:
+            if error.field == name or error.field not in self.space:
+                raise
 
     @property
     def sign(self) -> int:
@@ -164,12 +160,6 @@ class Plan:
         """What must not change while a study goes on, as JSON: base, metric, pairs, and the ground they stand on."""
         content = {"config": self.config.to_dict(), "metric": [self.metric.name, self.metric.source]}
         return canonical(content | {"pairs": [list(pair) for pair in self.pairs], "ground": ground})
-
-    def configured(self, settings: Mapping[str, Any]) -> GenerationConfig:
-        config = self.config
-        for name in sorted(settings, key=lambda name: name.count(".")):
-            config = changed(config, name, settings[name])
-        return config
 
     @classmethod
     def from_toml(cls, path: Path | str) -> "Plan":
@@ -194,9 +184,9 @@ class Plan:
             name=str(content.get("name", path.stem)),
             config=base_config(content, path.parent),
             metric=named_metric(content["metric"], content.get("clip", "nano")),
-            space={name: _choices(name, value) for name, value in flat_axes(content["space"]).items()},
+            space={name: _choices(name, value) for name, value in flat(content["space"]).items()},
             pairs=tuple((prompt, seed) for seed in seeds for prompt in prompts),
-            start=tuple(flat_axes(table) for table in content.get("start", [])),
+            start=tuple(flat(table) for table in content.get("start", [])),
             **given,
         )
 
@@ -256,10 +246,7 @@ def tune(
     that was begun on something else.
     """
     out = Path(out or OUT / plan.name)
-    profile = engine.profile if engine else profile or RuntimeProfile()
-    workers = processes(profile)
-    if engine is None:
-        profile = on_own_device(profile, workers)
+    workers, profile = processes(profile, engine)
     with Cells(cells, profile, engine) as store:
         with workers.main_process_first(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats, names of metrics
@@ -380,7 +367,7 @@ def _suggested(plan: Plan, trial: Trial) -> GenerationConfig:
         if outer != name and outer in settings and settings[outer] in (None, NONE):
             continue
         settings[name] = plan.space[name].suggest(trial, name)
-    return plan.configured(settings)
+    return changed(plan.config, settings)
 
 
 def hopeless(plan: Plan, values: Sequence[float], rows: float, front: Sequence[FrozenTrial]) -> str | None:

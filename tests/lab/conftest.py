@@ -62,3 +62,49 @@ def start(tiny_models: Any) -> Iterator[Callable[..., Any]]:
             return stack.enter_context(Engine(tiny_models, profile, {"base": "random"}, max_queue))
 
         yield start
+
+
+@pytest.fixture
+def engine(start: Callable[..., Any]) -> Any:
+    """One of those, as it starts."""
+    return start()
+
+
+@pytest.fixture
+def submitted(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every job that reaches `engine`."""
+    jobs: list[Any] = []
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda job, **more: (jobs.append(job), submit(job, **more))[1])
+    return jobs
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes as soon as cells are drawn."""
+    from sdxl_lab.cells import Cells
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Cells, "complete", stop)
+
+
+@pytest.fixture
+def at_hand(monkeypatch: pytest.MonkeyPatch, tiny_models: Any, tiny_config: Any) -> None:
+    """Whoever loads the random model has it at once; a foreign one is loaded in earnest."""
+    from sdxl_lab import engine
+
+    load = engine.load
+    monkeypatch.setattr(
+        engine, "load", lambda ref, profile: tiny_models if ref == tiny_config.model else load(ref, profile)
+    )
+
+
+@pytest.fixture
+def clean_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work tree has a commit and no changes, whatever this one has."""
+    from sdxl_lab import promotion, trial
+
+    for module in (promotion, trial):
+        monkeypatch.setattr(module, "git_state", lambda: ("c0ffee", False))

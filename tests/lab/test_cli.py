@@ -21,18 +21,8 @@ from sdxl_lab.models import ModelError
 from sdxl_lab.trajectory import Job, Source
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--steps", "3", "--width", "64", "--height", "64"]
 
-
-@pytest.fixture(autouse=True)
-def models_at_hand(monkeypatch, tiny_models, tiny_config):
-    """Every command loads its model; here it is loaded already. A foreign one is still loaded in earnest."""
-    load = engine.load
-
-    def at_hand(ref, profile):
-        return tiny_models if ref == tiny_config.model else load(ref, profile)
-
-    monkeypatch.setattr(engine, "load", at_hand)
+pytestmark = pytest.mark.usefixtures("at_hand")
 
 
 @pytest.fixture
@@ -125,12 +115,6 @@ REASONS = ["--why", "sharper hats", "--who", "Ada"]
 
 def promote_command(config, slot, prompts=FIVE, *more):
     return ["promote", str(config), str(slot), *(word for p in prompts for word in ("--prompt", p)), *REASONS, *more]
-
-
-@pytest.fixture
-def clean_tree(monkeypatch):
-    for module in (promotion, trial):
-        monkeypatch.setattr(module, "git_state", lambda: ("c0ffee", False))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 
 from sdxl_lab import schedulers
 from sdxl_lab.config import (
+    FEWER_STEPS,
     MODELS,
     SCHEDULERS,
     ConfigError,
@@ -158,6 +159,15 @@ def test_a_refiner_needs_a_model_that_has_one():
         ConfigError, match=r"refiner must be left out, since the model 'some/base' has no refiner.*model = nano"
     ):
         GenerationConfig(model=ModelRef(base="some/base"), refiner=RefinerConfig())
+
+
+@pytest.mark.parametrize(("name", "most"), FEWER_STEPS.items(), ids=FEWER_STEPS)
+def test_more_steps_than_a_scheduler_can_make_are_refused(name, most):
+    config = GenerationConfig(scheduler=name, steps=most)
+    with pytest.raises(
+        ConfigError, match=f"steps must be at most {most} with the scheduler {name}; received {most + 1}"
+    ):
+        config.with_(steps=most + 1)
 
 
 @pytest.mark.parametrize(("width", "height"), [(256, 248), (128, 256), (64, 64)])

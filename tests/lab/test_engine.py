@@ -50,6 +50,14 @@ class Gate:
         assert self.opened.wait(SECONDS)
 
 
+def hold(engine: Engine, config: GenerationConfig) -> tuple[Gate, engines.Ticket]:
+    """The engine held at the one step of a picture, so that what comes next waits together."""
+    gate = Gate()
+    held = engine.submit(Job(config.with_(steps=1), "gate", 0), on_step=gate)
+    assert gate.reached.wait(SECONDS)
+    return gate, held
+
+
 @pytest.fixture
 def config(tiny_config: GenerationConfig) -> GenerationConfig:
     return tiny_config.with_(steps=3, guidance_scale=3.0)
@@ -59,9 +67,8 @@ def config(tiny_config: GenerationConfig) -> GenerationConfig:
 
 
 def test_a_higher_priority_goes_first_and_equals_keep_their_order(start, config):
-    engine, gate, order = start(rows=2), Gate(), []
-    held = engine.submit(Job(config.with_(steps=1), "gate", 0), on_step=gate)
-    assert gate.reached.wait(SECONDS)
+    engine, order = start(rows=2), []
+    gate, held = hold(engine, config)
 
     def ask(name: str, priority: int) -> engines.Ticket:
         job = Job(config.with_(steps=1), name, 0)
@@ -124,9 +131,7 @@ def test_a_preview_comes_to_look_like_the_picture(nano):
     def look(calls: int, total: int) -> None:
         likeness.append(ticket.preview())
 
-    gate = Gate()
-    held = nano.submit(Job(config.with_(steps=1), "gate", 0), on_step=gate)
-    assert gate.reached.wait(SECONDS)
+    gate, held = hold(nano, config)
     ticket = nano.submit(Job(config, "a red circle on a white background", 3), on_step=look)
     assert ticket.preview() is None
     gate.opened.set()
@@ -200,9 +205,7 @@ def test_a_compiled_unet_sees_row_counts_of_powers_of_two(tiny_models, config, m
         lambda sample, *rest, **options: sizes.append(len(sample)) or forward(sample, *rest, **options),
     )
     with Engine(tiny_models, RuntimeProfile(device="cpu", compile=True), {}) as engine:
-        gate = Gate()
-        held = engine.submit(Job(config.with_(steps=1), "gate", 0), on_step=gate)
-        assert gate.reached.wait(SECONDS)
+        gate, held = hold(engine, config)
         asked = [Job(config.with_(steps=2, guidance_scale=scale), "a cat", 1) for scale in (3, 3, 1)]
         tickets = [engine.submit(job) for job in asked]
         gate.opened.set()
@@ -257,8 +260,8 @@ def test_eight_threads_each_get_their_own_picture(start, config):
 
 def test_sizes_take_turns(start, config):
     """A steady crowd of one size does not keep the other size waiting."""
-    engine, order, gate = start(), [], Gate()
-    held = engine.submit(Job(config.with_(steps=1), "gate", 0), on_step=gate)
+    engine, order = start(), []
+    gate, held = hold(engine, config)
     sizes = [64] * 4 + [72]
     tickets = [
         engine.submit(
@@ -282,9 +285,7 @@ def test_nobody_starves_among_many_sizes_and_endless_newcomers(start, config):
         if calls == total and not stop.is_set():
             crowd.append(engine.submit(Job(config.with_(steps=2), "crowd", len(crowd)), on_step=renew, priority=1))
 
-    gate = Gate()
-    held = engine.submit(Job(config.with_(steps=1), "gate", 0), on_step=gate)
-    assert gate.reached.wait(SECONDS)
+    gate, held = hold(engine, config)
     odd = engine.submit(
         Job(config.with_(steps=10, height=128), "odd", 0), on_step=lambda *_: served.append("odd"), priority=2
     )
@@ -300,7 +301,7 @@ def test_nobody_starves_among_many_sizes_and_endless_newcomers(start, config):
 
 
 def test_pictures_beyond_the_row_budget_wait_for_a_place_in_order(start, config, monkeypatch):
-    engine, finished, gate = start(rows=4), [], Gate()
+    engine, finished = start(rows=4), []
     rows, predict = [], engine._predict
 
     def counted(name, inputs):
@@ -308,8 +309,7 @@ def test_pictures_beyond_the_row_budget_wait_for_a_place_in_order(start, config,
         return predict(name, inputs)
 
     monkeypatch.setattr(engine, "_predict", counted)
-    held = engine.submit(Job(config.with_(steps=1), "gate", 0), on_step=gate)
-    assert gate.reached.wait(SECONDS)
+    gate, held = hold(engine, config)
     tickets = [engine.submit(Job(config, "a crowd", seed)) for seed in range(5)]
     for index, ticket in enumerate(tickets):
         ticket.future.add_done_callback(lambda _, index=index: finished.append(index))
@@ -362,9 +362,8 @@ def test_a_running_picture_is_cancelled_within_a_step(start, config):
 
 
 def test_a_queued_picture_is_cancelled_without_a_step(start, config):
-    engine, gate, calls = start(rows=2), Gate(), []
-    held = engine.submit(Job(config, "gate", 0), on_step=gate)
-    assert gate.reached.wait(SECONDS)
+    engine, calls = start(rows=2), []
+    gate, held = hold(engine, config)
     waiting = engine.submit(Job(config, "waiting", 1), on_step=lambda *step: calls.append(step))
     assert waiting.state == "queued"
     assert waiting.progress == (0, 0)
@@ -452,9 +451,8 @@ def test_a_picture_that_is_being_admitted_is_cancelled_by_close_too(start, confi
 
 
 def test_a_full_queue_refuses_at_once(start, config):
-    engine, gate = start(rows=2, max_queue=2), Gate()
-    held = engine.submit(Job(config, "gate", 0), on_step=gate)
-    assert gate.reached.wait(SECONDS)
+    engine = start(rows=2, max_queue=2)
+    gate, held = hold(engine, config)
     tickets = [engine.submit(Job(config, "waiting", seed)) for seed in range(2)]
     with pytest.raises(QueueFull, match="2 pictures are waiting, and no more are taken"):
         engine.submit(Job(config, "one too many", 3))
@@ -478,9 +476,7 @@ def test_a_picture_that_fails_fails_alone(start, config, monkeypatch, method):
         return honest(self, *arguments)
 
     monkeypatch.setattr(Trajectory, method, broken)
-    gate = Gate()
-    held = engine.submit(Job(config.with_(steps=1), "gate", 0), on_step=gate)
-    assert gate.reached.wait(SECONDS)
+    gate, held = hold(engine, config)
     tickets = [engine.submit(job) for job in (*asked[:2], Job(config, "culprit", 9), *asked[2:])]
     gate.opened.set()
     held.result(SECONDS)
@@ -516,9 +512,7 @@ def test_out_of_memory_halves_the_row_budget_and_loses_nothing(start, config, mo
         return predict(name, inputs)
 
     monkeypatch.setattr(engine, "_predict", small)
-    gate = Gate()
-    held = engine.submit(Job(config.with_(steps=1), "gate", 0), on_step=gate)
-    assert gate.reached.wait(SECONDS)
+    gate, held = hold(engine, config)
     tickets = [engine.submit(job) for job in asked]
     with caplog.at_level(logging.WARNING):
         gate.opened.set()
@@ -566,9 +560,7 @@ def test_a_vae_that_overflows_is_named(start, config, monkeypatch):
         pixels[0] = np.nan
         return pixels
 
-    gate = Gate()
-    held = engine.submit(Job(config.with_(steps=1), "gate", 0), on_step=gate)
-    assert gate.reached.wait(SECONDS)
+    gate, held = hold(engine, config)
     bad, good = (engine.submit(Job(config, "a cat", seed)) for seed in (1, 2))
     monkeypatch.setattr(type(engine.models), "decode", overflowing)
     gate.opened.set()
@@ -609,9 +601,7 @@ def test_a_decode_that_fails_for_one_is_tried_apart(start, config, monkeypatch):
         return honest(self, latent)
 
     monkeypatch.setattr(type(engine.models), "decode", small)
-    gate = Gate()
-    held = engine.submit(Job(config.with_(steps=1), "gate", 0), on_step=gate)
-    assert gate.reached.wait(SECONDS)
+    gate, held = hold(engine, config)
     tickets = [engine.submit(Job(config, "a cat", seed)) for seed in range(3)]
     gate.opened.set()
     assert [ticket.result(SECONDS).image.size for ticket in (held, *tickets)] == [(64, 64)] * 4

@@ -16,7 +16,6 @@ from sdxl_lab.nano.recipe.scenes import caption, render, sample_scene
 from sdxl_lab.trajectory import Job
 
 REFERENCED = [name for name, metric in METRICS.items() if metric.needs_reference]
-OF_PIXELS = ["sharpness", "contrast", "clipping"]
 
 
 def picture(pixels, prompt="a red cat", **record):

@@ -9,7 +9,8 @@ from PIL import Image, ImageColor
 
 from sdxl_lab import plots
 from sdxl_lab.images import Picture
-from sdxl_lab.plots import GAP, LABEL, PlotError, curve, curves, front, grid, picture_grid, quality_against_cost
+from sdxl_lab.plots import LABEL, PlotError, curve, curves, front, grid, picture_grid, quality_against_cost
+from sdxl_lab.sheet import GAP
 
 COLOURS = ["red", "green", "blue", "orange", "purple"]
 
@@ -150,21 +151,6 @@ def test_pictures_are_made_smaller_never_larger():
 def test_a_table_that_a_grid_cannot_show_is_refused(change, rule):
     with pytest.raises(PlotError, match=rule):
         picture_grid(change(table_of(scheduler=["euler", "heun"], steps=[4, 10])), drawn, "steps", "scheduler")
-
-
-LONG = "a red circle left of a blue star on a white background, drawn with care and a great deal of patience"
-
-
-@pytest.mark.parametrize("width", [90, 128, 300])
-def test_long_words_are_wrapped_and_what_is_left_over_is_an_ellipsis(width):
-    font = plots._font(13)
-    whole = plots._wrapped(LONG, font, width, 100)
-    assert " ".join(whole).split() == LONG.split()
-    assert all(font.getlength(line) <= width for line in whole)
-    cut = plots._wrapped(LONG, font, width, 2)
-    assert len(cut) == 2
-    assert cut[1].endswith("…")
-    assert all(font.getlength(line) <= width for line in plots._wrapped("x" * 400, font, width, 3))
 
 
 @pytest.mark.parametrize(

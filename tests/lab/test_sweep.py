@@ -7,38 +7,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from sdxl_lab import sweep as room
+from sdxl_lab.axes import SweepError
 from sdxl_lab.cells import Cells
 from sdxl_lab.cli import STOPPED, main
 from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig
 from sdxl_lab.engine import Engine
 from sdxl_lab.images import max_difference
 from sdxl_lab.metrics import METRICS, MetricError
-from sdxl_lab.sweep import Sweep, SweepError, changed, read_table, run, summary
+from sdxl_lab.sweep import Sweep, read_table, run, summary
 
 ROOT = Path(__file__).parents[2]
 PROMPT = ["A cat in a hat"]
-
-
-@pytest.fixture
-def engine(start: Callable[..., Engine]) -> Engine:
-    return start()
-
-
-@pytest.fixture
-def submitted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every job that reaches the engine."""
-    jobs: list[Any] = []
-    submit = engine.submit
-    monkeypatch.setattr(engine, "submit", lambda job, **more: (jobs.append(job), submit(job, **more))[1])
-    return jobs
 
 
 def settings(sweep: Sweep, *names: str) -> list[tuple[Any, ...]]:
@@ -95,38 +80,6 @@ def test_two_names_for_one_configuration_are_two_rows_of_one_cell(tmp_path: Path
     sweep = Sweep.product(GenerationConfig(), axes)
     assert settings(sweep, "config") == [("served",), ("candidate",)]
     assert len(set(sweep.cells)) == 1
-
-
-CHANGES = [
-    ("steps", 7, lambda c: c.steps == 7),
-    ("guidance_interval", [0.3, 5.0], lambda c: c.guidance_interval == (0.3, 5.0)),
-    ("guidance_interval", "none", lambda c: c.guidance_interval is None),
-    ("refiner", "none", lambda c: c.refiner is None),
-    ("refiner", {"handover": 0.7}, lambda c: c.refiner == RefinerConfig(0.7)),
-    ("refiner.handover", 0.7, lambda c: c.refiner == RefinerConfig(0.7)),
-    ("model", "some/hub-id", lambda c: c.model.base == "some/hub-id"),
-    ("model.revision", "main", lambda c: c.model.revision == "main"),
-    ("negative_prompt", "blurry", lambda c: c.negative_prompt == "blurry"),
-]
-
-
-@pytest.mark.parametrize(("name", "value", "holds"), CHANGES, ids=[f"{name}={value}" for name, value, _ in CHANGES])
-def test_any_field_can_be_changed_by_a_plain_value(name: str, value: Any, holds: Callable) -> None:
-    assert holds(changed(GenerationConfig(guidance_interval=(1, 2)), name, value))
-
-
-RANGES = [
-    ({"from": 10, "to": 30, "step": 10}, [10, 20, 30]),
-    ({"from": 10, "to": 25, "step": 10}, [10, 20]),
-    ({"from": 0.5, "to": 0.8, "step": 0.1}, [0.5, 0.6, 0.7, 0.8]),
-    ({"from": 1.0, "to": 2.0, "count": 3}, [1.0, 1.5, 2.0]),
-    ({"from": 2, "to": 6, "count": 3}, [2, 4, 6]),
-]
-
-
-@pytest.mark.parametrize(("table", "values"), RANGES)
-def test_a_range_has_both_ends(table: dict, values: list) -> None:
-    assert room.spread("axis", table) == values
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------
@@ -320,11 +273,8 @@ def test_the_command_draws_then_only_reads(file: Path, capsys: pytest.CaptureFix
     pd.testing.assert_frame_equal(read_table(out), table)
 
 
-def test_ctrl_c_says_how_to_go_on(file: Path, capsys: pytest.CaptureFixture, monkeypatch: Any) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Cells, "complete", interrupted)
+@pytest.mark.usefixtures("interrupted")
+def test_ctrl_c_says_how_to_go_on(file: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["sweep", str(file), "--out", str(file.parent / "out")]) == STOPPED
     assert "what is finished is kept in runs/cells; to go on, run the same command again" in capsys.readouterr().err
 

@@ -367,11 +367,7 @@ def test_the_comparison_turns_red_when_the_strength_changes(bench, strength):
 BAD_JOBS = [
     ({"prompt": ""}, "; received '0 characters'. Example: prompt = \"A cat in a hat\""),
     ({"prompt": "x" * 2001}, "received '2001 characters'"),
-    ({"prompt": None}, "received None"),
     ({"seed": -1}, "seed must be a whole number from 0 to 9223372036854775807; received -1. Example: seed = 7"),
-    ({"seed": 2**63}, f"received {2**63}"),
-    ({"seed": 1.0}, "received 1.0"),
-    ({"seed": True}, "received True"),
 ]
 
 
@@ -400,12 +396,6 @@ def test_refining_with_a_model_without_refiner_is_refused():
         match=r"model must be one with a refiner, since refining was asked; received 'nano'. Example: model = \"nano\"",
     ):
         Job(config, "a cat", 1, Source(Image.new("RGB", (64, 64)), 0.5, {}))
-
-
-@pytest.mark.parametrize("name", ["lcm", "tcd"])
-def test_more_steps_than_a_distilled_scheduler_has_are_refused(name):
-    with pytest.raises(ConfigError, match=rf"steps must be at most 50 with the scheduler {name}; received 51"):
-        Job(GenerationConfig(scheduler=name, steps=51), "a cat", 1)
 
 
 @pytest.mark.parametrize(("handover", "lacking"), [(0.01, "base"), (0.999, "refiner")])

@@ -7,30 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_lab import engine, promotion, trial
+from sdxl_lab import trial
 from sdxl_lab.config import ConfigError, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.gates import DEFAULT_GATES, Gate, GateError
 from sdxl_lab.images import max_difference
 from sdxl_lab.metrics import MetricError
-from sdxl_lab.models import load
 from sdxl_lab.promotion import JUDGED_FIELDS, load_slot, promote
 from sdxl_lab.trajectory import Job, Source
 from sdxl_lab.trial import PROMPTS, Plan, candidate_of, clip_of, run
 
-ROOT = Path(__file__).parents[2]
 FIVE = ("a cat", "a dog", "a red hat", "a blue boat", "a tree")
 PLAN = Plan(prompts=FIVE, seeds=(3, 4), gates=("unet_rows: at most 20 % worse",), metrics=("sharpness",), goldens=2)
 FLOAT32 = RuntimeProfile(device="cpu", dtype="float32")
 
-
-@pytest.fixture(autouse=True)
-def at_hand(monkeypatch, tiny_models, tiny_config):
-    """The random model is loaded already; the git state is none of these tests' business."""
-    monkeypatch.setattr(
-        engine, "load", lambda ref, profile: tiny_models if ref == tiny_config.model else load(ref, profile)
-    )
-    for module in (promotion, trial):
-        monkeypatch.setattr(module, "git_state", lambda: ("c0ffee", False))
+pytestmark = pytest.mark.usefixtures("at_hand", "clean_tree")
 
 
 @pytest.fixture

@@ -12,12 +12,13 @@ import optuna
 import pandas as pd
 import pytest
 
+from sdxl_lab.axes import SweepError, changed
 from sdxl_lab.cells import Cells
 from sdxl_lab.cli import STOPPED, main
 from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig
 from sdxl_lab.engine import Engine
 from sdxl_lab.metrics import METRICS, Metric, MetricError
-from sdxl_lab.sweep import Sweep, SweepError, read_table, run
+from sdxl_lab.sweep import Sweep, read_table, run
 from sdxl_lab.tune import Choices, Plan, Span, hopeless, knee, tune
 
 PAIRS = tuple((prompt, seed) for seed in range(4) for prompt in ("a cat", "a boat", "a red star"))
@@ -38,20 +39,6 @@ def _known(pictures: Any, _: Any) -> Iterator[float]:
 
 
 KNOWN = Metric("known", "higher", "this test", _known)
-
-
-@pytest.fixture
-def engine(start: Callable[..., Engine]) -> Engine:
-    return start()
-
-
-@pytest.fixture
-def submitted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every job that reaches the engine."""
-    jobs: list[Any] = []
-    submit = engine.submit
-    monkeypatch.setattr(engine, "submit", lambda job, **more: (jobs.append(job), submit(job, **more))[1])
-    return jobs
 
 
 @pytest.fixture
@@ -200,6 +187,13 @@ def test_a_metric_that_cannot_measure_ends_the_study(tuned: Callable, plan: Plan
 
     with pytest.raises(SweepError, match="must measure every picture; broken: OSError: no network"):
         tuned(replace(plan, metric=Metric("broken", "higher", "this test", broken)))
+
+
+def test_a_rule_over_two_fields_that_are_both_searched_is_left_to_the_trials(plan: Plan) -> None:
+    config, few = plan.config.with_(steps=100), {"scheduler": Choices(("euler", "lcm"))}
+    assert replace(plan, config=config, space=few | {"steps": Choices((4, 60))}).config == config
+    with pytest.raises(ConfigError, match="at most 50 with the scheduler lcm; received 100"):
+        replace(plan, config=config, space=few)
 
 
 def test_the_refiners_fields_are_left_out_where_it_is(tuned: Callable, plan: Plan) -> None:
@@ -369,6 +363,7 @@ def test_a_file_is_a_plan(file: Path, tiny_config: GenerationConfig) -> None:
 
 BAD = {
     "no space": (FILE.replace("[space]", "[spaces]"), SweepError, "received 'spaces'. Did you mean space?"),
+    "a storage, which the command takes": ("storage = 'x'" + FILE, SweepError, "received 'storage'"),
     "an unknown field": (
         FILE.replace("scheduler =", "schedular ="),
         SweepError,
@@ -420,11 +415,8 @@ def test_the_command_tunes_says_what_it_found_and_resumes(file: Path, capsys: py
     pd.testing.assert_frame_equal(read_table(out), table)
 
 
-def test_ctrl_c_says_how_to_go_on(file: Path, capsys: pytest.CaptureFixture, monkeypatch: Any) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Cells, "complete", interrupted)
+@pytest.mark.usefixtures("interrupted")
+def test_ctrl_c_says_how_to_go_on(file: Path, capsys: pytest.CaptureFixture) -> None:
     command = ["tune", str(file), "--out", str(file.parent / "out"), "--cells", str(file.parent / "cells")]
     assert main(command) == STOPPED
     assert "to go on, run the same command again" in capsys.readouterr().err
@@ -434,4 +426,4 @@ def test_a_range_of_a_fraction_is_one_though_its_ends_are_whole(plan: Plan) -> N
     trial = optuna.trial.FixedTrial({"guidance_scale": 2.5, "steps": 3})
     assert Span(1, 5, 0.5, False, False).suggest(trial, "guidance_scale") == 2.5
     assert Span(1, 5, None, False, True).suggest(trial, "steps") == 3
-    assert plan.configured({"refiner.handover": 0.5, "refiner": {}}).refiner == RefinerConfig(0.5)
+    assert changed(plan.config, {"refiner.handover": 0.5, "refiner": {}}).refiner == RefinerConfig(0.5)
