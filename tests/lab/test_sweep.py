@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 
 from sdxl_lab.axes import SweepError
@@ -20,7 +21,7 @@ from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig
 from sdxl_lab.engine import Engine
 from sdxl_lab.images import max_difference
 from sdxl_lab.metrics import METRICS, MetricError
-from sdxl_lab.sweep import Sweep, read_table, run, summary
+from sdxl_lab.sweep import Sweep, _check_shared, read_table, run, summary
 
 ROOT = Path(__file__).parents[2]
 PROMPT = ["A cat in a hat"]
@@ -317,16 +318,50 @@ def test_a_killed_sweep_goes_on_where_it_was(file: Path, tiny_config: Generation
     assert table["error"].isna().all()
 
 
+# accelerate's own launcher, which takes `--multi_gpu` for several processes on CPUs too.
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+def test_machines_with_folders_of_their_own_are_told_to_share_one(tmp_path: Path) -> None:
+    with Cells(tmp_path) as store:
+        _check_shared(store, ["drawn by nobody"], {"drawn by nobody": "it failed, which is an answer"})
+        with pytest.raises(SweepError, match=r"one folder that every machine sees; .* lacks 1 cells"):
+            _check_shared(store, ["drawn elsewhere"], {})
+
+
+@pytest.mark.slow
+def test_the_cells_of_a_killed_rank_are_drawn_when_the_sweep_goes_on(file: Path) -> None:
+    """SIGKILL to one of two processes: the launcher ends both; a second launch draws what is missing, and only that."""
+    file.write_text(FILE.replace("to = 1,", "to = 19,"))
+    out, cells = file.parent / "out", file.parent / "cells"
+    command = [*LAUNCH, "-m", "sdxl_lab", "sweep", str(file), "--out", str(out), "--cells", str(cells)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment)
+    while len(finished(cells)) < 6:
+        assert launcher.poll() is None, "it ended before a rank could be killed"
+        time.sleep(0.02)
+    ranks = [child for child in psutil.Process(launcher.pid).children() if "LOCAL_RANK" in child.environ()]
+    assert len(ranks) == 2
+    next(rank for rank in ranks if rank.environ()["LOCAL_RANK"] == "1").kill()
+    assert launcher.wait(240) != 0
+    kept = {key: (cells / f"{key}.png").stat().st_mtime_ns for key in finished(cells)}
+    assert 6 <= len(kept) < 60
+    assert not (out / "table.parquet").exists()
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    table = read_table(out)
+    assert len(table) == 40
+    assert table["error"].isna().all()
+    assert {key: (cells / f"{key}.png").stat().st_mtime_ns for key in kept} == kept
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_table_of_one(file: Path) -> None:
-    """Through accelerate's own launcher, which takes `--multi_gpu` for several processes on CPUs too."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     out, cells = file.parent / "two", file.parent / "cells-of-two"
     text = FILE.replace("to = 1,", "to = 7,").replace("steps = [2, 4]", "steps = [1, 4]")  # one step: no refiner's
     file.write_text(text)
     done = subprocess.run(
-        [*launch, "-m", "sdxl_lab", "sweep", str(file), "--out", str(out), "--cells", str(cells)],
+        [*LAUNCH, "-m", "sdxl_lab", "sweep", str(file), "--out", str(out), "--cells", str(cells)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
