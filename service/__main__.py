@@ -30,7 +30,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    print(f"service: http://{host}:{listener.getsockname()[1]} (slot {studio.slot.folder.name})", flush=True)
+    print(f"service: http://{host}:{listener.getsockname()[1]} (slot {studio.served.slot.folder.name})", flush=True)
     server.run(sockets=[listener])
     server.leave()
 

@@ -39,7 +39,7 @@ class Edge:
             return
         _prefixed(scope, self.studio.settings.root_path)
         request_id = _request_id(Headers(scope=scope))
-        logs.begin(request=request_id, digest=self.studio.slot.digest)
+        logs.begin(request=request_id, digest=self.studio.served.slot.digest)
         scope.setdefault("state", {})["request_id"] = request_id
         began = time.monotonic()
         status = 0
@@ -50,7 +50,7 @@ class Edge:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
-                headers["X-Config-Digest"] = self.studio.slot.digest
+                headers["X-Config-Digest"] = self.studio.served.slot.digest
             await send(message)
 
         try:
@@ -66,7 +66,7 @@ class Edge:
                 log.exception("request %s failed", request_id)
             if status:
                 raise  # half an answer is out: the server has to break the connection
-            answer = told(scope, error, self.studio.retry_after())
+            answer = told(scope, error, self.studio.served.retry_after())
             await answer(scope, receive, send_marked)
         finally:
             route = getattr(scope.get("route"), "path", "none")

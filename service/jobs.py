@@ -17,12 +17,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from PIL import Image
 
-from sdxl_lab.config import GenerationConfig
-from sdxl_lab.images import canonical
+from sdxl_lab.config import ConfigError, GenerationConfig, canonical
+from sdxl_lab.images import PictureError, open_picture, read_record
+from service.schemas import EXAMPLES
 
 if TYPE_CHECKING:
     from sdxl_lab.engine import Ticket
@@ -43,7 +44,10 @@ class NotOver(RuntimeError):
 
 
 class CancelledByClient(Exception):
-    """Somebody cancelled the picture through its id."""
+    """Somebody cancelled the picture through its id, unless the message says otherwise."""
+
+    def __init__(self, message: str = "the picture was cancelled by DELETE /jobs") -> None:
+        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,15 @@ class SourcePicture:
     image: Image.Image
     record: Mapping[str, Any]
     strength: float
+
+    @classmethod
+    def of(cls, origin: uuid.UUID, png: bytes, strength: float) -> Self:
+        """A picture as it is stored; `ConfigError` for one that is not ours."""
+        try:
+            return cls(origin, open_picture(png), read_record(png), strength)
+        except PictureError as error:
+            rule = f"a picture that SDXL Lab drew ({error})"
+            raise ConfigError("id", str(origin), rule, EXAMPLES["id"]) from error
 
 
 @dataclass(frozen=True)
@@ -215,7 +228,7 @@ class Drawing:
         if not self.lasting:
             self.cancel(CancelledByClient("the client left before the picture was done"))
 
-    # --- for the studio --------------------------------------------------------------------------------------------
+    # --- for whoever has it drawn ----------------------------------------------------------------------------------
 
     def stepped(self, calls: int, total: int) -> None:
         for queue in self._watching:

@@ -4,7 +4,7 @@ The engine's numbers are read when they are asked for; what is over (pictures, a
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, SummaryMetricFamily
@@ -13,33 +13,21 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from sdxl_lab import __version__
-from sdxl_lab.promotion import Slot
-from service.attestation import Attestation
+from service.served import Served
 
 if TYPE_CHECKING:
-    from sdxl_lab.engine import Engine, Ticket
+    from sdxl_lab.engine import Ticket
 
 # Seconds: from nano on a laptop to a full queue before SDXL.
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
 OUTCOMES = ("done", "failed", "cancelled")
 
 
-class Observed(Protocol):
-    """What the metrics ask the studio."""
-
-    slot: Slot
-    engine: "Engine | None"
-    attestation: Attestation
-
-    @property
-    def trouble(self) -> str | None: ...
-
-
 class Metrics(Collector):
     """The metrics of one service."""
 
-    def __init__(self, observed: Observed) -> None:
-        self._observed = observed
+    def __init__(self, served: Served) -> None:
+        self._served = served
         self._registry = registry = CollectorRegistry(auto_describe=False)
         self.pictures = Counter("sdxl_pictures", "Pictures by what became of them", ["outcome"], registry=registry)
         self.answers = Counter(
@@ -71,16 +59,16 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry: what can be read off the engine and the slot."""
-        seen = self._observed
-        engine, slot = seen.engine, seen.slot
+        served = self._served
+        engine, slot = served.engine, served.slot
         weights = engine.weights if engine else {}
         info = {"digest": slot.digest, "slot": slot.folder.name, "version": __version__}
         named = ",".join(f"{role}={value}" for role, value in sorted(weights.items()))
         yield InfoMetricFamily("sdxl_config", "What is served", value=info | {"weights": named})
         yield GaugeMetricFamily(
-            "sdxl_attested", "1: the golden pictures came out as promoted", value=seen.attestation.passed
+            "sdxl_attested", "1: the golden pictures came out as promoted", value=served.attestation.passed
         )
-        yield GaugeMetricFamily("sdxl_ready", "1: a picture can be drawn now", value=seen.trouble is None)
+        yield GaugeMetricFamily("sdxl_ready", "1: a picture can be drawn now", value=served.trouble is None)
         if engine is None:
             return
         stats = engine.stats()

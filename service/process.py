@@ -62,13 +62,13 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn calls it ten times a second."""
-        engine = self._studio.engine
+        engine = self._studio.served.engine
         standing = 0.0 if engine is None else self._watchdog.standing(engine)
         if self._seconds is None:
             if counter % (10 * REARM_SECONDS) == 0:
                 # For an engine that is stuck with Python's own lock, when not even this would be called.
                 faulthandler.dump_traceback_later(self._patience + REARM_SECONDS + END_SECONDS, exit=True)
-            self.failure = self._studio.failure if engine is None else engine.failure
+            self.failure = self._studio.served.failure if engine is None else engine.failure
             if self.failure is None and standing >= self._patience:
                 self.failure = f"the engine is stuck: it has pictures to draw, and made no step in {standing:.0f} s"
             if self.failure is not None:
@@ -79,7 +79,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def _drain(self, seconds: float) -> None:
-        engine = self._studio.engine
+        engine = self._studio.served.engine
         told = engine.stats() if engine is not None else None
         try:
             await self._studio.drain(seconds)

@@ -100,7 +100,7 @@ def _drawing_answers(model: type[Drawn], *kinds: str) -> dict[int | str, dict[st
 async def generate(asked: GenerateRequest, request: Request, wish: Asked) -> Any:
     """Draw one picture from a prompt."""
     studio: Studio = request.app.state.studio
-    order = Order(asked.over(studio.slot.config), asked.prompt, asked.seed, **_terms(wish, asked))
+    order = Order(asked.over(studio.served.slot.config), asked.prompt, asked.seed, **_terms(wish, asked))
     return await _answer(request, wish, order, Drawn)
 
 
@@ -113,9 +113,9 @@ async def generate(asked: GenerateRequest, request: Request, wish: Asked) -> Any
 async def refine(asked: RefineRequest, request: Request, wish: Asked) -> Any:
     """Go over a stored picture again with the refiner."""
     studio: Studio = request.app.state.studio
-    studio.ready_engine()
+    studio.served.ready_engine()
     source = await studio.source(asked.id, asked.strength)
-    config = asked.over(studio.slot.config, source.record, source.image.size)
+    config = asked.over(studio.served.slot.config, source.record, source.image.size)
     prompt = source.record["prompt"] if asked.prompt is None else asked.prompt
     order = Order(config, prompt, asked.seed, source, **_terms(wish, asked))
     return await _answer(request, wish, order, Refined)
@@ -141,7 +141,7 @@ async def _answer(request: Request, wish: Wish, order: Order, shape: type[Drawn]
             return shape.of(record, prefix).model_dump(exclude_defaults=True)
 
         request_id = request.state.request_id
-        return EventStream(told(drawing, answer, wish.previews, request_id, studio.retry_after), drawing.leave)
+        return EventStream(told(drawing, answer, wish.previews, request_id, studio.served.retry_after), drawing.leave)
     try:
         record = await while_connected(request, drawing.result())
     finally:

@@ -79,7 +79,7 @@ async def generations(asked: ImagesRequest, request: Request, idempotency_key: I
     """Draw one to ten pictures of a prompt. They share the engine's calls, each has a seed of its own, and if one of
     them fails the others are cancelled."""
     studio: Studio = request.app.state.studio
-    check_model(asked.model, studio.slot.folder.name)
+    check_model(asked.model, studio.served.slot.folder.name)
     drawings = await _submitted(studio, _orders(asked, studio, request, idempotency_key))
     ids = {"X-Image-Id": ", ".join(str(drawing.id) for drawing in drawings)}
     if asked.stream:
@@ -109,19 +109,19 @@ async def models(request: Request) -> Models:
 async def model(name: str, request: Request) -> Model:
     """The slot that is served, by its name or as `auto`."""
     studio: Studio = request.app.state.studio
-    check_model(name, studio.slot.folder.name)
+    check_model(name, studio.served.slot.folder.name)
     return _model(studio)
 
 
 def _model(studio: Studio) -> Model:
-    evidence = studio.slot.evidence or {}
+    evidence = studio.served.slot.evidence or {}
     promoted = datetime.fromisoformat(evidence["when"]).timestamp() if "when" in evidence else 0
-    return Model(id=studio.slot.folder.name, created=int(promoted))
+    return Model(id=studio.served.slot.folder.name, created=int(promoted))
 
 
 def _orders(asked: ImagesRequest, studio: Studio, request: Request, key: str | None) -> list[Order]:
     """An order for each picture: neighbouring seeds, and with an idempotency key a key for each."""
-    config = asked.over(studio.slot.config)
+    config = asked.over(studio.served.slot.config)
     scope = f"{PREFIX} {getattr(request.state, 'client', '')}"  # keys of /generate are others
     seed = secrets.randbelow(2**32) if key is None else derived(scope, key)[1]
     mark = fingerprint({"request": type(asked).__name__, **asked.model_dump(exclude_none=True)})
@@ -230,7 +230,9 @@ async def _told(asked: ImagesRequest, request: Request, drawings: Sequence[Drawi
         request_id = request.state.request_id
         if known(error) is None:
             log.error("request %s failed", request_id, exc_info=error)
-        yield ServerSentEvent(json.dumps(error_of(problem_of(error, request_id, studio.retry_after()))), event="error")
+        yield ServerSentEvent(
+            json.dumps(error_of(problem_of(error, request_id, studio.served.retry_after()))), event="error"
+        )
 
 
 async def _merged(drawings: Sequence[Drawing], previews: int) -> AsyncIterator[tuple[int, Event]]:

@@ -17,7 +17,7 @@ router = APIRouter(tags=["operation"])
 async def config(request: Request) -> dict[str, Any]:
     """The promoted configuration and what speaks for it; `runtime` and `weights` once they are loaded."""
     studio: Studio = request.app.state.studio
-    slot, engine = studio.slot, studio.engine
+    slot, engine = studio.served.slot, studio.served.engine
     content: dict[str, Any] = {
         "slot": slot.folder.name,
         "config": slot.config.to_dict(),
@@ -26,7 +26,7 @@ async def config(request: Request) -> dict[str, Any]:
         "evidence": slot.evidence,
         "runtime": engine.profile.to_dict() if engine else None,
         "weights": engine.weights if engine else None,
-        **studio.attestation.to_dict(),
+        **studio.served.attestation.to_dict(),
         "version": __version__,
     }
     if slot.evidence is None:
@@ -46,8 +46,8 @@ async def healthz() -> dict[str, str]:
 async def readyz(request: Request) -> dict[str, Any]:
     """Whether a picture can be drawn now; 503 says why not. `attested` false comes with the reason."""
     studio: Studio = request.app.state.studio
-    studio.ready_engine()
-    attestation = studio.attestation
+    studio.served.ready_engine()
+    attestation = studio.served.attestation
     told = {"status": "ready", "attested": attestation.passed}
     return told if attestation.passed else told | {"attested_reason": attestation.reason}
 

@@ -143,7 +143,7 @@ def test_steps_and_previews_come_in_and_cancel_stops_the_picture(home, live, vis
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator("#making")).to_be_hidden()
     expect(page.locator("#toast")).to_have_text("Cancelled")
-    wait_for(lambda: not live.studio.making)
+    wait_for(lambda: not live.studio.drawings.making)
     assert json.loads(fetched(home, "images"))["images"] == []
     expect(page.locator("#problem")).to_be_hidden()
     draw(page, steps=2, width=64, height=64)
@@ -311,7 +311,7 @@ def test_the_keyboard_is_enough(home, live, visit):
     expect(page.locator("#making-title")).to_have_text(re.compile("Step"))
     page.keyboard.press("Escape")
     expect(page.locator("#making")).to_be_hidden()
-    wait_for(lambda: not live.studio.making)
+    wait_for(lambda: not live.studio.drawings.making)
     assert len(json.loads(fetched(home, "images"))["images"]) == 1
 
 

@@ -76,7 +76,7 @@ def serve(slot: Path, tmp_path: Path) -> Iterator[Serve]:
             client = stack.enter_context(TestClient(create_app(chosen)))
             studio = client.app.state.studio
             # Two loads at a time in a process mix up: transformers builds modules under a global meta device.
-            stack.callback(wait_for, lambda: bool(studio.engine or studio.failure))
+            stack.callback(wait_for, lambda: bool(studio.served.engine or studio.served.failure))
             return wait_until_ready(client) if ready else client
 
         yield start
@@ -115,7 +115,7 @@ def serving(settings: Settings, front: Callable[[ASGIApp], ASGIApp] = lambda app
     thread.start()
     studio = app.state.studio
     try:
-        wait_for(lambda: studio.trouble is None)
+        wait_for(lambda: studio.served.trouble is None)
         yield Live(port, studio, server)
     finally:
         server.should_exit = True

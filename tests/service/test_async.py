@@ -14,7 +14,7 @@ from sdxl_lab.engine import Engine
 from sdxl_lab.images import max_difference, open_picture
 from sdxl_lab.store import UnknownPicture
 from sdxl_lab.trajectory import Job
-from service import studio as module
+from service import drawings, keeper
 from service.jobs import Order, Step
 from service.problems import Stopping
 from tests.service.conftest import wait_for
@@ -68,7 +68,7 @@ def test_the_states_of_two_pictures_from_the_queue_to_their_ends(serve):
         assert state(client, each) == "cancelled"
         again = client.delete(f"/jobs/{each}")
         assert (again.status_code, again.json()["type"]) == (409, "urn:sdxl-lab:already-over")
-    assert not client.app.state.studio.making
+    assert not client.app.state.studio.drawings.making
     assert client.get("/images").json()["images"] == []
 
 
@@ -90,7 +90,7 @@ def test_a_picture_that_fails_says_so(client, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(client.app.state.studio, "_keep", broken)
+    monkeypatch.setattr(client.app.state.studio.drawings, "_put", broken)
     picture = client.post("/generate", json=PROMPT, headers=LATER).json()["id"]
     wait_for(lambda: state(client, picture) == "failed")
     assert client.get(f"/download/{picture}").status_code == 404
@@ -105,8 +105,8 @@ def test_an_engine_that_fails_ends_all_that_it_draws(serve, monkeypatch):
     def broken(*_):
         raise MemoryError("the engine's own bug")
 
-    monkeypatch.setattr(studio.engine, "_tick", broken)
-    wait_for(lambda: not studio.making)
+    monkeypatch.setattr(studio.served.engine, "_tick", broken)
+    wait_for(lambda: not studio.drawings.making)
     assert state(client, picture) == "failed"
     assert client.post("/generate", json=PROMPT).status_code == 503
     assert client.get(kept["url"]).status_code == 200
@@ -116,27 +116,27 @@ def test_what_ended_without_a_picture_is_forgotten_in_time(client, monkeypatch):
     studio = client.app.state.studio
 
     async def ended():
-        drawing = await studio.submit(Order(studio.slot.config, "a ring"))
+        drawing = await studio.submit(Order(studio.served.slot.config, "a ring"))
         drawing.leave()
         await asyncio.wait({drawing.task})
         return drawing
 
     first = client.portal.call(ended)
-    assert studio._ended[first.id] is first
+    assert studio.drawings.ended[first.id] is first
     assert (first.ticket, first.state) == (None, "cancelled")
-    monkeypatch.setattr(module, "MOST_REMEMBERED", 1)
+    monkeypatch.setattr(drawings, "MOST_REMEMBERED", 1)
     second = client.portal.call(ended)
-    assert list(studio._ended) == [second.id]
-    monkeypatch.setattr(module, "REMEMBERED", 0)
+    assert list(studio.drawings.ended) == [second.id]
+    monkeypatch.setattr(drawings, "REMEMBERED", 0)
     client.portal.call(ended)
-    assert not studio._ended
+    assert not studio.drawings.ended
 
 
 def drawn(client, promoted, asked, picture):
     """Whether the stored picture is what the engine draws of this request."""
     info = client.get(f"/images/{picture}").json()
     config = promoted.with_(**{name: value for name, value in asked.items() if name != "prompt"})
-    expected = client.app.state.studio.engine.draw(Job(config, asked["prompt"], info["seed"])).image
+    expected = client.app.state.studio.served.engine.draw(Job(config, asked["prompt"], info["seed"])).image
     stored = open_picture(client.get(info["url"]).content)
     return max_difference(stored, expected) <= 1 / 255  # another batch rounds another pixel
 
@@ -162,7 +162,7 @@ def test_what_a_service_that_stops_has_promised_the_next_one_draws(serve, promot
 def promise(client, **more):
     """What a process that was killed leaves of a promised picture."""
     studio = client.app.state.studio
-    config = studio.slot.config.to_dict()
+    config = studio.served.slot.config.to_dict()
     asked = {"request": "", "prompt": "a ring", "seed": 1, "config": config, "promoted": "", "overridden": []}
     begun = {"state": "queued", "created": 1.0, "holder": "another", "renewed": 1.0, "lease": 30, "attempts": 1}
     picture = uuid.uuid4()
@@ -171,11 +171,11 @@ def promise(client, **more):
 
 
 def take_up(client):
-    client.portal.call(client.app.state.studio._take_up)
+    client.portal.call(client.app.state.studio.keeper.take_up)
 
 
 def test_a_promise_that_ends_the_process_each_time_is_given_up(client):
-    picture = promise(client, attempts=module.ATTEMPTS)
+    picture = promise(client, attempts=keeper.ATTEMPTS)
     take_up(client)
     assert state(client, picture) == "failed"
 
@@ -192,9 +192,9 @@ def test_a_promise_that_was_kept_is_not_drawn_again(client):
     body = client.post("/generate", json=PROMPT, headers={"Idempotency-Key": "kept"}).json()
     record = studio.store.record(uuid.UUID(body["id"]))
     studio.store.put_job(uuid.UUID(body["id"]), record | {"state": "queued", "holder": "", "renewed": 1.0, "lease": 30})
-    before = studio.engine.stats().ticks
+    before = studio.served.engine.stats().ticks
     take_up(client)
-    assert studio.engine.stats().ticks == before
+    assert studio.served.engine.stats().ticks == before
     with pytest.raises(UnknownPicture):
         studio.store.job(uuid.UUID(body["id"]))
 
@@ -205,14 +205,14 @@ def test_a_full_store_promises_nothing(client, monkeypatch):
 
     monkeypatch.setattr(obstore, "put", full)
     assert client.post("/generate", json=PROMPT, headers=LATER).status_code == 507
-    wait_for(lambda: client.app.state.studio.engine.stats().running == 0)
-    assert not client.app.state.studio.making
+    wait_for(lambda: client.app.state.studio.served.engine.stats().running == 0)
+    assert not client.app.state.studio.drawings.making
 
 
 def test_a_service_that_drains_ends_what_runs_and_tells_the_rest(serve):
     client = serve(max_rows=2)
     studio = client.app.state.studio
-    config = studio.slot.config
+    config = studio.served.slot.config
 
     async def drained():
         running = await studio.submit(Order(config.with_(steps=30, width=128, height=128), "a ring"))
@@ -241,8 +241,8 @@ def test_a_drain_does_not_wait_for_an_engine_that_is_stuck(serve, monkeypatch):
     monkeypatch.setattr(Engine, "_step", stuck)
 
     async def drained():
-        drawing = await studio.submit(Order(studio.slot.config, "a ring"))
-        lasting = await studio.submit(Order(studio.slot.config, "a ring", lasting=True))
+        drawing = await studio.submit(Order(studio.served.slot.config, "a ring"))
+        lasting = await studio.submit(Order(studio.served.slot.config, "a ring", lasting=True))
         await asyncio.to_thread(wait_for, lambda: drawing.state == "running")
         await studio.drain(0.1)
         with pytest.raises(Stopping):
@@ -301,7 +301,7 @@ def test_retry_after_is_within_a_factor_of_two_of_the_wait(serve, monkeypatch):
     ids = []
     while (answer := client.post("/generate", json=load, headers=LATER)).status_code == 202:
         ids.append(answer.json()["id"])
-        wait_for(lambda: client.app.state.studio.engine.stats().running == 1)
+        wait_for(lambda: client.app.state.studio.served.engine.stats().running == 1)
     wait_for(lambda: client.get(f"/images/{ids[0]}").json().get("step", 0) > 5)
     ratios = []
     for _ in range(3):

@@ -30,7 +30,7 @@ def copy(slot, tmp_path) -> Path:
 
 def settled(client):
     """`/readyz` when the goldens have been judged."""
-    wait_for(lambda: not client.app.state.studio.attesting)
+    wait_for(lambda: not client.app.state.studio.served.attesting)
     return client.get("/readyz")
 
 
@@ -150,7 +150,7 @@ def test_off_draws_no_golden_and_says_so(serve, slot):
     client = serve(attest="off")
     assert client.get("/readyz").json()["attested_reason"] == "switched off by SDXL_ATTEST=off"
     assert client.get("/config").json()["comparisons"] == []
-    assert client.app.state.studio.engine.stats().calls == 0
+    assert client.app.state.studio.served.engine.stats().calls == 0
 
 
 def test_a_service_that_stops_while_it_attests_does_not_wait_for_the_goldens(serve, monkeypatch):
@@ -167,7 +167,7 @@ def test_a_service_that_stops_while_it_attests_does_not_wait_for_the_goldens(ser
     studio = client.app.state.studio
     wait_for(lambda: drawn)
     assert "golden pictures are being drawn" in client.get("/readyz").json()["detail"]
-    studio.engine.close()
-    wait_for(lambda: not studio.attesting)
+    studio.served.engine.close()
+    wait_for(lambda: not studio.served.attesting)
     assert len(drawn) < 8
-    assert "cancelled" in studio.attestation.reason
+    assert "cancelled" in studio.served.attestation.reason

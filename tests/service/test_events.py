@@ -109,25 +109,25 @@ def test_a_listener_that_goes_away_frees_its_rows(live):
     port, studio, _ = live
     with stream(port, LONG) as connection:
         read_until(connection, b"event: step")
-        (drawing,) = studio.making.values()
-        assert studio.engine.stats().rows_in_flight == 2
+        (drawing,) = studio.drawings.making.values()
+        assert studio.served.engine.stats().rows_in_flight == 2
     wait_for(lambda: drawing.over)
     assert drawing.state == "cancelled"
     assert drawing.progress[0] < drawing.progress[1]
-    assert studio.engine.stats().rows_in_flight == 0
+    assert studio.served.engine.stats().rows_in_flight == 0
 
 
 def test_a_listener_that_only_waits_in_the_queue_can_go_away_too(live):
     port, studio, _ = live
-    studio.engine.rows = 2
+    studio.served.engine.rows = 2
     with stream(port, LONG) as first:
         read_until(first, b"event: step")
         with stream(port, LONG) as second:
             text = read_until(second, b"event: queued")
             read_until(first, b"event: step")
         assert b'"position": 1' in text
-        wait_for(lambda: len(studio.making) == 1)
-        assert studio.engine.stats().queued == 0
+        wait_for(lambda: len(studio.drawings.making) == 1)
+        assert studio.served.engine.stats().queued == 0
 
 
 def test_a_comment_keeps_the_connection_alive(live, monkeypatch):

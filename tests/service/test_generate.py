@@ -58,7 +58,7 @@ def test_the_pixels_are_those_of_the_engine(client, promoted, asked, overridden)
         changes["refiner"] = config.refiner
         assert record["unet_calls"] == {"base": 3, "refiner": 1}
     assert config == promoted.with_(**changes)
-    engine = client.app.state.studio.engine
+    engine = client.app.state.studio.served.engine
     drawn = engine.draw(Job(config, PROMPT["prompt"], body["seed"])).image
     assert np.array_equal(np.asarray(open_picture(png)), np.asarray(drawn))
 
@@ -115,16 +115,16 @@ def post(port, body):
 def test_a_client_that_goes_away_cancels_its_picture(live):
     port, studio, _ = live
     connection = post(port, LONG)
-    wait_for(lambda: any(drawing.progress[0] for drawing in studio.making.values()))
-    (drawing,) = studio.making.values()
-    assert studio.engine.stats().rows_in_flight == 2
+    wait_for(lambda: any(drawing.progress[0] for drawing in studio.drawings.making.values()))
+    (drawing,) = studio.drawings.making.values()
+    assert studio.served.engine.stats().rows_in_flight == 2
     connection.close()
     wait_for(lambda: drawing.over)
     calls, total = drawing.progress
     assert drawing.state == "cancelled"
     assert 0 < calls < total
-    assert not studio.making
-    assert studio.engine.stats().rows_in_flight == 0
+    assert not studio.drawings.making
+    assert studio.served.engine.stats().rows_in_flight == 0
     assert not list(studio.store.folder.glob("*"))
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as answer:
         assert answer.status == 200
@@ -133,8 +133,8 @@ def test_a_client_that_goes_away_cancels_its_picture(live):
 def test_health_answers_while_a_picture_is_drawn(live):
     port, studio, _ = live
     with post(port, LONG):
-        wait_for(lambda: any(drawing.state == "running" for drawing in studio.making.values()))
-        (drawing,) = studio.making.values()
+        wait_for(lambda: any(drawing.state == "running" for drawing in studio.drawings.making.values()))
+        (drawing,) = studio.drawings.making.values()
         began = time.monotonic()
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
             assert answer.status == 200
@@ -144,13 +144,13 @@ def test_health_answers_while_a_picture_is_drawn(live):
 def test_a_service_that_stops_answers_those_who_still_wait(live, caplog):
     port, studio, server = live
     with post(port, LONG) as connection:
-        wait_for(lambda: any(drawing.state == "running" for drawing in studio.making.values()))
+        wait_for(lambda: any(drawing.state == "running" for drawing in studio.drawings.making.values()))
         server.should_exit = True
         connection.settimeout(60)
         answer = connection.makefile("rb").read().decode()
     assert answer.startswith("HTTP/1.1 503 ")
     assert "retry-after: 5" in answer
-    wait_for(lambda: not studio.engine.healthy)
+    wait_for(lambda: not studio.served.engine.healthy)
     assert not [entry for entry in caplog.records if entry.exc_info]
 
 
@@ -159,7 +159,7 @@ def test_a_cancelled_request_leaves_the_engine_whole(client):
     studio = client.app.state.studio
 
     async def cancelled():
-        drawing = await studio.submit(Order(studio.slot.config.with_(steps=100), "a ring"))
+        drawing = await studio.submit(Order(studio.served.slot.config.with_(steps=100), "a ring"))
         waiting = asyncio.create_task(drawing.result())
         await asyncio.sleep(0.05)
         waiting.cancel()
@@ -168,6 +168,6 @@ def test_a_cancelled_request_leaves_the_engine_whole(client):
             await drawing.result()
 
     client.portal.call(cancelled)
-    assert not studio.making
+    assert not studio.drawings.making
     assert client.post("/generate", json=PROMPT).status_code == 200
-    assert studio.engine.healthy
+    assert studio.served.engine.healthy

@@ -30,10 +30,10 @@ def live(slot, tmp_path_factory):
 def still_draws(live):
     """After every test: nothing is in the making, a picture is drawn, and no request failed by a bug."""
     yield
-    wait_for(lambda: not live.studio.making)
+    wait_for(lambda: not live.studio.drawings.making)
     status, _, body = exchange(live, post("/generate", json.dumps(PROMPT | {"steps": 1})))
     assert status == 200, body
-    assert live.studio.engine.stats().rows_in_flight == 0
+    assert live.studio.served.engine.stats().rows_in_flight == 0
 
 
 def exchange(live, request, timeout=30):
@@ -357,14 +357,14 @@ def test_two_hundred_connections_opened_and_dropped(live):
     sockets = [connect(live) for _ in range(200)]
     for number, sock in enumerate(sockets):
         sock.sendall(stages[number % 4] if number % 2 else full)
-    wait_for(lambda: live.studio.making)
+    wait_for(lambda: live.studio.drawings.making)
     for number, sock in enumerate(sockets):
         if number % 3 == 0:  # with a reset
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         sock.close()
-    wait_for(lambda: not live.studio.making)
+    wait_for(lambda: not live.studio.drawings.making)
     wait_for(lambda: not live.server.server_state.connections)
-    assert live.studio.engine.stats().queued == 0
+    assert live.studio.served.engine.stats().queued == 0
 
 
 def test_slow_clients_do_not_hold_up_the_others(live):

@@ -21,7 +21,7 @@ def keyed(key, **more):
 
 
 def test_a_repeat_gives_the_stored_picture(client):
-    ticks = client.app.state.studio.engine.stats
+    ticks = client.app.state.studio.served.engine.stats
     first = client.post("/generate", json=PROMPT, headers=keyed("repeat"))
     before = ticks().ticks
     again = client.post("/generate", json=PROMPT, headers=keyed("repeat"))
@@ -95,7 +95,7 @@ def test_a_concurrent_repeat_joins_the_running_one(client):
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: len(studio.making) == 1)
+    wait_for(lambda: len(studio.drawings.making) == 1)
     conflict = client.post("/generate", json=PROMPT, headers=keyed("joined"))
     for thread in threads:
         thread.join()
@@ -110,8 +110,8 @@ def test_a_picture_with_a_key_is_drawn_although_its_client_leaves(live):
     with socket.create_connection(("127.0.0.1", port)) as connection:
         head = f"POST /generate HTTP/1.1\r\nHost: x\r\nIdempotency-Key: left\r\nContent-Length: {len(content)}\r\n"
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
-        wait_for(lambda: any(drawing.progress[0] for drawing in studio.making.values()))
-    wait_for(lambda: not studio.making)
+        wait_for(lambda: any(drawing.progress[0] for drawing in studio.drawings.making.values()))
+    wait_for(lambda: not studio.drawings.making)
     assert studio.store.record(derived("anyone", "left")[0])["prompt"] == "a red ring"
 
 
@@ -137,7 +137,7 @@ def test_a_repeat_of_a_promise_keeps_the_configuration_of_then(serve, promoted, 
     promise |= {name: record[name] for name in ("request", "prompt", "seed", "config", "promoted", "overridden")}
     client.delete(f"/images/{drawn['id']}")
     studio.store.put_job(uuid.UUID(drawn["id"]), promise | {"source": None, "strength": None})
-    object.__setattr__(studio.slot, "config", promoted.with_(steps=7))
+    object.__setattr__(studio.served.slot, "config", promoted.with_(steps=7))
     again = client.post("/generate", json=PROMPT, headers=keyed("then")).json()
     now = client.get(again["url"]).content
     assert read_record(now)["config"]["steps"] == 4
@@ -146,16 +146,16 @@ def test_a_repeat_of_a_promise_keeps_the_configuration_of_then(serve, promoted, 
 
 def test_a_failed_picture_is_tried_again(client, monkeypatch):
     studio = client.app.state.studio
-    keep = studio._keep
+    keep = studio.drawings._put
 
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(studio, "_keep", broken)
+    monkeypatch.setattr(studio.drawings, "_put", broken)
     assert client.post("/generate", json=PROMPT, headers=keyed("again")).status_code == 500
     picture = derived("anyone", "again")[0]
     assert client.get(f"/images/{picture}").json()["state"] == "failed"
-    monkeypatch.setattr(studio, "_keep", keep)
+    monkeypatch.setattr(studio.drawings, "_put", keep)
     assert client.post("/generate", json=PROMPT, headers=keyed("again")).status_code == 200
     assert client.get(f"/images/{picture}").json()["state"] == "done"
     assert str(picture) not in [job["id"] for job in studio.store.jobs()]

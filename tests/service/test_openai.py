@@ -53,7 +53,7 @@ def long(monkeypatch):
 @pytest.fixture
 def busy(live, monkeypatch):
     """One picture is being drawn for some seconds, one waits, and the queue takes no more."""
-    engine = live.studio.engine
+    engine = live.studio.served.engine
     monkeypatch.setattr(engine, "rows", 2)
     jobs = [later(live, {"prompt": PROMPT, "steps": 100, "width": 128, "height": 128}) for _ in range(2)]
     wait_for(lambda: engine.queued == 1)
@@ -61,7 +61,7 @@ def busy(live, monkeypatch):
     yield
     for job in jobs:
         delete(live, job)
-    wait_for(lambda: not live.studio.making)
+    wait_for(lambda: not live.studio.drawings.making)
 
 
 def later(live, body):
@@ -103,7 +103,7 @@ def test_the_picture_is_the_one_that_generate_draws(live, client):
     png = decoded(client.images.generate(prompt=PROMPT, size="64x128").data[0].b64_json)
     body = {"prompt": PROMPT, "width": 64, "height": 128, "seed": read_record(png)["seed"]}
     job = later(live, body)
-    wait_for(lambda: uuid.UUID(job) not in live.studio.making)
+    wait_for(lambda: uuid.UUID(job) not in live.studio.drawings.making)
     again = live.studio.store.get(uuid.UUID(job))
     assert np.array_equal(np.asarray(open_picture(png)), np.asarray(open_picture(again)))
 
@@ -151,9 +151,9 @@ def test_compression_is_the_quality_of_the_form(client):
 
 
 def test_three_pictures_share_calls_and_have_seeds_of_their_own(live, client):
-    before = live.studio.engine.stats()
+    before = live.studio.served.engine.stats()
     answer = client.images.with_raw_response.generate(prompt=PROMPT, n=3, quality="max", size="128x128")
-    after = live.studio.engine.stats()
+    after = live.studio.served.engine.stats()
     records = [read_record(decoded(image.b64_json)) for image in answer.parse().data]
     seeds = [record["seed"] for record in records]
     assert len(set(seeds)) == 3
@@ -245,23 +245,23 @@ def test_several_pictures_are_streamed_with_their_index(client):
 def test_a_listener_that_leaves_frees_its_rows(live, client, long):
     stream = client.images.generate(**long, stream=True, n=2, partial_images=3)
     next(iter(stream))
-    drawings = list(live.studio.making.values())
+    drawings = list(live.studio.drawings.making.values())
     assert len(drawings) == 2
     stream.close()
-    wait_for(lambda: not live.studio.making)
+    wait_for(lambda: not live.studio.drawings.making)
     assert [drawing.state for drawing in drawings] == ["cancelled"] * 2
-    assert live.studio.engine.stats().rows_in_flight == 0
+    assert live.studio.served.engine.stats().rows_in_flight == 0
 
 
 def test_an_error_in_the_middle_is_the_last_event(live, client, long):
     stream = iter(client.images.generate(**long, stream=True, n=3, partial_images=3))
     assert next(stream).type == "image_generation.partial_image"
-    drawings = list(live.studio.making.values())
+    drawings = list(live.studio.drawings.making.values())
     delete(live, drawings[0].id)
     with pytest.raises(openai.APIError, match="cancelled") as caught:
         list(stream)
     assert (caught.value.code, caught.value.type) == ("cancelled_by_client", "invalid_request_error")
-    wait_for(lambda: not live.studio.making)
+    wait_for(lambda: not live.studio.drawings.making)
     assert [drawing.state for drawing in drawings] == ["cancelled"] * 3
 
 
@@ -355,13 +355,13 @@ def test_a_full_queue_says_when_to_come_back(busy, client):
 
 
 def test_the_client_comes_back_by_itself_when_it_is_told(live, busy, monkeypatch):
-    monkeypatch.setattr(live.studio, "retry_after", lambda: 2)
+    monkeypatch.setattr(live.studio.served, "retry_after", lambda: 2)
     with Watched(live) as watched, connect(live, http_client=watched.http, max_retries=20) as retrying:
         answers = []
         asking = threading.Thread(target=lambda: answers.append(retrying.images.generate(prompt=PROMPT)))
         asking.start()
         wait_for(lambda: watched.statuses)
-        live.studio.engine.max_queue = 100
+        live.studio.served.engine.max_queue = 100
         asking.join()
         assert watched.statuses == [429, 200]
         assert watched.retry_after[0] == "2"
@@ -370,13 +370,13 @@ def test_the_client_comes_back_by_itself_when_it_is_told(live, busy, monkeypatch
 
 
 def test_all_pictures_are_taken_or_none(live, client, long, monkeypatch):
-    engine = live.studio.engine
+    engine = live.studio.served.engine
     monkeypatch.setattr(engine, "rows", 2)
     monkeypatch.setattr(engine, "max_queue", 2)
     before = len(live.studio.store.page(100).records)
     with pytest.raises(openai.RateLimitError):
         client.images.generate(**long, n=10)
-    wait_for(lambda: not live.studio.making)
+    wait_for(lambda: not live.studio.drawings.making)
     assert len(live.studio.store.page(100).records) == before
 
 
@@ -390,12 +390,12 @@ def test_if_one_picture_fails_the_others_are_cancelled(live, client, long):
 
     asking = threading.Thread(target=ask)
     asking.start()
-    wait_for(lambda: len(live.studio.making) == 3)
-    drawings = list(live.studio.making.values())
+    wait_for(lambda: len(live.studio.drawings.making) == 3)
+    drawings = list(live.studio.drawings.making.values())
     delete(live, drawings[1].id)
     asking.join()
     assert caught[0].code == "cancelled_by_client"
-    wait_for(lambda: not live.studio.making)
+    wait_for(lambda: not live.studio.drawings.making)
     assert [drawing.state for drawing in drawings] == ["cancelled"] * 3
 
 
@@ -412,7 +412,7 @@ def test_a_bug_is_told_by_its_request_id(live, client, monkeypatch, stream):
     def broken(*_):
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(live.studio, "_keep", broken)
+    monkeypatch.setattr(live.studio.drawings, "_put", broken)
     with pytest.raises(openai.APIError, match=r"request id: [0-9a-f]{32}") as caught:
         list(client.images.generate(prompt=PROMPT, stream=stream))
     assert (caught.value.code, caught.value.type) == ("bug", "server_error")

@@ -156,11 +156,11 @@ def test_a_full_queue_is_429_with_retry_after(serve):
     for waiting in (0, 1):
         threads.append(threading.Thread(target=ask))
         threads[-1].start()
-        wait_for(lambda n=waiting: len(studio.making) == n + 1 and studio.engine.queued == n)
+        wait_for(lambda n=waiting: len(studio.drawings.making) == n + 1 and studio.served.engine.queued == n)
     answer = client.post("/generate", json=PROMPT)
     check(answer, 429)
     assert int(answer.headers["retry-after"]) >= 1
-    for drawing in list(studio.making.values()):
+    for drawing in list(studio.drawings.making.values()):
         assert client.delete(f"/jobs/{drawing.id}").status_code == 204
     for thread in threads:
         thread.join()
@@ -177,7 +177,7 @@ def test_a_store_that_refuses_is_507(client, monkeypatch, code):
 
     monkeypatch.setattr(obstore, "put", put)
     assert os.strerror(code) in check(client.post("/generate", json=PROMPT), 507)["detail"]
-    assert not client.app.state.studio.making
+    assert not client.app.state.studio.drawings.making
 
 
 def test_a_bug_is_500_with_a_request_id_that_the_log_has(client, monkeypatch, caplog):
@@ -195,7 +195,7 @@ def test_a_bug_is_500_with_a_request_id_that_the_log_has(client, monkeypatch, ca
 
 def test_a_stopped_engine_is_503_and_not_ready(serve):
     client = serve()
-    client.app.state.studio.engine.close()
+    client.app.state.studio.served.engine.close()
     assert "stopped" in check(client.get("/readyz"), 503)["detail"]
     answer = client.post("/generate", json=PROMPT)
     check(answer, 503)

@@ -12,7 +12,7 @@ from sdxl_lab import store as stores
 from sdxl_lab.images import max_difference, open_picture
 from sdxl_lab.store import Store, StoreUnreachable, UnknownPicture
 from sdxl_lab.trajectory import Job
-from service import studio as module
+from service import drawings
 from service.app import create_app
 from service.jobs import derived
 from service.promises import Promises
@@ -53,9 +53,9 @@ def replicas(slot, objects):
 def two(replicas, shared):
     yield replicas[:2]
     for client in replicas:
-        for picture in list(studio(client).making):
+        for picture in list(studio(client).drawings.making):
             client.delete(f"/jobs/{picture}")
-        wait_for(lambda client=client: not studio(client).making)
+        wait_for(lambda client=client: not studio(client).drawings.making)
 
 
 def studio(client):
@@ -100,17 +100,17 @@ def test_another_replica_tells_the_state_and_leaves_a_held_promise_alone(two):
     missing = second.get(f"/download/{picture}")
     assert (missing.status_code, missing.json()["type"]) == (404, "urn:sdxl-lab:still-drawing")
     assert second.delete(f"/images/{picture}").json()["type"] == "urn:sdxl-lab:not-over"
-    second.portal.call(studio(second)._take_up)
-    assert not studio(second).making
+    second.portal.call(studio(second).keeper.take_up)
+    assert not studio(second).drawings.making
     first.delete(f"/jobs/{picture}")
 
 
 def test_a_promise_whose_lease_ran_out_is_drawn_by_the_replica_that_is_asked(two, shared, promoted):
     client = two[0]
-    expected = studio(client).engine.draw(Job(promoted, "a ring", 1)).image
+    expected = studio(client).served.engine.draw(Job(promoted, "a ring", 1)).image
     held = promise(shared, promoted, age=20)
     assert (state(client, held), client.get(f"/download/{held}").status_code) == ("running", 404)
-    assert not studio(client).making
+    assert not studio(client).drawings.making
     for ask in ("images", "download"):
         picture = promise(shared, promoted, age=31)
         client.get(f"/{ask}/{picture}")
@@ -126,8 +126,8 @@ def test_a_promise_that_nobody_asks_for_is_found(two, shared, promoted, monkeypa
     held, left = promise(shared, promoted, age=20), promise(shared, promoted, age=31)
     ahead, given = promise(shared, promoted, age=-(10**6)), promise(shared, promoted, lease=0)
     shared.put_job(uuid.uuid4(), {"no": "promise"})
-    client.portal.call(studio(client)._take_up)
-    wait_for(lambda: not studio(client).making)
+    client.portal.call(studio(client).keeper.take_up)
+    wait_for(lambda: not studio(client).drawings.making)
     stored = {image["id"] for image in client.get("/images").json()["images"]}
     assert stored == {str(left), str(ahead), str(given)}
     assert shared.job(held)["holder"] == "another"
@@ -138,9 +138,9 @@ def test_a_look_takes_only_what_this_replica_can_begin(serve, shared, promoted, 
     monkeypatch.setattr(studio(client).promises, "seconds", 0)
     slow = promoted.with_(steps=100, width=256, height=256)
     pictures = [promise(shared, slow, age=31, created=float(number)) for number in range(4)]
-    client.portal.call(studio(client)._take_up)
-    assert list(studio(client).making) == pictures[: len(studio(client).making)]
-    assert len(studio(client).making) == 1
+    client.portal.call(studio(client).keeper.take_up)
+    assert list(studio(client).drawings.making) == pictures[: len(studio(client).drawings.making)]
+    assert len(studio(client).drawings.making) == 1
     for picture in pictures:
         client.delete(f"/jobs/{picture}")
 
@@ -164,7 +164,7 @@ def test_a_picture_is_cancelled_through_any_replica(two):
     assert state(second, picture) == "cancelled"
     assert second.delete(f"/jobs/{picture}").json()["type"] == "urn:sdxl-lab:already-over"
     studio(first).promises._written[uuid.UUID(picture)] = ("running", -1e9)  # it is time to renew
-    wait_for(lambda: not studio(first).making)
+    wait_for(lambda: not studio(first).drawings.making)
     assert state(first, picture) == "cancelled"
 
 
@@ -173,7 +173,7 @@ def test_a_picture_cancelled_elsewhere_is_not_stored_even_if_it_was_drawn_before
     monkeypatch.setattr(studio(first).promises, "due", lambda *_: False)
     picture = first.post("/generate", json=PROMPT | {"steps": 40}, headers=LATER).json()["id"]
     assert second.delete(f"/jobs/{picture}").status_code == 204
-    wait_for(lambda: not studio(first).making)
+    wait_for(lambda: not studio(first).drawings.making)
     assert [state(client, picture) for client in two] == ["cancelled"] * 2
     assert first.get(f"/download/{picture}").status_code == 404
 
@@ -190,7 +190,7 @@ def test_a_key_joins_the_picture_that_another_replica_draws(two):
     keyed = {"Idempotency-Key": "joined"}
     asked = PROMPT | {"steps": 100, "width": 128, "height": 128}
     later = first.post("/generate", json=asked, headers=keyed | LATER).json()
-    before = studio(second).engine.stats().ticks
+    before = studio(second).served.engine.stats().ticks
     again = second.post("/generate", json=asked, headers=keyed | LATER)
     assert (again.status_code, again.json()["id"]) == (202, later["id"])
     assert second.post("/generate", json=PROMPT, headers=keyed).json()["type"] == "urn:sdxl-lab:key-reused"
@@ -199,7 +199,7 @@ def test_a_key_joins_the_picture_that_another_replica_draws(two):
     answers = [client.post("/generate", json=asked, headers=keyed).json() for client in two]
     assert answers[0] == answers[1]
     assert answers[0]["id"] == later["id"]
-    assert studio(second).engine.stats().ticks == before
+    assert studio(second).served.engine.stats().ticks == before
 
 
 def test_whoever_waits_for_a_replica_that_dies_gets_the_picture_all_the_same(two, shared, promoted, monkeypatch):
@@ -227,15 +227,15 @@ def test_whoever_waits_is_told_how_it_ended_elsewhere(two, shared, promoted, end
     held = promise(shared, promoted)
     picture, _ = derived("anyone", ended)
     job = shared.job(held)
-    monkeypatch.setattr(module, "_same_request", lambda *_: None)
+    monkeypatch.setattr("service.studio._same_request", lambda *_: None)
     shared.put_job(picture, job)
-    arrived = studio(client)._arrived
+    arrived = studio(client).keeper._arrived
 
     async def ends(wanted):
         shared.put_job(picture, job | {"state": ended})
         return await arrived(wanted)
 
-    monkeypatch.setattr(studio(client), "_arrived", ends)
+    monkeypatch.setattr(studio(client).keeper, "_arrived", ends)
     if status == 500:
         client = type(client)(client.app, raise_server_exceptions=False)
     assert client.post("/generate", json=PROMPT, headers=key).status_code == status
@@ -256,8 +256,8 @@ def test_two_replicas_that_get_one_key_at_once_draw_one_picture(two, shared, mon
 
     monkeypatch.setattr(Store, "read_job", late)
     picture = second.post("/generate", json=LONG, headers=key).json()["id"]
-    assert not studio(second).making
-    assert uuid.UUID(picture) not in studio(second)._ended
+    assert not studio(second).drawings.making
+    assert uuid.UUID(picture) not in studio(second).drawings.ended
     assert shared.job(uuid.UUID(picture))["holder"] == studio(first).promises.replica
     assert second.delete(f"/jobs/{picture}").status_code == 204
 
@@ -270,14 +270,14 @@ def test_what_another_replica_stored_first_stands(two, shared, monkeypatch):
     asked = shared.job(picture)
     kept = shared.put(picture, b"theirs", asked)
     shared.drop_job(picture)
-    wait_for(lambda: not studio(first).making)
+    wait_for(lambda: not studio(first).drawings.making)
     assert shared.get(picture) == b"theirs"
     assert shared.record(picture) == kept
 
 
 def test_a_picture_waits_for_a_store_that_does_not_answer(two, monkeypatch):
     first = two[0]
-    monkeypatch.setattr(module, "LOOK", 0.01)
+    monkeypatch.setattr(drawings, "LOOK", 0.01)
     put, refused = Store.put, []
 
     def out(*arguments):
@@ -296,7 +296,7 @@ def test_a_picture_waits_for_a_store_that_does_not_answer(two, monkeypatch):
 
 def test_a_store_that_stays_away_costs_an_attempt_and_no_picture(two, shared, monkeypatch):
     first, second = two
-    monkeypatch.setattr(module, "OUTAGE", 0)
+    monkeypatch.setattr(drawings, "OUTAGE", 0)
     put = Store.put
 
     def out(*_):
@@ -319,7 +319,7 @@ def test_what_a_stop_gives_back_is_free_at_once_and_no_attempt(serve, two, share
     left = shared.job(uuid.UUID(picture))
     assert (left["lease"], left["attempts"], left["state"]) == (0, 0, "queued")
     assert state(second, picture) in ("queued", "running")
-    assert uuid.UUID(picture) in studio(second).making
+    assert uuid.UUID(picture) in studio(second).drawings.making
     second.delete(f"/jobs/{picture}")
 
 

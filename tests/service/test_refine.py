@@ -26,7 +26,7 @@ def test_a_stored_picture_is_refined_as_the_engine_does_it(client, promoted, sou
     assert record["id"] == body["id"]
     config = promoted.with_(width=128, height=64, negative_prompt="blue")
     job = Job(config, "a red ring", 5, Source(open_picture(before), 0.3, read_record(before)))
-    drawn = client.app.state.studio.engine.draw(job).image
+    drawn = client.app.state.studio.served.engine.draw(job).image
     assert np.array_equal(np.asarray(open_picture(png)), np.asarray(drawn))
 
 
