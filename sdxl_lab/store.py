@@ -30,8 +30,8 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotSupportedError, PreconditionError
 from obstore.store import LocalStore, from_url
 
-from .config import ConfigError
-from .images import PictureError, canonical, read_record
+from .config import ConfigError, canonical
+from .images import PictureError, read_record
 
 SCHEMES = ("s3", "gs", "az", "file", "memory")
 EXAMPLE = "s3://bucket/prefix"
@@ -172,8 +172,8 @@ class Store:
         return Page(records, cursor if next(names, None) else None)
 
     def remove_older(self, seconds: float) -> int:
-        """Remove the pictures and the unfinished jobs that are older than this, and what interrupted writes left. How
-        many pictures went."""
+        """Remove the pictures that are older than this, the unfinished jobs that nobody wrote for as long, and what
+        interrupted writes left. How many pictures went."""
         removed = 0
         bound = time.time() - seconds
         for name in self._names(f"{LAST - round(1000 * bound):015d}-"):
@@ -184,9 +184,9 @@ class Store:
                 continue
             self._remove(old, f"newest/{name}")
             removed += 1
-        for job in self.jobs():
-            if job.get("created", 0) < bound:
-                self.drop_job(uuid.UUID(job["id"]))
+        for job in list(self.job_names()):
+            if job.changed < bound:
+                self.drop_job(job.id)
         self.remove_leftovers()
         return removed
 
@@ -231,16 +231,6 @@ class Store:
             name = re.fullmatch(r"jobs/([0-9a-f-]{36})\.json", meta["path"])
             if name:
                 yield JobName(uuid.UUID(name[1]), meta["last_modified"].timestamp(), meta["e_tag"] or "")
-
-    def jobs(self) -> list[dict[str, Any]]:
-        """All that is promised, in the order in which it was."""
-        jobs = []
-        for path in self._paths("jobs"):
-            try:
-                jobs.append(json.loads(self._read(path, path)))
-            except UnknownPicture:
-                continue  # done since
-        return sorted(jobs, key=lambda job: job.get("created", 0))
 
     def drop_job(self, job_id: uuid.UUID) -> None:
         """Forget what was promised; nothing happens where nothing was."""
@@ -297,12 +287,9 @@ class Store:
 
     def _names(self, after: str | None = None) -> Iterator[str]:
         """The pictures' names under `newest/`, in order, lazily where the store sorts."""
-        for path in self._paths("newest", after):
-            yield path.removeprefix("newest/")
-
-    def _paths(self, prefix: str, after: str | None = None) -> Iterator[str]:
-        paths = (meta["path"] for meta in self._listing(prefix, None if after is None else f"{prefix}/{after}"))
-        yield from paths if self.folder is None else _sorted(paths)
+        listing = self._listing("newest", None if after is None else f"newest/{after}")
+        names = (meta["path"].removeprefix("newest/") for meta in listing)
+        yield from names if self.folder is None else _sorted(names)
 
     def _listing(self, prefix: str, offset: str | None = None) -> Iterator[Any]:
         try:
@@ -371,9 +358,9 @@ def _newest(picture_id: uuid.UUID, created: float) -> str:
     return f"newest/{LAST - round(1000 * created):015d}-{picture_id}"
 
 
-def _sorted(paths: Iterator[str]) -> Iterator[str]:
+def _sorted(names: Iterator[str]) -> Iterator[str]:
     """In order, at the price of the first few: a page of a long list needs no full sort."""
-    heap = list(paths)
+    heap = list(names)
     heapq.heapify(heap)
     while heap:
         yield heapq.heappop(heap)

@@ -1,6 +1,8 @@
 """Fixtures that more than one room of the suite needs."""
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,15 @@ def tiny_config(tiny_model: Path) -> GenerationConfig:
     """Four steps at 64x64 with the random model."""
     model = ModelRef(base=str(tiny_model / "base"), refiner=str(tiny_model / "refiner"))
     return GenerationConfig(model=model, steps=4, width=64, height=64, limits=Limits(side=(64, 512)))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 128 KiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs takes root")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)

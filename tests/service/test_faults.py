@@ -12,18 +12,6 @@ PROMPT = {"prompt": "a red ring", "steps": 1}
 OPENAI = {"prompt": "a red ring"}
 
 
-@pytest.fixture
-def small(tmp_path):
-    """A file system of 128 KiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", place], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small tmpfs takes root")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
-
-
 def until_refused(client):
     """Pictures that were acknowledged before the disk was full, and the refusal."""
     kept = []
@@ -35,8 +23,8 @@ def until_refused(client):
     raise AssertionError("the disk never got full")
 
 
-def test_a_full_disk_is_507_and_what_was_acknowledged_stays(serve, small):
-    client = serve(store=small / "images")
+def test_a_full_disk_is_507_and_what_was_acknowledged_stays(serve, small_disk):
+    client = serve(store=small_disk / "images")
     kept, refused = until_refused(client)
     assert kept
     assert (refused.status_code, refused.json()["type"]) == (507, "urn:sdxl-lab:store-refused")
@@ -57,10 +45,10 @@ def test_a_full_disk_is_507_and_what_was_acknowledged_stays(serve, small):
     assert [image["id"] for image in client.get("/images").json()["images"]] == [again.json()["id"]]
 
 
-def test_a_read_only_disk_is_507_and_what_was_acknowledged_stays(serve, small):
-    client = serve(store=small / "images")
+def test_a_read_only_disk_is_507_and_what_was_acknowledged_stays(serve, small_disk):
+    client = serve(store=small_disk / "images")
     kept = client.post("/generate", json=PROMPT).json()
-    subprocess.run(["mount", "-o", "remount,ro", small], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     for path, body, headers in (
         ("/generate", PROMPT, {}),
         ("/generate", PROMPT, {"Prefer": "respond-async"}),
@@ -70,7 +58,7 @@ def test_a_read_only_disk_is_507_and_what_was_acknowledged_stays(serve, small):
         assert client.post(path, json=body, headers=headers).status_code == 507
     assert client.delete(f"/images/{kept['id']}").status_code == 507
     assert open_picture(client.get(kept["url"]).content).size == (64, 64)
-    subprocess.run(["mount", "-o", "remount,rw", small], check=True)
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     assert client.post("/generate", json=PROMPT, headers={"Idempotency-Key": "read-only"}).status_code == 200
 
 

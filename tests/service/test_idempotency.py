@@ -158,4 +158,4 @@ def test_a_failed_picture_is_tried_again(client, monkeypatch):
     monkeypatch.setattr(studio.drawings, "_put", keep)
     assert client.post("/generate", json=PROMPT, headers=keyed("again")).status_code == 200
     assert client.get(f"/images/{picture}").json()["state"] == "done"
-    assert str(picture) not in [job["id"] for job in studio.store.jobs()]
+    assert picture not in [name.id for name in studio.store.job_names()]
