@@ -1,7 +1,7 @@
 // The form for a new picture: what is asked, what of it differs from the promoted values, and which field is wrong.
 
 import { changed, FIELDS, valuesOf } from "./settings.js";
-import { element, put } from "./dom.js";
+import { element, make, put } from "./dom.js";
 
 const NUMBERS = ["steps", "guidance_scale", "width", "height"];
 const SLIDERS = ["steps", "guidance_scale"];
@@ -16,11 +16,15 @@ export class Unsendable extends Error {
 
 export class Form {
   #promoted = null;
+  #resets = new Map(FIELDS.map((name) => [name, make("button", { type: "button", className: "reset", hidden: true })]));
 
   constructor() {
     this.root = element("ask");
     for (const name of SLIDERS) follow(element(`${name}-range`), element(name));
-    for (const name of FIELDS) this.#reset(name).addEventListener("click", () => this.#restore(name));
+    for (const [name, reset] of this.#resets) {
+      this.root.querySelector(`[data-field="${name}"] .head`).append(reset);
+      reset.addEventListener("click", () => this.#restore(name));
+    }
     for (const name of NUMBERS) element(name).addEventListener("change", () => this.#refuseEmpty(name));
     for (const type of ["input", "change"]) this.root.addEventListener(type, (event) => this.#edited(event.target));
     element("swap").addEventListener("click", () => this.#swap());
@@ -128,17 +132,12 @@ export class Form {
     this.#show();
   }
 
-  #reset(name) {
-    return this.root.querySelector(`[data-field="${name}"] .reset`);
-  }
-
   #show() {
     const fixed = element("seed-fixed").checked;
     element("seed").disabled = !fixed;
     if (!this.#promoted) return;
     const differing = changed(this.values, this.#promoted);
-    for (const name of FIELDS) {
-      const reset = this.#reset(name);
+    for (const [name, reset] of this.#resets) {
       reset.hidden = !(name in differing);
       reset.closest(".field").classList.toggle("overridden", name in differing);
       const shown = { true: "on", false: "off", "": "none" }[this.#promoted[name]] ?? this.#promoted[name];
@@ -166,11 +165,10 @@ export function follow(slider, number) {
 export function markField(form, name, message) {
   const field = form.querySelector(`[data-field="${CSS.escape(name)}"]`);
   if (!field) return false;
-  const error = field.querySelector(".error");
   unmarkField(field);
   const input = field.querySelector("textarea, select, input[type=number], input[type=text], input[role=switch]");
-  put(error, message);
-  error.hidden = false;
+  const error = make("p", { className: "error", id: `${input.id}-error` }, message);
+  field.append(error);
   field.closest("details")?.setAttribute("open", "");
   input.setAttribute("aria-invalid", "true");
   input.setAttribute("aria-describedby", `${error.id} ${input.getAttribute("aria-describedby") ?? ""}`.trim());
@@ -182,8 +180,8 @@ export const unmarkFields = (form) => form.querySelectorAll(".field").forEach(un
 
 function unmarkField(field) {
   const error = field.querySelector(".error");
-  if (error.hidden) return;
-  error.hidden = true;
+  if (!error) return;
+  error.remove();
   for (const input of field.querySelectorAll("[aria-invalid]")) {
     input.removeAttribute("aria-invalid");
     const described = input.getAttribute("aria-describedby").split(" ").filter((id) => id !== error.id);
