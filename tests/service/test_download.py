@@ -4,7 +4,6 @@ import pytest
 from PIL import Image
 
 from sdxl_lab.images import read_record
-from tests.service.conftest import NOBODYS
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +70,6 @@ BAD = [
 def test_a_bad_query_is_refused_by_name(client, picture, query, field):
     answer = client.get(picture["url"] + query)
     assert (answer.status_code, answer.json()["field"]) == (422, field)
-
-
-@pytest.mark.parametrize("unknown", [NOBODYS, "x", "..%2F..%2Fetc%2Fpasswd", "%00", "%ff", "a" * 5000])
-def test_an_unknown_id_is_404(client, unknown):
-    answer = client.get(f"/download/{unknown}")
-    assert answer.status_code == 404
-    assert answer.headers["content-type"] == "application/problem+json"
 
 
 def test_a_picture_in_the_making_is_404_with_retry_after(client):

@@ -91,7 +91,7 @@ def test_a_failure_under_way_is_an_error_event(client, monkeypatch):
 def stream(port, body, path="/generate"):
     content = json.dumps(body).encode()
     lines = [f"POST {path} HTTP/1.1", "Host: x", "Accept: text/event-stream", "Content-Type: application/json"]
-    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection = socket.create_connection(("127.0.0.1", port), timeout=60)
     connection.sendall("\r\n".join([*lines, f"Content-Length: {len(content)}", "", ""]).encode() + content)
     return connection
 
@@ -111,7 +111,7 @@ def test_a_listener_that_goes_away_frees_its_rows(live):
         read_until(connection, b"event: step")
         (drawing,) = studio.drawings.making.values()
         assert studio.served.engine.stats().rows_in_flight == 2
-    wait_for(lambda: drawing.over)
+    wait_for(lambda: not studio.drawings.making)
     assert drawing.state == "cancelled"
     assert drawing.progress[0] < drawing.progress[1]
     assert studio.served.engine.stats().rows_in_flight == 0

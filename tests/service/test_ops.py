@@ -47,7 +47,7 @@ def test_while_the_models_load_the_service_is_alive_and_not_ready(serve, monkeyp
     gate, load = threading.Event(), Engine.load
 
     def slow(*arguments):
-        gate.wait(30)
+        gate.wait(60)
         return load(*arguments)
 
     monkeypatch.setattr(Engine, "load", slow)

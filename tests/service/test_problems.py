@@ -119,7 +119,7 @@ def test_a_body_in_chunks_is_measured_too(client):
 def test_a_long_body_on_a_real_socket_is_refused_and_read_no_further(live, chunked):
     port, _, _ = live
     how = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: 100000"
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(
             b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + how + b"\r\n\r\n"
         )

@@ -52,7 +52,7 @@ def process(slot, folder, pause, **environment):
             port = int(re.search(r":(\d+) ", child.stdout.readline())[1])
 
             def ask(method, path, body=None, **headers):
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
                 sent = {"Content-Type": "application/json", "X-API-Key": KEY} | headers
                 try:
                     connection.request(method, path, body and json.dumps(body), sent)
@@ -95,7 +95,7 @@ def test_a_service_that_is_stopped_finishes_what_it_can_and_tells_the_others(slo
         wait_for(lambda: (running(served), queued(served)) == (2, 1))
         told = time.monotonic()
         served.child.send_signal(signal.SIGTERM)
-        wait_for(lambda: served.ask("GET", "/readyz")[0] == 503, 2)
+        wait_for(lambda: served.ask("GET", "/readyz")[0] == 503)
         status, headers, content = served.ask("POST", "/generate", {"prompt": "a boat"})
         assert status == 503
         assert int(headers["retry-after"]) > 0
@@ -107,7 +107,7 @@ def test_a_service_that_is_stopped_finishes_what_it_can_and_tells_the_others(slo
         status, headers, content = long.result()
         assert (status, int(headers["retry-after"]) > 0) == (503, True)
         assert "stop" in content
-        assert served.child.wait(10) == 0
+        assert served.child.wait(60) == 0
         assert 7 < time.monotonic() - told < 10, "dstack kills after 10 s"
     log = served.log()
     lines = [json.loads(line) for line in log.splitlines()]
@@ -123,7 +123,7 @@ def test_an_engine_that_is_stuck_ends_the_process_with_an_error(slot, tmp_path):
     with process(slot, tmp_path, 1000, SDXL_WATCHDOG="1") as served:
         status, headers, content = served.ask("POST", "/generate", {"prompt": "a ring"})
         assert (status, "retry-after" in headers) == (503, True), content
-        assert served.child.wait(10) == 1
+        assert served.child.wait(60) == 1
     assert "the engine is stuck: it has pictures to draw, and made no step in 1 s" in served.log()
     assert "in _step" in served.log(), "it says where"
 
@@ -134,8 +134,10 @@ def test_a_service_whose_engine_is_stuck_is_stopped_in_time_and_with_an_error(sl
         asking = threading.Thread(target=served.ask, args=("POST", "/generate", {"prompt": "a ring"}))
         asking.start()
         wait_for(lambda: running(served) == 1)
+        told = time.monotonic()
         served.child.send_signal(signal.SIGINT)
-        assert served.child.wait(10) == 1
+        assert served.child.wait(60) == 1
+        assert time.monotonic() - told < 10, "dstack kills after 10 s"
         asking.join()
     assert "made no step since it was told to stop" in served.log()
 

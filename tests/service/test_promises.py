@@ -108,7 +108,7 @@ def test_another_replica_tells_the_state_and_leaves_a_held_promise_alone(two):
 def test_a_promise_whose_lease_ran_out_is_drawn_by_the_replica_that_is_asked(two, shared, promoted):
     client = two[0]
     expected = studio(client).served.engine.draw(Job(promoted, "a ring", 1)).image
-    held = promise(shared, promoted, age=20)
+    held = promise(shared, promoted, age=31, lease=3600)
     assert (state(client, held), client.get(f"/download/{held}").status_code) == ("running", 404)
     assert not studio(client).drawings.making
     for ask in ("images", "download"):
@@ -123,7 +123,7 @@ def test_a_promise_whose_lease_ran_out_is_drawn_by_the_replica_that_is_asked(two
 def test_a_promise_that_nobody_asks_for_is_found(two, shared, promoted, monkeypatch):
     client = two[0]
     monkeypatch.setattr(studio(client).promises, "seconds", 0)  # what was written just now is old enough to be read
-    held, left = promise(shared, promoted, age=20), promise(shared, promoted, age=31)
+    held, left = promise(shared, promoted, age=31, lease=3600), promise(shared, promoted, age=31)
     ahead, given = promise(shared, promoted, age=-(10**6)), promise(shared, promoted, lease=0)
     shared.put_job(uuid.uuid4(), {"no": "promise"})
     client.portal.call(studio(client).keeper.take_up)
