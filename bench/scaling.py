@@ -1,7 +1,7 @@
 """From one replica to a thousand, on paper: latency against load, what batching and the guidance interval change, when
 the autoscaler should fire and what happens until the new replica is ready.
 
-Nothing here is measured but what `fleet` left; an H100's costs are computed from `gpu.ROW` and published times.
+Nothing here is measured but what `fleet` left; an H100's costs are computed from `cost.BASE_ROW` and published times.
 """
 
 import json
@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from bench import gpu
 from bench.clients import ROOT
+from bench.cost import BASE_ROW, DECODE
 from bench.engine import config_of
 from bench.fleet import INTERVAL, ROWS, left_in, work_of
+from bench.gpu import PUBLISHED
 from bench.measure import RESULTS
 from bench.scaling_plot import paint
 from bench.settings import Size
@@ -24,9 +25,9 @@ from bench.simulate import Cost, Rule, Scaling, Work, called_for, capacity, flee
 REPLICAS = (1, 2, 3, 10, 100, 1000)
 LOADS = tuple(tenth / 10 for tenth in range(1, 13))
 SLOW = 2.0  # times the time of a picture alone: where its p99 passes it, there are too few replicas
-EAGER, COMPILED = gpu.PUBLISHED.values()  # seconds of 30 steps
+EAGER, COMPILED = PUBLISHED.values()  # seconds of 30 steps
 STEPS = 30
-RATE = (2 * STEPS * gpu.ROW + gpu.DECODE) / COMPILED  # TFLOP/s that an H100 reached
+RATE = (2 * STEPS * BASE_ROW + DECODE) / COMPILED  # TFLOP/s that an H100 reached
 EACH = 60  # pictures of a replica, at least
 STARTUPS = (60, 180, 600)
 RUNS = 5  # of the same load step, other moments
@@ -34,8 +35,8 @@ AT = 900.0  # when the load steps up
 
 # A call costs 34 ms whatever its rows: what is left of the published eager time. Or next to nothing, as compiled.
 MACHINES = {
-    "H100, eager": Cost((EAGER - gpu.DECODE / RATE) / STEPS - 2 * gpu.ROW / RATE, gpu.ROW / RATE, gpu.DECODE / RATE),
-    "H100, compiled": Cost(0.0, gpu.ROW / RATE, gpu.DECODE / RATE),
+    "H100, eager": Cost((EAGER - DECODE / RATE) / STEPS - 2 * BASE_ROW / RATE, BASE_ROW / RATE, DECODE / RATE),
+    "H100, compiled": Cost(0.0, BASE_ROW / RATE, DECODE / RATE),
 }
 RULES = {
     "one at a time": Rule(2),
