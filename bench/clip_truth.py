@@ -10,8 +10,7 @@ import numpy as np
 from scipy.stats import mannwhitneyu, spearmanr
 
 from bench.measure import Report
-from bench.settings import Size
-from sdxl_lab.config import GenerationConfig
+from bench.settings import Size, config_of
 from sdxl_lab.engine import Engine
 from sdxl_lab.images import Picture
 from sdxl_lab.metrics import Metric, clip_score, interval
@@ -54,7 +53,7 @@ def main(size: Size) -> None:
         "are 95 % intervals over scenes; chance is 0.5, for rank correlation 0"
     )
     measured = {label: values for label, values in lines.items() if values}
-    Report("clip-truth", "CLIP score against the scene check", measured, conditions, {}).show(size.folder)
+    Report("clip-truth", "CLIP score against the scene check", measured, conditions).show(size.folder)
 
 
 def _scenes(count: int, seed: int) -> list[Scene]:
@@ -69,7 +68,7 @@ def _steps(size: Size) -> tuple[int, ...]:
 
 def _draw(size: Size, scenes: Sequence[Scene], settings: Sequence[tuple[int, float]]) -> list[list[Picture]]:
     """A row a setting, a picture a scene; the same scene has the same seed in all."""
-    config = GenerationConfig.for_model(size.model, width=size.side, height=size.side, limits=size.limits)
+    config = config_of(size)
     with Engine.load(config) as engine:
         tickets = [
             [
@@ -97,8 +96,10 @@ def _wrong(scene: Scene, part: str, rng: random.Random) -> Scene:
     if part == "relation":
         assert scene.relation is not None
         return replace(scene, relation=RELATIONS[RELATIONS.index(scene.relation) ^ 1])
-    choices, is_so = (NOUNS, first.noun) if part == "noun" else (tuple(COLOURS), first.colour)
-    return replace(scene, things=(replace(first, **{part: other(choices, is_so, scene.background)}), *rest))
+    if part == "noun":
+        return replace(scene, things=(replace(first, noun=other(NOUNS, first.noun)), *rest))
+    colour = other(tuple(COLOURS), first.colour, scene.background)
+    return replace(scene, things=(replace(first, colour=colour), *rest))
 
 
 def _wins(clip: Metric, scenes: Sequence[Scene], part: str) -> list[float]:
