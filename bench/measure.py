@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import statistics
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,6 +86,23 @@ class Report:
             **self.more,
         }
         (folder / f"{self.name}.json").write_text(json.dumps(content) + "\n")
+
+
+def figures(folder: Path = RESULTS) -> str:
+    """Every report in a folder as Markdown: the part "figures" of README.md."""
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text())
+        if "values" not in report:  # `scaling` has a section of its own
+            continue
+        told = textwrap.fill(f"**{path.stem}**: {report['title']}. Conditions: {report['conditions']}.", 120)
+        rows = [told, "", "| figure | median | lowest to highest | aim |", "| --- | --- | --- | --- |"]
+        for label, values in report["values"].items():
+            middle, low, high = map(shown, summary(values))
+            spread = f"{low} to {high}" if len(values) > 1 else ""
+            rows.append(f"| {label} | {middle} | {spread} | {report['aims'].get(label, '')} |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
 
 
 def summary(values: Sequence[float]) -> tuple[float, float, float]:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 from contextlib import contextmanager, nullcontext
 from email.message import Message
 from pathlib import Path
@@ -148,6 +149,11 @@ def test_a_report_prints_the_median_the_spread_and_the_aim(tmp_path, capsys):
     Report("some", "Some title", {"line": [3.0, 1.0, 2.0]}, "two cores", {"line": "1.5"}).show(tmp_path)
     assert capsys.readouterr().out.splitlines()[-1].split() == ["line", "2", "1", "3", "aim:", "1.5"]
     assert json.loads((tmp_path / "some.json").read_text())["values"] == {"line": [3.0, 1.0, 2.0]}
+
+
+def test_the_readme_names_every_benchmark():
+    told = (Path(bench.__file__).parent / "README.md").read_text()
+    assert re.findall(r"^\| `([\w-]+)` \|", told, re.M) == list(bench.BENCHMARKS)
 
 
 def test_an_unknown_benchmark_is_refused(capsys):
