@@ -14,8 +14,9 @@ from bench.settings import Size, config_of
 from sdxl_lab.engine import Engine
 from sdxl_lab.images import Picture
 from sdxl_lab.metrics import Metric, clip_score, interval
-from sdxl_lab.nano.recipe.judge import Verdict, judge
-from sdxl_lab.nano.recipe.scenes import COLOURS, NOUNS, RELATIONS, Scene, caption, render, sample_scene
+from sdxl_lab.nano.recipe.evaluate import held_out_scenes, verdict
+from sdxl_lab.nano.recipe.judge import Verdict
+from sdxl_lab.nano.recipe.scenes import COLOURS, NOUNS, RELATIONS, Scene, caption, render
 from sdxl_lab.trajectory import Job
 
 GUIDANCE = (1.0, 3.0, 6.0)
@@ -27,11 +28,11 @@ RENDERINGS = 200
 def main(size: Size) -> None:
     """Captions on renderings, where the truth is known; then pictures of good and bad settings, as in a study."""
     clip = clip_score("nano" if size.model == "nano" else str(Path(size.model, "clip")))
-    scenes = _scenes(max(RENDERINGS, size.pictures), seed=41)
+    scenes = held_out_scenes(max(RENDERINGS, size.pictures), seed=41)
     drawn = scenes[: size.pictures]
     settings = [(steps, guidance) for steps, guidance in product(_steps(size), GUIDANCE)]
     pictures = _draw(size, drawn, settings)
-    verdicts = [[_held(picture, scene) for picture, scene in zip(row, drawn, strict=True)] for row in pictures]
+    verdicts = [[verdict(picture, scene) for picture, scene in zip(row, drawn, strict=True)] for row in pictures]
     scores = clip([picture for row in pictures for picture in row]).reshape(len(settings), len(drawn))
 
     lines = {
@@ -56,12 +57,6 @@ def main(size: Size) -> None:
     Report("clip-truth", "CLIP score against the scene check", measured, conditions).show(size.folder)
 
 
-def _scenes(count: int, seed: int) -> list[Scene]:
-    """Held-out combinations, half of them pairs, no hats: what the check can judge."""
-    rng = random.Random(seed)
-    return [sample_scene(rng, held_out=True, pair=float(index % 2), hat=0.0) for index in range(count)]
-
-
 def _steps(size: Size) -> tuple[int, ...]:
     return tuple(sorted({max(1, size.steps // 5), max(1, size.steps // 2), size.steps}))
 
@@ -78,10 +73,6 @@ def _draw(size: Size, scenes: Sequence[Scene], settings: Sequence[tuple[int, flo
             for steps, guidance in settings
         ]
         return [[ticket.result() for ticket in row] for row in tickets]
-
-
-def _held(picture: Picture, scene: Scene) -> Verdict:
-    return judge(picture.image, scene.background, [(t.colour, t.noun) for t in scene.things], scene.relation)
 
 
 def _wrong(scene: Scene, part: str, rng: random.Random) -> Scene:

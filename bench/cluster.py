@@ -78,7 +78,7 @@ class Replica:
         """SIGKILL: at once; SIGTERM: when it has drained."""
         if self.process is not None:
             self.process.send_signal(number)
-            self.process.wait(30)
+            self.process.wait(60)
 
     def said(self) -> list[dict[str, Any]]:
         """Its log, over all its lives."""

@@ -153,7 +153,7 @@ def test_what_asks_the_service_is_answered(clone: Path) -> None:
             assert open_picture(clone / "runs" / "openai-1.png").size == (256, 256)
     finally:
         server.terminate()
-        assert server.wait(20) == 0
+        assert server.wait(60) == 0
 
 
 def test_the_map_is_the_tree() -> None:
