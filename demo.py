@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -74,19 +73,21 @@ def notebook() -> list[Row]:
 
 
 def served() -> list[Row]:
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
     environment = os.environ | {"SDXL_CONFIG": str(RUN / "slot"), "SDXL_STORE": str(RUN / "images")}
     with (ROOT / RUN / "service.log").open("w") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "service", "--port", str(port)], cwd=ROOT, env=environment, stdout=log, stderr=log
-        )
+            [sys.executable, "-m", "service", "--port", "0"],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
         try:
+            assert server.stdout is not None
+            _, _, address = server.stdout.readline().partition("service: ")
+            address = address.partition(" ")[0]
             wait_until_ready(server, address)
             return served_pictures(address)
         finally:
             server.send_signal(signal.SIGTERM)
-            server.wait(20)
+            server.wait(60)
 
 
 def served_pictures(address: str) -> list[Row]:
@@ -111,14 +112,7 @@ def curl_json(address: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], address: str, seconds: float = 240) -> None:
+def wait_until_ready(server: subprocess.Popen[str], address: str, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and server.poll() is None:
         asked = subprocess.run(["curl", "--fail", "--silent", f"{address}/readyz"], capture_output=True, check=False)

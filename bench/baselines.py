@@ -69,14 +69,8 @@ def png(image: Any) -> bytes:
     return buffer.getvalue()
 
 
-def locked(model: str) -> FastAPI:
-    """The server most people write: the pipeline behind a lock, in FastAPI's thread pool."""
-    app, pipeline, lock = FastAPI(), Pipeline(model), threading.Lock()
-
-    @app.post("/generate")
-    def generate(asked: Asked) -> Response:
-        with lock:
-            return Response(png(pipeline.draw([asked])[0]), media_type="image/png")
+def _app() -> FastAPI:
+    app = FastAPI()
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -85,17 +79,25 @@ def locked(model: str) -> FastAPI:
     return app
 
 
+def locked(model: str) -> FastAPI:
+    """The server most people write: the pipeline behind a lock, in FastAPI's thread pool."""
+    app, pipeline, lock = _app(), Pipeline(model), threading.Lock()
+
+    @app.post("/generate")
+    def generate(asked: Asked) -> Response:
+        with lock:
+            return Response(png(pipeline.draw([asked])[0]), media_type="image/png")
+
+    return app
+
+
 def inline(model: str) -> FastAPI:
     """The form of dstack's SDXL example: the pipeline called inside `async def`."""
-    app, pipeline = FastAPI(), Pipeline(model)
+    app, pipeline = _app(), Pipeline(model)
 
     @app.post("/generate")
     async def generate(asked: Asked) -> Response:
         return Response(png(pipeline.draw([asked])[0]), media_type="image/png")
-
-    @app.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        return {"status": "ok"}
 
     return app
 

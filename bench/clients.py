@@ -1,123 +1,63 @@
-"""Servers as processes of their own, and clients that keep them busy. Every server is ended by its process id."""
+"""Clients of one server or of several: one request, many at once, and the server's own metrics."""
 
 import http.client
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from contextlib import closing
+from email.message import Message
+from typing import Any, NamedTuple
 
-from sdxl_lab.config import GenerationConfig
+from prometheus_client.parser import text_string_to_metric_families
 
-ROOT = Path(__file__).parent.parent
-Body = Mapping[str, Any]
-
-
-@contextmanager
-def server(kind: str, config: GenerationConfig, **environment: str) -> Iterator[int]:
-    """Start "service", "locked", "inline" or "litserve" with the configuration's model; yields its port when it has
-    drawn a first picture."""
-    port = free_port()
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "bench.baselines", kind, "--model", config.model.base, "--port", str(port)]
-        settings = {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
-        if kind == "service":
-            command = [sys.executable, "-m", "service", "--port", str(port)]
-            settings |= {"SDXL_CONFIG": str(slot_of(config, Path(scratch, "slot"))), "SDXL_ATTEST": "off"}
-            settings |= {"SDXL_STORE": str(Path(scratch, "images")), "SDXL_LOG_LEVEL": "warning"}
-        with Path(scratch, "log").open("w+") as log:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=os.environ | settings | environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-            try:
-                _wait(process, port, first_body(config), Path(scratch, "log"))
-                yield port
-            finally:
-                end(process)
+from bench.settings import Body
 
 
-def slot_of(config: GenerationConfig, folder: Path) -> Path:
-    """A slot without goldens, which is served with SDXL_ATTEST=off."""
-    folder.mkdir()
-    (folder / "config.toml").write_text(config.to_toml())
-    return folder
+class Answer(NamedTuple):
+    status: int
+    content: bytes
+    headers: Message
+
+    def json(self) -> Any:
+        return json.loads(self.content)
 
 
-def first_body(config: GenerationConfig) -> Body:
-    return {
-        "prompt": "a red circle",
-        "seed": 0,
-        "steps": config.limits.steps[0],
-        "guidance_scale": config.guidance_scale,
-        "width": config.width,
-        "height": config.height,
-    }
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def _wait(process: subprocess.Popen[bytes], port: int, body: Body, log: Path) -> None:
-    for _ in range(600):
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended: {log.read_text()[-2000:]}")
-        try:
-            post(port, body)
-            return
-        except (OSError, http.client.HTTPException, RuntimeError):
-            time.sleep(0.2)
-    raise RuntimeError(f"the server does not answer: {log.read_text()[-2000:]}")
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Its own group, since LitServe has workers that outlive their parent."""
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, signum)
-            process.wait(12)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
-
-
-def request(port: int, method: str, path: str, body: Body | None = None) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    try:
-        headers = {"Content-Type": "application/json"} if body is not None else {}
-        connection.request(method, path, json.dumps(body) if body is not None else None, headers)
+def request(
+    port: int,
+    method: str,
+    path: str,
+    body: Body | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout: float = 600,
+) -> Answer:
+    """Ask a server of this machine, over a connection of its own."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)) as connection:
+        sent = None if body is None else json.dumps(body)
+        connection.request(method, path, sent, {"Content-Type": "application/json", **(headers or {})})
         answer = connection.getresponse()
-        return answer.status, answer.read()
-    finally:
-        connection.close()
+        return Answer(answer.status, answer.read(), answer.headers)
 
 
 def post(port: int, body: Body) -> float:
     """Ask for one picture; the seconds until the answer."""
     began = time.monotonic()
-    status, content = request(port, "POST", "/generate", body)
-    if status != 200:
-        raise RuntimeError(f"{status}: {content[:300]!r}")
+    answer = request(port, "POST", "/generate", body)
+    if answer.status != 200:
+        raise RuntimeError(f"{answer.status}: {answer.content[:300]!r}")
     return time.monotonic() - began
 
 
-def rate(port: int, bodies: Sequence[Body]) -> float:
-    """Pictures a second with all of them asked for at once."""
+def rate(ports: Sequence[int], bodies: Sequence[Body]) -> float:
+    """Pictures a second with all of them asked for at once, round robin."""
     began = time.monotonic()
     with ThreadPoolExecutor(len(bodies)) as pool:
-        list(pool.map(lambda body: post(port, body), bodies))
+        list(pool.map(lambda index: post(ports[index % len(ports)], bodies[index]), range(len(bodies))))
     return len(bodies) / (time.monotonic() - began)
+
+
+def metrics(port: int, *names: str) -> list[float]:
+    """Metrics of one moment, each the sum over its labels."""
+    text = request(port, "GET", "/metrics", timeout=60).content.decode()
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return [sum(sample.value for sample in samples if sample.name == name) for name in names]

@@ -10,13 +10,13 @@ import numpy as np
 from scipy.stats import mannwhitneyu, spearmanr
 
 from bench.measure import Report
-from bench.settings import Size
-from sdxl_lab.config import GenerationConfig
+from bench.settings import Size, config_of
 from sdxl_lab.engine import Engine
 from sdxl_lab.images import Picture
 from sdxl_lab.metrics import Metric, clip_score, interval
-from sdxl_lab.nano.recipe.judge import Verdict, judge
-from sdxl_lab.nano.recipe.scenes import COLOURS, NOUNS, RELATIONS, Scene, caption, render, sample_scene
+from sdxl_lab.nano.recipe.evaluate import held_out_scenes, verdict
+from sdxl_lab.nano.recipe.judge import Verdict
+from sdxl_lab.nano.recipe.scenes import COLOURS, NOUNS, RELATIONS, Scene, caption, render
 from sdxl_lab.trajectory import Job
 
 GUIDANCE = (1.0, 3.0, 6.0)
@@ -28,11 +28,11 @@ RENDERINGS = 200
 def main(size: Size) -> None:
     """Captions on renderings, where the truth is known; then pictures of good and bad settings, as in a study."""
     clip = clip_score("nano" if size.model == "nano" else str(Path(size.model, "clip")))
-    scenes = _scenes(max(RENDERINGS, size.pictures), seed=41)
+    scenes = held_out_scenes(max(RENDERINGS, size.pictures), seed=41)
     drawn = scenes[: size.pictures]
     settings = [(steps, guidance) for steps, guidance in product(_steps(size), GUIDANCE)]
     pictures = _draw(size, drawn, settings)
-    verdicts = [[_held(picture, scene) for picture, scene in zip(row, drawn, strict=True)] for row in pictures]
+    verdicts = [[verdict(picture, scene) for picture, scene in zip(row, drawn, strict=True)] for row in pictures]
     scores = clip([picture for row in pictures for picture in row]).reshape(len(settings), len(drawn))
 
     lines = {
@@ -54,13 +54,7 @@ def main(size: Size) -> None:
         "are 95 % intervals over scenes; chance is 0.5, for rank correlation 0"
     )
     measured = {label: values for label, values in lines.items() if values}
-    Report("clip-truth", "CLIP score against the scene check", measured, conditions, {}).show(size.folder)
-
-
-def _scenes(count: int, seed: int) -> list[Scene]:
-    """Held-out combinations, half of them pairs, no hats: what the check can judge."""
-    rng = random.Random(seed)
-    return [sample_scene(rng, held_out=True, pair=float(index % 2), hat=0.0) for index in range(count)]
+    Report("clip-truth", "CLIP score against the scene check", measured, conditions).show(size.folder)
 
 
 def _steps(size: Size) -> tuple[int, ...]:
@@ -69,7 +63,7 @@ def _steps(size: Size) -> tuple[int, ...]:
 
 def _draw(size: Size, scenes: Sequence[Scene], settings: Sequence[tuple[int, float]]) -> list[list[Picture]]:
     """A row a setting, a picture a scene; the same scene has the same seed in all."""
-    config = GenerationConfig.for_model(size.model, width=size.side, height=size.side, limits=size.limits)
+    config = config_of(size)
     with Engine.load(config) as engine:
         tickets = [
             [
@@ -79,10 +73,6 @@ def _draw(size: Size, scenes: Sequence[Scene], settings: Sequence[tuple[int, flo
             for steps, guidance in settings
         ]
         return [[ticket.result() for ticket in row] for row in tickets]
-
-
-def _held(picture: Picture, scene: Scene) -> Verdict:
-    return judge(picture.image, scene.background, [(t.colour, t.noun) for t in scene.things], scene.relation)
 
 
 def _wrong(scene: Scene, part: str, rng: random.Random) -> Scene:
@@ -97,8 +87,10 @@ def _wrong(scene: Scene, part: str, rng: random.Random) -> Scene:
     if part == "relation":
         assert scene.relation is not None
         return replace(scene, relation=RELATIONS[RELATIONS.index(scene.relation) ^ 1])
-    choices, is_so = (NOUNS, first.noun) if part == "noun" else (tuple(COLOURS), first.colour)
-    return replace(scene, things=(replace(first, **{part: other(choices, is_so, scene.background)}), *rest))
+    if part == "noun":
+        return replace(scene, things=(replace(first, noun=other(NOUNS, first.noun)), *rest))
+    colour = other(tuple(COLOURS), first.colour, scene.background)
+    return replace(scene, things=(replace(first, colour=colour), *rest))
 
 
 def _wins(clip: Metric, scenes: Sequence[Scene], part: str) -> list[float]:

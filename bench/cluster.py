@@ -13,14 +13,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.clients import ROOT, end, free_port, request, slot_of
+from bench.clients import request
+from bench.servers import end, free_port, service, service_environment, start, until
 from sdxl_lab.config import GenerationConfig
 
 REPLICAS = 3
@@ -68,15 +68,17 @@ class Replica:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        with self.log.open("ab") as log:
-            command = [sys.executable, "-m", "service", "--port", str(self.port)]
-            self.process = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=log, stderr=log)
+        self.process = start(service(self.port), self.log, self.environment)
+
+    def wait_until_ready(self) -> None:
+        assert self.process is not None
+        until(lambda: request(self.port, "GET", "/readyz").status == 200, self.process, self.log)
 
     def stop(self, number: signal.Signals) -> None:
         """SIGKILL: at once; SIGTERM: when it has drained."""
         if self.process is not None:
             self.process.send_signal(number)
-            self.process.wait(30)
+            self.process.wait(60)
 
     def said(self) -> list[dict[str, Any]]:
         """Its log, over all its lives."""
@@ -170,18 +172,10 @@ class Cluster:
             else:
                 self.line.mend()
 
-    def wait_until_ready(self) -> None:
-        for replica in self.replicas:
-            _until(lambda port=replica.port: request(port, "GET", "/readyz")[0] == 200, replica.log)
-
     def promised(self) -> list[str]:
         """Names of the promises that the store still has."""
-        listed = request(self.moto_port, "GET", f"/{BUCKET}?list-type=2&prefix=lab/jobs/")[1].decode()
+        listed = request(self.line.to, "GET", f"/{BUCKET}?list-type=2&prefix=lab/jobs/").content.decode()
         return [part.partition("<")[0] for part in listed.split("<Key>")[1:]]
-
-    @property
-    def moto_port(self) -> int:
-        return self.line.to
 
 
 @contextmanager
@@ -190,18 +184,14 @@ def cluster(config: GenerationConfig) -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(scratch)
         port = free_port()
-        moto = _process(
-            stack, [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], folder / "moto"
-        )
-        _until(lambda: request(port, "PUT", f"/{BUCKET}")[0] == 200, folder / "moto")
+        moto = start([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], folder / "moto")
+        stack.callback(end, moto)
+        until(lambda: request(port, "PUT", f"/{BUCKET}").status == 200, moto, folder / "moto")
         line = Line(port)
         stack.callback(line.close)
-        ours = {
-            "PYTHONPATH": str(ROOT),
+        ours = service_environment(config, folder) | {
             "OMP_NUM_THREADS": "1",
-            "TQDM_DISABLE": "1",
-            "SDXL_CONFIG": str(slot_of(config, folder / "slot")),
-            "SDXL_ATTEST": "off",
+            "SDXL_LOG_LEVEL": "info",
             "SDXL_STORE": f"s3://{BUCKET}/lab",
             "SDXL_LEASE": str(LEASE),
             "AWS_ENDPOINT": f"http://127.0.0.1:{line.port}",
@@ -209,12 +199,13 @@ def cluster(config: GenerationConfig) -> Iterator[Cluster]:
             "AWS_ACCESS_KEY_ID": "any",
             "AWS_SECRET_ACCESS_KEY": "any",
         }
-        running = [Replica(os.environ | ours, folder / f"replica-{number}") for number in range(REPLICAS)]
+        running = [Replica(ours, folder / f"replica-{number}") for number in range(REPLICAS)]
         for replica in running:
             stack.callback(replica.stop, signal.SIGKILL)
             replica.start()
         made = Cluster(running, moto, line, _front(stack, running, folder))
-        made.wait_until_ready()
+        for replica in running:
+            replica.wait_until_ready()
         yield made
 
 
@@ -226,22 +217,6 @@ def _front(stack: ExitStack, replicas: list[Replica], folder: Path) -> int | Non
     port = free_port()
     servers = "\n".join(f"    server 127.0.0.1:{replica.port} max_fails=1 fail_timeout=1s;" for replica in replicas)
     (folder / "nginx.conf").write_text(NGINX.format(folder=folder, servers=servers, port=port))
-    _process(stack, [nginx, "-e", str(folder / "nginx.log"), "-c", str(folder / "nginx.conf")], folder / "nginx.out")
+    command = [nginx, "-e", str(folder / "nginx.log"), "-c", str(folder / "nginx.conf")]
+    stack.callback(end, start(command, folder / "nginx.out"))
     return port
-
-
-def _process(stack: ExitStack, command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
-    stack.callback(end, process)
-    return process
-
-
-def _until(holds: Any, log: Path) -> None:
-    ends = time.monotonic() + 300
-    while time.monotonic() < ends:
-        with contextlib.suppress(OSError):
-            if holds():
-                return
-        time.sleep(0.1)
-    raise RuntimeError(f"it does not come up: {log.read_text(errors='replace')[-2000:]}")

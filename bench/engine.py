@@ -14,19 +14,12 @@ from PIL import Image
 from bench.baselines import Asked, Pipeline
 from bench.measure import Report, alternate, ratios
 from bench.rooms import room
-from bench.settings import PROMPTS, Size
-from sdxl_lab.config import SCHEDULERS, GenerationConfig, RuntimeProfile
+from bench.settings import FLOAT32, PROMPTS, Size, config_of
+from sdxl_lab.config import SCHEDULERS, GenerationConfig
 from sdxl_lab.engine import Cancelled, Engine
 from sdxl_lab.images import max_difference
 from sdxl_lab.models import Models, load
 from sdxl_lab.trajectory import Job
-
-FLOAT32 = RuntimeProfile(device="cpu", dtype="float32", rows=32)
-
-
-def config_of(size: Size, **changes: object) -> GenerationConfig:
-    start = {"limits": size.limits, "steps": size.steps, "width": size.side, "height": size.side, "guidance_scale": 3.0}
-    return GenerationConfig.for_model(size.model, **(start | changes))
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -35,9 +28,24 @@ def seconds(work: Callable[[], object]) -> float:
     return time.monotonic() - began
 
 
-def draw_all(engine: Engine, asked: list[Job]) -> None:
-    for ticket in [engine.submit(job) for job in asked]:
-        ticket.result()
+def draw_all(engine: Engine, asked: list[Job]) -> list[Image.Image]:
+    return [ticket.result().image for ticket in [engine.submit(job) for job in asked]]
+
+
+def all_at_once(engine: Engine, asked: list[Job]) -> float:
+    """Seconds."""
+    return seconds(lambda: draw_all(engine, asked))
+
+
+def one_by_one(pipeline: Pipeline, bodies: list[Asked]) -> float:
+    """Seconds."""
+    return seconds(lambda: [pipeline.draw([body]) for body in bodies])
+
+
+def asked_of(job: Job) -> Asked:
+    """The same picture, asked of a pipeline."""
+    names = ("steps", "guidance_scale", "scheduler", "width", "height")
+    return Asked(prompt=job.prompt, seed=job.seed, **{name: getattr(job.config, name) for name in names})
 
 
 def parity(size: Size) -> None:
@@ -51,16 +59,7 @@ def parity(size: Size) -> None:
             ticket.result()
             assert ticket.trajectory is not None
             mine = engine.models.decode(ticket.trajectory.latents)[0]
-            body = Asked(
-                prompt=job.prompt,
-                seed=job.seed,
-                steps=job.config.steps,
-                guidance_scale=3.0,
-                scheduler=job.config.scheduler,
-                width=size.side,
-                height=size.side,
-            )
-            theirs = pipeline.draw([body], output_type="np")[0]
+            theirs = pipeline.draw([asked_of(job)], output_type="np")[0]
             differences.append(float(np.abs(mine - theirs).max()))
     worst = SCHEDULERS[int(np.argmax(differences))]
     Report(
@@ -123,18 +122,7 @@ def grid(size: Size) -> None:
         ]
         return [Job(config.with_(**each), PROMPTS[0], cell[3]) for each, cell in zip(changes, cells, strict=True)]
 
-    bodies = [
-        Asked(
-            prompt=PROMPTS[0],
-            seed=seed,
-            steps=count,
-            guidance_scale=scale,
-            scheduler=name,
-            width=size.side,
-            height=size.side,
-        )
-        for name, count, scale, seed in cells
-    ]
+    bodies = [asked_of(job) for job in jobs(None)]
     low = FLOAT32.with_(dtype="bfloat16")
     with (
         room(Pipeline, size.model) as pipeline,
@@ -143,10 +131,10 @@ def grid(size: Size) -> None:
     ):
         measured = alternate(
             {
-                "pipeline, cell by cell": lambda: len(cells) / pipeline(_one_by_one, bodies),
-                "engine, float32": lambda: len(cells) / plain(_all_at_once, jobs(None)),
-                "engine, guidance for sigma 0.28 to 5.42": lambda: len(cells) / plain(_all_at_once, jobs((0.28, 5.42))),
-                "engine, bfloat16 UNet": lambda: len(cells) / half(_all_at_once, jobs(None)),
+                "pipeline, cell by cell": lambda: len(cells) / pipeline(one_by_one, bodies),
+                "engine, float32": lambda: len(cells) / plain(all_at_once, jobs(None)),
+                "engine, guidance for sigma 0.28 to 5.42": lambda: len(cells) / plain(all_at_once, jobs((0.28, 5.42))),
+                "engine, bfloat16 UNet": lambda: len(cells) / half(all_at_once, jobs(None)),
             },
             max(1, size.rounds - 1),
         )
@@ -159,18 +147,6 @@ def grid(size: Size) -> None:
         f"4 schedulers x {steps} steps x 2 guidance scales x 2 seeds, {size.side} px",
         {"engine, float32 / pipeline": "1.3", "engine, bfloat16 UNet / pipeline": "1.7"},
     ).show(size.folder)
-
-
-def _one_by_one(pipeline: Pipeline, bodies: list[Asked]) -> float:
-    return seconds(lambda: [pipeline.draw([body]) for body in bodies])
-
-
-def _all_at_once(engine: Engine, asked: list[Job]) -> float:
-    return seconds(lambda: draw_all(engine, asked))
-
-
-def _images(engine: Engine, asked: list[Job]) -> list[Image.Image]:
-    return [ticket.result().image for ticket in [engine.submit(job) for job in asked]]
 
 
 RUNTIMES: dict[str, dict[str, Any]] = {
@@ -191,12 +167,12 @@ def runtime(size: Size) -> None:
         rooms = {"as it is": stack.enter_context(room(Engine.load, config, FLOAT32))}
         for name, options in RUNTIMES.items():
             rooms[name] = stack.enter_context(room(Engine.load, config, FLOAT32.with_(**options)))
-        trials = {name: (lambda ask=ask: len(asked) / ask(_all_at_once, asked)) for name, ask in rooms.items()}
+        trials = {name: (lambda ask=ask: len(asked) / ask(all_at_once, asked)) for name, ask in rooms.items()}
         rates = alternate(trials, size.rounds)
-        plain = rooms["as it is"](_images, asked[:8])
+        plain = rooms["as it is"](draw_all, asked[:8])
         lines = {f"{name} / as it is": ratios(rates[name], rates["as it is"]) for name in RUNTIMES}
         for name in RUNTIMES:
-            moved = [max_difference(a, b) for a, b in zip(rooms[name](_images, asked[:8]), plain, strict=True)]
+            moved = [max_difference(a, b) for a, b in zip(rooms[name](draw_all, asked[:8]), plain, strict=True)]
             lines[f"{name}: largest difference of 255"] = [255 * value for value in moved]
     aims = {"bfloat16: largest difference of 255": "2"}
     Report(
@@ -235,15 +211,15 @@ def growth(size: Size) -> None:
     with Engine.load(config, FLOAT32) as engine:
         for count in (1, 2, 4, 8, 16):
             asked = [Job(config.with_(steps=6), PROMPTS[0], seed) for seed in range(count)]
-            measured = [seconds(lambda asked=asked: draw_all(engine, asked)) for _ in range(size.rounds + 1)]
+            measured = [all_at_once(engine, asked) for _ in range(size.rounds + 1)]
             label = f"{2 * count} rows: ms a row and step"
             lines[label] = [1000 * value / (12 * count) for value in measured[1:]]
         for steps in (5, 10, 20, 40):
-            job = Job(config.with_(steps=steps), PROMPTS[0], 0)
-            lines[f"{steps} steps: ms a picture"] = [1000 * seconds(lambda job=job: engine.draw(job)) for _ in range(3)]
+            alone = [Job(config.with_(steps=steps), PROMPTS[0], 0)]
+            lines[f"{steps} steps: ms a picture"] = [1000 * all_at_once(engine, alone) for _ in range(size.rounds)]
         for side in (size.side, size.side * 3 // 2, size.side * 2, size.side * 3):
-            job = Job(config.with_(width=side, height=side, steps=6), PROMPTS[0], 0)
-            lines[f"{side} px, 6 steps: ms"] = [1000 * seconds(lambda job=job: engine.draw(job)) for _ in range(3)]
+            alone = [Job(config.with_(width=side, height=side, steps=6), PROMPTS[0], 0)]
+            lines[f"{side} px, 6 steps: ms"] = [1000 * all_at_once(engine, alone) for _ in range(size.rounds)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     lines["peak memory of the process, MiB"] = [peak]
-    Report("growth", "How cost grows", lines, "float32", {}).show(size.folder)
+    Report("growth", "How cost grows", lines, "float32").show(size.folder)

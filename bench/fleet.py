@@ -8,7 +8,6 @@ what they took is held against the simulation of the very same moments.
 import itertools
 import json
 import os
-import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -18,11 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.clients import Body, post, request, server
-from bench.engine import config_of
+from bench.clients import metrics, post, rate
 from bench.measure import Report, alternate, ratios
-from bench.serving import body
-from bench.settings import Size
+from bench.servers import server
+from bench.settings import Size, body, config_of
 from bench.simulate import Cost, Rule, Work, capacity, fleet, poisson
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.models import Embedding, load
@@ -70,24 +68,14 @@ def work_of(config: GenerationConfig) -> Work:
 
 def ticks(port: int) -> np.ndarray:
     """UNet calls, their rows and their seconds, as the service counted them."""
-    told = request(port, "GET", "/metrics")[1].decode()
-    names = ("sdxl_tick_seconds_count", "sdxl_tick_rows_sum", "sdxl_tick_seconds_sum")
-    return np.array([float(re.search(rf"^{name} (\S+)", told, re.M)[1]) for name in names])
-
-
-def spread(ports: Sequence[int], bodies: Sequence[Body]) -> float:
-    """Pictures a second with all of them asked for at once, round robin."""
-    began = time.monotonic()
-    with ThreadPoolExecutor(len(bodies)) as pool:
-        list(pool.map(lambda index: post(ports[index % len(ports)], bodies[index]), range(len(bodies))))
-    return len(bodies) / (time.monotonic() - began)
+    return np.array(metrics(port, "sdxl_tick_seconds_count", "sdxl_tick_rows_sum", "sdxl_tick_seconds_sum"))
 
 
 def calibrate(port: int, size: Size, costs: dict[int, list[tuple[float, ...]]]) -> float:
     """A few pictures at once, for each of `AT_ONCE`: adds what was seen to `costs`."""
     for count in AT_ONCE:
         before, began = ticks(port), time.monotonic()
-        spread([port], [body(size, size.steps, seed) for seed in range(count)])
+        rate([port], [body(size, size.steps, seed) for seed in range(count)])
         took = time.monotonic() - began
         calls, rows, seconds = ticks(port) - before
         costs.setdefault(count, []).append((rows / calls, seconds / calls, took - seconds))
@@ -145,7 +133,7 @@ def main(size: Size) -> None:
         costs: dict[int, list[tuple[float, ...]]] = {}
         rates = alternate(
             {"": lambda: calibrate(first, size, costs)}
-            | {name: (lambda ports=ports: spread(ports, asked)) for name, ports in trials.items()},
+            | {name: (lambda ports=ports: rate(ports, asked)) for name, ports in trials.items()},
             size.rounds,
         )
         del rates[""]
@@ -217,12 +205,12 @@ def against(
 
 def foretold(ports: Sequence[int], size: Size, cost: Cost, work: Work) -> dict[str, list[float]]:
     """Seconds until the picture for arrivals at random moments, beside the simulation of the same moments."""
-    rate = len(ports) * capacity(work, cost, Rule(ROWS))
+    most = len(ports) * capacity(work, cost, Rule(ROWS))
     lines: dict[str, list[float]] = {}
     seen: dict[str, list[np.ndarray]] = {"measured": [], "predicted": []}
     for number in range(size.rounds):
         for share in LOADS:
-            moments = poisson(share * rate, 3 * size.pictures, 100 * number + int(100 * share))
+            moments = poisson(share * most, 3 * size.pictures, 100 * number + int(100 * share))
             both = {
                 "measured": ask_at(ports, moments, size),
                 "predicted": fleet(moments, [work] * len(moments), cost, Rule(ROWS), [0.0] * len(ports)).latencies,

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from bench.cost import BASE_ROW, DECODE
-from bench.engine import config_of, draw_all, seconds
+from bench.engine import all_at_once, seconds
 from bench.measure import Report
-from bench.settings import PROMPTS, Size
+from bench.settings import PROMPTS, Size, config_of
 from sdxl_lab.config import RuntimeProfile
 from sdxl_lab.engine import Engine
 from sdxl_lab.trajectory import Job
@@ -34,13 +34,12 @@ def main(size: Size) -> None:
             for steps in (20, 30):
                 for count in (1, 8):
                     asked = [Job(config.with_(steps=steps), PROMPTS[0], seed) for seed in range(count)]
-                    draw_all(engine, asked)
-                    took = [seconds(lambda asked=asked: draw_all(engine, asked)) / count for _ in range(size.rounds)]
+                    took = [all_at_once(engine, asked) / count for _ in range(size.rounds + 1)][1:]
                     name = f"{'compiled, ' if compiled else ''}{steps} steps, {count} at once"
                     lines[f"{name}: s a picture"] = took
                     lines[f"{name}: share of the bound"] = [(2 * BASE_ROW * steps + DECODE) / s / product for s in took]
     lines |= {name: [value] for name, value in PUBLISHED.items()}
-    Report("gpu", f"SDXL at 1024 px on {torch.cuda.get_device_name()}", lines, "float16", {}).show(size.folder)
+    Report("gpu", f"SDXL at 1024 px on {torch.cuda.get_device_name()}", lines, "float16").show(size.folder)
 
 
 def _product_rate(side: int = 8192) -> float:

@@ -1,8 +1,10 @@
 """Seconds until a module is imported, in a new interpreter each time: what a command and a new replica wait for."""
 
+import platform
 import subprocess
 import sys
 import time
+from functools import partial
 
 from bench.measure import Report, Trial, alternate, ratios
 from bench.settings import Size
@@ -17,10 +19,9 @@ def imported(module: str) -> float:
 
 
 def main(size: Size) -> None:
-    trials: dict[str, Trial] = {f"import {module}": lambda module=module: imported(module) for module in MODULES}
+    trials: dict[str, Trial] = {f"import {module}": partial(imported, module) for module in MODULES}
     lines = alternate(trials, size.rounds)
-    whole = lines["import diffusers"]
-    lines |= {f"{module} / diffusers": ratios(lines[f"import {module}"], whole) for module in MODULES[:2]}
-    Report("imports", "Seconds to import, a new interpreter each time", lines, sys.version.split()[0], {}).show(
-        size.folder
-    )
+    whole = lines[f"import {MODULES[-1]}"]
+    lines |= {f"{module} / {MODULES[-1]}": ratios(lines[f"import {module}"], whole) for module in MODULES[:2]}
+    python = f"Python {platform.python_version()}"
+    Report("imports", "Seconds to import, a new interpreter each time", lines, python).show(size.folder)

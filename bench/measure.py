@@ -1,12 +1,24 @@
-"""Rounds, medians, tables, plots: what every benchmark here does with its figures. Knows nothing of pictures."""
+"""Rounds, medians, reports, plots: what every benchmark here does with its figures. Knows nothing of pictures."""
 
 import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from sdxl_lab.plots import COLOURS, STYLE
+from sdxl_lab.sheet import INK
 
 RESULTS = Path(__file__).parent / "results"
 Trial = Callable[[], float]
@@ -31,22 +43,38 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured: a line is a label and its value in every round; `aims` says what was hoped for."""
+    """What was measured: a line is a label and its value in every round; `aims` says what was hoped for, `wrong` what
+    broke its word, and `more` is kept with the rest for a plot."""
 
     name: str
     title: str
     lines: Mapping[str, Sequence[float]]
     conditions: str
-    aims: Mapping[str, str]
+    aims: Mapping[str, str] = field(default_factory=dict)
+    wrong: Sequence[str] = ()
+    more: Mapping[str, object] = field(default_factory=dict)
 
-    def show(self, folder: Path = RESULTS) -> None:
-        """Print the table, keep it as JSON and as a plot."""
+    def show(self, folder: Path) -> None:
+        """Tell, and draw each line as a bar."""
+        self.tell(folder)
+        labels = list(self.lines)[::-1]
+        middles, lows, highs = zip(*(summary(self.lines[label]) for label in labels), strict=True)
+        spread = [np.subtract(middles, lows), np.subtract(highs, middles)]
+        with plot(folder / f"{self.name}.png", self.title, (9, 0.8 + 0.42 * len(labels))) as (axes,):
+            bars = axes.barh(labels, middles, xerr=spread, color=COLOURS[0], ecolor=INK, capsize=3)
+            axes.bar_label(bars, [shown(middle) for middle in middles], padding=6)
+            axes.margins(x=0.15)
+            axes.grid(axis="y", visible=False)
+
+    def tell(self, folder: Path) -> None:
+        """Print the table and what went wrong, and keep both as JSON."""
         print(f"\n{self.title}\n{self.conditions}")
         print(f"{'':44} {'median':>10} {'lowest':>10} {'highest':>10}")
         for label, values in self.lines.items():
-            middle, low, high = _summary(values)
-            aim = f"   aim: {self.aims[label]}" if label in self.aims else ""
-            print(f"{label:44} {middle:10.4g} {low:10.4g} {high:10.4g}{aim}")
+            cells = " ".join(f"{shown(value):>10}" for value in summary(values))
+            print(f"{label:44} {cells}{f'   aim: {self.aims[label]}' if label in self.aims else ''}")
+        for each in self.wrong[:20]:
+            print(f"wrong: {each}")
         folder.mkdir(parents=True, exist_ok=True)
         content = {
             "title": self.title,
@@ -54,50 +82,49 @@ class Report:
             "machine": f"{os.cpu_count()} cores, {platform.machine()}",
             "aims": dict(self.aims),
             "values": {label: list(values) for label, values in self.lines.items()},
+            "wrong": list(self.wrong[:100]),
+            **self.more,
         }
-        (folder / f"{self.name}.json").write_text(json.dumps(content, indent=2) + "\n")
-        self._plot(folder / f"{self.name}.png")
-
-    def _plot(self, path: Path) -> None:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot as plt
-
-        labels = list(self.lines)[::-1]
-        summaries = [_summary(self.lines[label]) for label in labels]
-        figure, axes = plt.subplots(figsize=(9, 0.8 + 0.42 * len(labels)), layout="constrained")
-        middles = [middle for middle, _, _ in summaries]
-        spread = [[m - low for m, low, _ in summaries], [high - m for m, _, high in summaries]]
-        bars = axes.barh(labels, middles, xerr=spread, color="#4c72b0", ecolor="#222222", capsize=3)
-        axes.bar_label(bars, [f"{middle:.3g}" for middle in middles], padding=6)
-        axes.margins(x=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(self.title, x=0.01, ha="left", fontsize=11)
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
+        (folder / f"{self.name}.json").write_text(json.dumps(content) + "\n")
 
 
-def told(
-    path: Path, title: str, conditions: str, lines: Mapping[str, float], wrong: Sequence[str], **more: object
-) -> None:
-    """Print single figures and what went wrong, and keep both as JSON."""
-    print(f"\n{title}\n{conditions}")
-    for label, value in lines.items():
-        print(f"{label:44} {value:10,}")
-    for each in wrong[:20]:
-        print(f"wrong: {each}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "title": title,
-        "conditions": conditions,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "values": {label: [value] for label, value in lines.items()},
-        "wrong": list(wrong[:100]),
-        **more,
-    }
-    path.write_text(json.dumps(content) + "\n")
+def figures(folder: Path = RESULTS) -> str:
+    """Every report in a folder as Markdown: the part "figures" of README.md."""
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text())
+        if "values" not in report:  # `scaling` has a section of its own
+            continue
+        told = textwrap.fill(f"**{path.stem}**: {report['title']}. Conditions: {report['conditions']}.", 120)
+        rows = [told, "", "| figure | median | lowest to highest | aim |", "| --- | --- | --- | --- |"]
+        for label, values in report["values"].items():
+            middle, low, high = map(shown, summary(values))
+            spread = f"{low} to {high}" if len(values) > 1 else ""
+            rows.append(f"| {label} | {middle} | {spread} | {report['aims'].get(label, '')} |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
 
 
-def _summary(values: Sequence[float]) -> tuple[float, float, float]:
+def summary(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, lowest, highest."""
     return statistics.median(values), min(values), max(values)
+
+
+def shown(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+@contextmanager
+def plot(
+    path: Path, title: str, size: tuple[float, float], rows: int = 1, columns: int = 1
+) -> Iterator[tuple[Axes, ...]]:
+    """Axes of a figure of `size` inches to paint on, row by row, in the lab's own style; then it is saved."""
+    with mpl.rc_context(STYLE | {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8}):
+        figure = Figure(figsize=size, dpi=110, layout="constrained")
+        yield tuple(figure.subplots(rows, columns, squeeze=False).flat)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        image = Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3].copy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -7,10 +7,8 @@ the line is cut. All of that happens at shares of the pictures done, drawn from 
 fast machine as it hits a slow one. In the end every picture is compared with the one that an engine draws alone.
 """
 
-import contextlib
 import http.client
 import itertools
-import json
 import random
 import signal
 import threading
@@ -23,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from bench.clients import request
+from bench.clients import metrics, request
 from bench.cluster import Cluster, Replica, cluster
-from bench.engine import FLOAT32, config_of
-from bench.measure import told
-from bench.settings import PROMPTS, Size
-from bench.soak import OVER, Ledger, metric, reconcile
+from bench.measure import Report, plot
+from bench.settings import FLOAT32, Size, config_of, varied_body
+from bench.soak import OVER, Ledger, reconcile
 from sdxl_lab.config import GenerationConfig
 from sdxl_lab.engine import Engine
 from sdxl_lab.images import max_difference, open_picture
+from sdxl_lab.plots import COLOURS
 from sdxl_lab.trajectory import Job
 
 SEED = 6
@@ -73,19 +71,10 @@ class Clients:
     """Each picture has a key, the body that belongs to it, and a client that does not give up."""
 
     def __init__(self, ports: list[int], size: Size, course: Course) -> None:
-        self.size, self.course, self.ledger = size, course, Ledger()
-        self.asked: dict[str, dict[str, Any]] = {}
+        self.course, self.ledger = course, Ledger()
         self._ports = itertools.cycle(ports)
         pick = random.Random(SEED)
-        for number in range(size.pictures):
-            self.asked[f"picture-{number}"] = {
-                "prompt": pick.choice(PROMPTS),
-                "steps": pick.randint(max(1, size.steps // 2), size.steps),
-                "guidance_scale": pick.choice([1.0, 3.0, 7.5]),
-                "scheduler": pick.choice(["euler", "euler_a", "dpmpp_2m_karras", "unipc", "heun"]),
-                "width": size.side,
-                "height": size.side,
-            }
+        self.asked = {f"picture-{n}": varied_body(pick, size, max(1, size.steps // 2)) for n in range(size.pictures)}
 
     def run(self) -> None:
         with ThreadPoolExecutor(CLIENTS) as pool:
@@ -130,23 +119,15 @@ class Clients:
         """Until there is an answer that stands."""
         while time.monotonic() < until:
             try:
-                status, content = self._once(method, path, body, headers or {})
+                answer = request(next(self._ports), method, path, body, headers, timeout=60)
             except (OSError, http.client.HTTPException) as error:
                 self.ledger.tell(f"asked again: {type(error).__name__}")
             else:
-                if status < 500 and status != 429:
-                    return status, json.loads(content)
-                self.ledger.tell(f"asked again: {status}")
+                if answer.status < 500 and answer.status != 429:
+                    return answer.status, answer.json()
+                self.ledger.tell(f"asked again: {answer.status}")
             time.sleep(0.5)
         raise RuntimeError(f"{method} {path}: no answer that stands in {WAIT:g} s")
-
-    def _once(self, method: str, path: str, body: Any, headers: dict[str, str]) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", next(self._ports), timeout=60)
-        with contextlib.closing(connection):
-            sent = None if body is None else json.dumps(body)
-            connection.request(method, path, sent, {"Content-Type": "application/json"} | headers)
-            answer = connection.getresponse()
-            return answer.status, answer.read()
 
 
 def strikes(pictures: int) -> list[tuple[int, signal.Signals]]:
@@ -178,7 +159,7 @@ def strike(running: Cluster, size: Size, course: Course) -> None:
 def drawing(replica: Replica) -> int:
     """How many pictures it draws; 0 where it does not answer."""
     try:
-        return int(metric(replica.port, "sdxl_pictures_running"))
+        return int(*metrics(replica.port, "sdxl_pictures_running"))
     except (OSError, http.client.HTTPException):
         return 0
 
@@ -211,11 +192,10 @@ def replicas(size: Size) -> None:
             thread.join()
         port = running.ports[0]  # a replica that loads tells of pictures, too
         ledger = clients.ledger
-        figures = reconcile(port, ledger, set()) | _left(running, ledger)
+        figures = reconcile(port, ledger) | _left(running, ledger)
         figures |= _held(port, clients, config)
         said = [line for replica in running.replicas for line in replica.said()]
-        by_nginx = running.front is not None
-    drawn = sum(line.get("message") == "picture done" for line in said)
+        front = "nginx" if running.front is not None else "clients in turns, no nginx"
     kinds = Counter(kind for _, kind in course.strikes)
     lines: dict[str, float] = {
         **{f"calls, {outcome}": count for outcome, count in sorted(ledger.outcomes.items())},
@@ -224,7 +204,7 @@ def replicas(size: Size) -> None:
         f"store outages of {OUTAGE:g} s": len(course.outages),
         "being drawn on a replica as it was hit": course.torn,
         "taken up from another replica or life": sum("took up" in str(line.get("message")) for line in said),
-        "drawn, by the logs": drawn,
+        "drawn, by the logs": sum(line.get("message") == "picture done" for line in said),
         **figures,
         "median wait of a client, s": round(sorted(course.waits)[len(course.waits) // 2], 2),
         "longest wait of a client, s": round(max(course.waits), 2),
@@ -232,13 +212,13 @@ def replicas(size: Size) -> None:
         "things that went wrong": len(ledger.wrong),
     }
     title = f"{size.pictures} pictures, three replicas that are killed, a store that goes away"
-    front = "nginx" if by_nginx else "clients in turns, no nginx"
     conditions = f"{front}, moto, {CLIENTS} clients, {Path(size.model).name}, {size.side} px, up to {size.steps} steps"
-    told(size.folder / "replicas.json", title, conditions, lines, ledger.wrong, done=course.done)
+    values = {label: [value] for label, value in lines.items()}
+    Report("replicas", title, values, conditions, wrong=ledger.wrong, more={"done": course.done}).tell(size.folder)
     _plot(size.folder / "replicas.png", f"{title}: {conditions}", course)
 
 
-def _left(running: Cluster, ledger: Ledger) -> dict[str, int]:
+def _left(running: Cluster, ledger: Ledger) -> dict[str, float]:
     """Promises that nobody dropped: those of a replica that was killed between storing and dropping go within a lease
     and a look."""
     ends = time.monotonic() + 30
@@ -253,8 +233,8 @@ def _held(port: int, clients: Clients, config: GenerationConfig) -> dict[str, fl
     differences = []
     with Engine.load(config, FLOAT32) as engine:
         for key, picture in clients.ledger.by_key.items():
-            info = json.loads(request(port, "GET", f"/images/{picture}")[1])
-            served = open_picture(request(port, "GET", f"/download/{picture}")[1])
+            info = request(port, "GET", f"/images/{picture}").json()
+            served = open_picture(request(port, "GET", f"/download/{picture}").content)
             fields = {name: value for name, value in clients.asked[key].items() if name != "prompt"}
             alone = engine.draw(Job(config.with_(**fields), info["prompt"], info["seed"])).image
             differences.append(max_difference(served, alone))
@@ -268,24 +248,14 @@ def _held(port: int, clients: Clients, config: GenerationConfig) -> dict[str, fl
 
 
 def _plot(path: Path, title: str, course: Course) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
-    for number, (began, ended) in enumerate(course.outages):
-        axes.axvspan(began, ended, color="#dddddd", label=None if number else "store out of reach")
-    axes.step([0, *course.done], range(len(course.done) + 1), where="post", color="#4c72b0", label="pictures done")
-    for kind, colour, name in (("SIGKILL", "#c44e52", "replica killed"), ("SIGTERM", "#dd8452", "replica stopped")):
-        times = [when for when, what in course.strikes if what == kind]
-        if times:
-            axes.plot(times, [0] * len(times), "^", color=colour, clip_on=False, zorder=3, label=name)
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("seconds")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    blue, red, _, _, orange, *_ = COLOURS
+    with plot(path, title, (9, 3.6)) as (axes,):
+        for number, (began, ended) in enumerate(course.outages):
+            axes.axvspan(began, ended, color="#dddddd", label=None if number else "store out of reach")
+        axes.step([0, *course.done], range(len(course.done) + 1), where="post", color=blue, label="pictures done")
+        for kind, colour, name in (("SIGKILL", red, "replica killed"), ("SIGTERM", orange, "replica stopped")):
+            times = [when for when, what in course.strikes if what == kind]
+            if times:
+                axes.plot(times, [0] * len(times), "^", color=colour, clip_on=False, zorder=3, label=name)
+        axes.set(xlabel="seconds", xlim=(0, None), ylim=(0, None))
+        axes.legend(loc="upper left")

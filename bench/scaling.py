@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from bench.clients import ROOT
 from bench.cost import BASE_ROW, DECODE
-from bench.engine import config_of
 from bench.fleet import INTERVAL, ROWS, left_in, work_of
 from bench.gpu import PUBLISHED
 from bench.measure import RESULTS
 from bench.scaling_plot import paint
-from bench.settings import Size
+from bench.servers import ROOT
+from bench.settings import Size, config_of
 from bench.simulate import Cost, Rule, Scaling, Work, called_for, capacity, fleet, mixed, poisson
 
 REPLICAS = (1, 2, 3, 10, 100, 1000)

@@ -4,14 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image
 
-from sdxl_lab.plots import COLOURS, FAINT, INK, MARKS, STYLE
+from bench.measure import plot
+from sdxl_lab.plots import COLOURS, MARKS
+from sdxl_lab.sheet import FAINT, INK
 
 MINUTE = 60.0
 
@@ -20,20 +18,13 @@ def paint(
     path: Path, found: Mapping[str, Any], traces: Mapping[int, Any], fleet: Mapping[str, Sequence[float]]
 ) -> None:
     """`found` is what `scaling.main` computed, `traces` the load step by start-up time, `fleet` what was measured."""
-    with mpl.rc_context(STYLE | {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8}):
-        figure = Figure(figsize=(13, 7.6), dpi=110, layout="constrained")
-        (a, b, c), (d, e, f) = figure.subplots(2, 3)
+    with plot(path, "", (13, 7.6), rows=2, columns=3) as (a, b, c, d, e, f):
         _replicas(a, found["fleets"]["H100, eager, guidance throughout"])
         _ways(b, found["ways"]["H100, eager"], "one H100, a call costs 34 ms and 24 ms a row")
         _ways(c, found["ways"]["H100, compiled"], "one H100, a call costs 24 ms a row and no more")
         _use(d, found["fleets"]["H100, eager, guidance throughout"])
         _step(e, traces)
         _foretold(f, fleet)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        image = Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3].copy())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def _replicas(ax: Axes, fleets: Mapping[str, Any]) -> None:

@@ -1,28 +1,18 @@
 """What a client feels under load: a short picture among long ones, and whether the server still answers at all."""
 
-import math
 import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from bench.clients import Body, post, request, server
-from bench.engine import FLOAT32, config_of
+import numpy as np
+
+from bench.clients import post, request
 from bench.measure import Report, ratios
-from bench.settings import PROMPTS, Size
+from bench.servers import server
+from bench.settings import FLOAT32, PROMPTS, Size, body, config_of
 from sdxl_lab.engine import Engine
 from sdxl_lab.trajectory import Job
-
-
-def body(size: Size, steps: int, seed: int) -> Body:
-    return {
-        "prompt": PROMPTS[seed % len(PROMPTS)],
-        "seed": seed,
-        "steps": steps,
-        "guidance_scale": 3.0,
-        "width": size.side,
-        "height": size.side,
-    }
 
 
 def latency(size: Size) -> None:
@@ -44,7 +34,8 @@ def latency(size: Size) -> None:
             running = [engine.submit(Job(config.with_(steps=long), PROMPTS[0], seed)) for seed in range(8)]
             while running[-1].progress[0] < 3:
                 time.sleep(0.01)
-            before, began, steps = engine.stats().ticks, time.monotonic(), []
+            before, began = engine.stats().ticks, time.monotonic()
+            steps: list[tuple[float, int]] = []
             stepped = lambda *_, steps=steps: steps.append((time.monotonic(), engine.stats().ticks))  # noqa: E731
             engine.submit(Job(config.with_(steps=short), PROMPTS[1], 9), on_step=stepped).result()
             first.append(steps[0][0] - began)
@@ -52,7 +43,6 @@ def latency(size: Size) -> None:
             for ticket in running:
                 ticket.cancel()
     b, d = waits["(b) FastAPI, pipeline behind a lock"], waits["(d) LitServe, dynamic batching"]
-    lines = {f"{name}: s" for name in waits}
     lines = {f"{name}: s until done": values for name, values in waits.items()} | {
         "(b) / service": ratios(b, waits["service"]),
         "(d) / service": ratios(d, waits["service"]),
@@ -87,7 +77,7 @@ def health(size: Size) -> None:
         with server(kind, config, SDXL_MAX_ROWS="32") as port:
             waits = _health_waits(port, size)
             found[f"{name}: median ms"] = [statistics.median(waits)]
-            found[f"{name}: p99 ms"] = [sorted(waits)[math.ceil(0.99 * (len(waits) - 1))]]
+            found[f"{name}: p99 ms"] = [float(np.quantile(waits, 0.99, method="higher"))]
     Report(
         "health",
         "/healthz while the server is saturated",
@@ -108,7 +98,8 @@ def _health_waits(port: int, size: Size) -> list[float]:
         for seed in range(size.pictures):
             pool.submit(ask, seed)
         time.sleep(0.5)
-        waits, ends = [], time.monotonic() + 5 * size.rounds
+        waits: list[float] = []
+        ends = time.monotonic() + 5 * size.rounds
         while time.monotonic() < ends and len(waits) < 100 * size.rounds:
             began = time.monotonic()
             request(port, "GET", "/healthz")

@@ -1,10 +1,13 @@
-"""How large a benchmark is, and the prompts that all of them draw."""
+"""What all benchmarks ask for: how large they are, the prompts, the configuration, the bodies of requests."""
 
+import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.measure import RESULTS
-from sdxl_lab.config import Limits
+from sdxl_lab.config import GenerationConfig, Limits, RuntimeProfile
 
 PROMPTS = (
     "a red circle left of a blue star on a white background",
@@ -12,6 +15,9 @@ PROMPTS = (
     "a large green boat on a yellow background",
     "a pink heart above a black ring on a cyan background",
 )
+FLOAT32 = RuntimeProfile(device="cpu", dtype="float32", rows=32)
+
+Body = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,3 +35,33 @@ class Size:
     @property
     def limits(self) -> Limits:
         return Limits(steps=(1, 1000), side=(64, 1024))
+
+
+def config_of(size: Size, **changes: object) -> GenerationConfig:
+    start = {"limits": size.limits, "steps": size.steps, "width": size.side, "height": size.side, "guidance_scale": 3.0}
+    return GenerationConfig.for_model(size.model, **(start | changes))
+
+
+def body(size: Size, steps: int, seed: int) -> dict[str, Any]:
+    """A request for one picture."""
+    return {
+        "prompt": PROMPTS[seed % len(PROMPTS)],
+        "seed": seed,
+        "steps": steps,
+        "guidance_scale": 3.0,
+        "width": size.side,
+        "height": size.side,
+    }
+
+
+def varied_body(pick: random.Random, size: Size, least: int = 1) -> dict[str, Any]:
+    """A request with settings of its own and at least so many steps: such pictures join and leave the batch all the
+    time."""
+    return {
+        "prompt": pick.choice(PROMPTS),
+        "steps": pick.randint(least, size.steps),
+        "guidance_scale": pick.choice([1.0, 3.0, 7.5]),
+        "scheduler": pick.choice(["euler", "euler_a", "dpmpp_2m_karras", "unipc", "heun"]),
+        "width": size.side,
+        "height": size.side,
+    }

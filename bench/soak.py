@@ -5,22 +5,24 @@ Everything is seen from outside, over HTTP: memory from `/metrics`, pictures fro
 
 import http.client
 import json
-import math
 import random
 import socket
 import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.clients import server
-from bench.engine import config_of
-from bench.measure import told
-from bench.settings import PROMPTS, Size
+import numpy as np
+
+from bench.clients import metrics, request
+from bench.measure import Report, plot
+from bench.servers import server
+from bench.settings import PROMPTS, Size, config_of, varied_body
+from sdxl_lab.plots import COLOURS
 
 CLIENTS = 24
 QUEUE = 12  # that wait at most: fewer than the clients, so that some are refused
@@ -79,38 +81,22 @@ class Client:
                     self.ledger.wrong.append(f"no answer: {error!r}")
 
     def body(self) -> dict[str, Any]:
-        """Settings of every kind, so that pictures join and leave the batch all the time."""
-        pick = self.random
-        return {
-            "prompt": pick.choice(PROMPTS),
-            "steps": pick.randint(1, self.size.steps),
-            "guidance_scale": pick.choice([1.0, 3.0, 7.5]),
-            "scheduler": pick.choice(["euler", "euler_a", "dpmpp_2m_karras", "unipc", "heun"]),
-            "width": self.size.side * pick.choice([1, 1, 2]),
-            "height": self.size.side,
-        }
+        return varied_body(self.random, self.size) | {"width": self.size.side * self.random.choice([1, 1, 2])}
 
     def ask(
         self, path: str, body: dict[str, Any] | None = None, method: str = "POST", **headers: str
     ) -> tuple[int, Any]:
         """Status and content. One that came too early waits as it is told, within reason."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
-        try:
-            sent = json.dumps(body) if body is not None else None
-            connection.request(method, path, sent, {"Content-Type": "application/json"} | named)
-            answer = connection.getresponse()
-            content = answer.read()
-            if answer.status == 429:
-                if int(answer.headers["Retry-After"]) < 1:
-                    raise Wrong("429 with a Retry-After below a second")
-                self.ledger.tell("refused: 429")
-                time.sleep(self.random.uniform(0.05, 0.5))
-            elif answer.status >= 500:
-                raise Wrong(f"{method} {path}: {answer.status} {content[:300]!r}")
-            return answer.status, json.loads(content) if content[:1] in (b"{", b"[") else content
-        finally:
-            connection.close()
+        status, content, told = request(self.port, method, path, body, named)
+        if status == 429:
+            if int(told["Retry-After"]) < 1:
+                raise Wrong("429 with a Retry-After below a second")
+            self.ledger.tell("refused: 429")
+            time.sleep(self.random.uniform(0.05, 0.5))
+        elif status >= 500:
+            raise Wrong(f"{method} {path}: {status} {content[:300]!r}")
+        return status, json.loads(content) if content else None
 
     # --- ways to ask -------------------------------------------------------------------------------------------------
 
@@ -229,11 +215,12 @@ class Watch:
         began, looks = time.monotonic(), 0
         while not over.is_set() and time.monotonic() < until:
             asked = time.monotonic()
-            _get(self.port, "/healthz")
+            request(self.port, "GET", "/healthz", timeout=60)
             answered = time.monotonic()
             self.health.append(((asked - began) / 60, 1000 * (answered - asked)))
             if looks % 5 == 0:
-                self.memory.append(((asked - began) / 60, metric(self.port, "process_resident_memory_bytes") / 2**20))
+                (used,) = metrics(self.port, "process_resident_memory_bytes")
+                self.memory.append(((asked - began) / 60, used / 2**20))
             looks += 1
             time.sleep(0.2)
 
@@ -248,21 +235,6 @@ class Watch:
         return statistics.median(warm[half:]) / statistics.median(warm[:half] or warm) - 1
 
 
-def _get(port: int, path: str) -> bytes:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().read()
-    finally:
-        connection.close()
-
-
-def metric(port: int, name: str) -> float:
-    """The sum of a metric over its labels."""
-    lines = _get(port, "/metrics").decode().splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition(" ")[0].partition("{")[0] == name)
-
-
 def soak(size: Size) -> None:
     """`--minutes` at saturation: 24 clients that ask, repeat, cancel, listen and leave at random. Prints what became of
     every picture; what the service did wrong, if anything, stands in the last lines."""
@@ -270,7 +242,7 @@ def soak(size: Size) -> None:
     ledger = Ledger()
     over = threading.Event()
     with server("service", config, SDXL_MAX_QUEUE=str(QUEUE), SDXL_MAX_ROWS="16") as port:
-        before = {picture for picture, _ in listed(port)}
+        before = set(listed(port))
         until = time.monotonic() + 60 * size.minutes
         watch = Watch(port)
         watching = threading.Thread(target=watch.run, args=(until, over))
@@ -290,56 +262,53 @@ def soak(size: Size) -> None:
 def _settle(port: int) -> None:
     """Until nobody waits and nothing is drawn."""
     ends = time.monotonic() + 60
-    while metric(port, "sdxl_queue_depth") + metric(port, "sdxl_pictures_running"):
+    while any(metrics(port, "sdxl_queue_depth", "sdxl_pictures_running")):
         if time.monotonic() > ends:
             raise RuntimeError("pictures are being drawn that nobody asks for any more")
         time.sleep(0.1)
     time.sleep(1)  # the last ones are being stored
 
 
-def listed(port: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def listed(port: int) -> Iterator[str]:
     """Every stored picture, page by page."""
     cursor = ""
     while True:
-        page = json.loads(_get(port, f"/images?limit=100{cursor}"))
-        yield from ((image["id"], image) for image in page["images"])
+        page = request(port, "GET", f"/images?limit=100{cursor}").json()
+        yield from (image["id"] for image in page["images"])
         if "next" not in page:
             return
         cursor = f"&cursor={page['next']}"
 
 
-def reconcile(port: int, ledger: Ledger, before: set[str]) -> dict[str, int]:
-    """Hold what clients were told against what the service has; what does not agree goes to `ledger.wrong`."""
-    stored = [picture for picture, _ in listed(port)]
+def reconcile(port: int, ledger: Ledger, before: Set[str] = frozenset()) -> dict[str, float]:
+    """Hold what clients were told against what the service has, apart from what was there `before`; what does not agree
+    goes to `ledger.wrong`."""
+    stored = list(listed(port))
     pictures = set(stored) - before
     lost = ledger.done - pictures
-    strangers = pictures - ledger.done - ledger.unsettled
+    strangers = pictures - ledger.done - ledger.unsettled - set(ledger.by_key.values())
     ledger.wrong += [f"{picture} was acknowledged and is not listed" for picture in lost]
-    ledger.wrong += [f"{picture} is stored and nobody asked for it" for picture in strangers - _keyed(ledger)]
+    ledger.wrong += [f"{picture} is stored and nobody asked for it" for picture in strangers]
     ledger.wrong += [f"{picture} is listed {times} times" for picture, times in Counter(stored).items() if times > 1]
     for picture in random.Random(0).sample(sorted(ledger.done - lost), min(50, len(ledger.done - lost))):
-        if not _get(port, f"/download/{picture}").startswith(b"\x89PNG"):
+        if not request(port, "GET", f"/download/{picture}").content.startswith(b"\x89PNG"):
             ledger.wrong.append(f"{picture} cannot be downloaded")
     left = ledger.unsettled - pictures
     for picture in left:
-        told = json.loads(_get(port, f"/images/{picture}"))
+        told = request(port, "GET", f"/images/{picture}").json()
         if told.get("state") != "cancelled" and told.get("status") != 404:  # the oldest are forgotten
             ledger.wrong.append(f"{picture} was left, and is {told.get('state', told)}")
     return {
         "acknowledged pictures": len(ledger.done),
         "acknowledged and lost": len(lost),
-        "stored and asked for by nobody": len(strangers - _keyed(ledger)),
+        "stored and asked for by nobody": len(strangers),
         "left by their client and cancelled": len(left),
         "left by their client and stored": len(ledger.unsettled & pictures),
     }
 
 
-def _keyed(ledger: Ledger) -> set[str]:
-    return set(ledger.by_key.values())
-
-
-def _report(size: Size, ledger: Ledger, watch: Watch, figures: dict[str, int]) -> None:
-    waits = sorted(wait for _, wait in watch.health)
+def _report(size: Size, ledger: Ledger, watch: Watch, figures: dict[str, float]) -> None:
+    waits = [wait for _, wait in watch.health]
     minutes = size.minutes
     lines: dict[str, float] = {
         **{f"calls, {outcome}": count for outcome, count in sorted(ledger.outcomes.items())},
@@ -347,32 +316,16 @@ def _report(size: Size, ledger: Ledger, watch: Watch, figures: dict[str, int]) -
         **{f"MiB after {part * minutes:.3g} min": round(watch.at(part * minutes)) for part in (0.1, 0.5, 1)},
         "growth of memory after the warm-up": round(watch.growth(), 4),
         "/healthz, median ms": round(statistics.median(waits), 2),
-        "/healthz, p99 ms": round(waits[math.ceil(0.99 * (len(waits) - 1))], 2),
+        "/healthz, p99 ms": round(float(np.quantile(waits, 0.99, method="higher")), 2),
         "things that went wrong": len(ledger.wrong),
     }
     title = f"{minutes:g} minutes at saturation"
     conditions = f"{CLIENTS} clients, {Path(size.model).name}, {size.side} px, up to {size.steps} steps"
     memory = [[round(minute, 3), round(mib, 1)] for minute, mib in watch.memory]
-    told(size.folder / "soak.json", title, conditions, lines, ledger.wrong, memory=memory)
-    _plot(size.folder / "soak.png", f"{title}: {conditions}", watch)
-
-
-def _plot(path: Path, title: str, watch: Watch) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5), sharex=True, layout="constrained")
-    above.plot(*zip(*watch.memory, strict=True), color="#4c72b0")
-    above.set_ylim(bottom=0)
-    above.set_ylabel("memory, MiB")
-    below.plot(*zip(*watch.health, strict=True), ".", markersize=3, color="#4c72b0")
-    below.set_yscale("log")
-    below.set_ylabel("/healthz, ms")
-    below.set_xlabel("minutes")
-    for axes in (above, below):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    values = {label: [value] for label, value in lines.items()}
+    Report("soak", title, values, conditions, wrong=ledger.wrong, more={"memory": memory}).tell(size.folder)
+    with plot(size.folder / "soak.png", f"{title}: {conditions}", (9, 5), rows=2) as (above, below):
+        above.plot(*zip(*watch.memory, strict=True), color=COLOURS[0])
+        above.set(ylabel="memory, MiB", ylim=(0, None))
+        below.plot(*zip(*watch.health, strict=True), ".", markersize=3, color=COLOURS[0])
+        below.set(ylabel="/healthz, ms", xlabel="minutes", yscale="log")

@@ -2,15 +2,17 @@
 
 import itertools
 import os
-import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from bench.baselines import Asked, Pipeline
-from bench.clients import Body, rate, server
+from bench.clients import rate
+from bench.engine import all_at_once, one_by_one
 from bench.measure import Report, Trial, alternate, ratios
 from bench.rooms import room
-from bench.settings import PROMPTS, Size
-from sdxl_lab.config import SCHEDULERS, GenerationConfig, RuntimeProfile
+from bench.servers import server
+from bench.settings import FLOAT32, Body, Size, body, config_of
+from sdxl_lab.config import SCHEDULERS, GenerationConfig
 from sdxl_lab.engine import Engine
 from sdxl_lab.trajectory import Job
 
@@ -18,62 +20,45 @@ from sdxl_lab.trajectory import Job
 MIXED = [name for name in SCHEDULERS if name not in ("heun", "kdpm2", "kdpm2_a", "dpmpp_sde", "lcm", "tcd", "pndm")]
 
 
-def bodies(size: Size, *, mixed: bool) -> list[Body]:
+def bodies(size: Size, *, mixed: bool) -> Sequence[Body]:
     """One request a client; mixed, each has steps, guidance and a scheduler of its own."""
     spread = itertools.cycle(range(-size.steps // 4, size.steps // 4 + 1, max(1, size.steps // 8)))
-    return [
-        {
-            "prompt": PROMPTS[index % len(PROMPTS)],
-            "seed": index,
-            "steps": max(1, size.steps + next(spread)) if mixed else size.steps,
-            "guidance_scale": 3.0 + (index % 5 if mixed else 0),
-            "scheduler": MIXED[index % len(MIXED)] if mixed else "euler",
-            "width": size.side,
-            "height": size.side,
-        }
-        for index in range(size.pictures)
-    ]
+    asked = [body(size, size.steps, index) | {"scheduler": "euler"} for index in range(size.pictures)]
+    if mixed:
+        for index, each in enumerate(asked):
+            each["steps"] = max(1, size.steps + next(spread))
+            each["guidance_scale"] = 3.0 + index % 5
+            each["scheduler"] = MIXED[index % len(MIXED)]
+    return asked
 
 
-def jobs(config: GenerationConfig, asked: list[Body]) -> list[Job]:
+def jobs(config: GenerationConfig, asked: Sequence[Body]) -> list[Job]:
     names = ("steps", "guidance_scale", "scheduler", "width", "height")
-    return [Job(config.with_(**{n: body[n] for n in names}), body["prompt"], body["seed"]) for body in asked]
-
-
-def engine_rate(engine: Engine, asked: list[Job]) -> float:
-    began = time.monotonic()
-    for ticket in [engine.submit(job) for job in asked]:
-        ticket.result()
-    return len(asked) / (time.monotonic() - began)
-
-
-def loop_rate(pipeline: Pipeline, asked: list[Body]) -> float:
-    began = time.monotonic()
-    for body in asked:
-        pipeline.draw([Asked(**body)])
-    return len(asked) / (time.monotonic() - began)
+    return [Job(config.with_(**{n: each[n] for n in names}), each["prompt"], each["seed"]) for each in asked]
 
 
 def measure(size: Size) -> dict[bool, dict[str, list[float]]]:
     """Pictures a second of each, a value a round: with equal settings, and mixed. Whatever draws is loaded once."""
-    config = GenerationConfig.for_model(size.model, limits=size.limits, width=size.side, height=size.side)
+    config = config_of(size)
     with ExitStack() as stack:
         pipeline = stack.enter_context(room(Pipeline, size.model))
         engines = {
-            dtype: stack.enter_context(room(Engine.load, config, RuntimeProfile(device="cpu", dtype=dtype, rows=32)))
+            dtype: stack.enter_context(room(Engine.load, config, FLOAT32.with_(dtype=dtype)))
             for dtype in ("float32", "bfloat16")
         }
         ports = {kind: stack.enter_context(server(kind, config)) for kind in ("locked", "litserve")}
         ports["service"] = stack.enter_context(server("service", config, SDXL_MAX_ROWS="32"))
 
-        def trials(asked: list[Body]) -> dict[str, Trial]:
+        def trials(asked: Sequence[Body]) -> dict[str, Trial]:
+            count, drawn = len(asked), jobs(config, asked)
+            alone = [Asked(**each) for each in asked]
             return {
-                "(a) pipeline, one at a time": lambda: pipeline(loop_rate, asked),
-                "(b) FastAPI, pipeline behind a lock": lambda: rate(ports["locked"], asked),
-                "(d) LitServe, dynamic batching": lambda: rate(ports["litserve"], asked),
-                "engine, float32": lambda: engines["float32"](engine_rate, jobs(config, asked)),
-                "engine, bfloat16 UNet": lambda: engines["bfloat16"](engine_rate, jobs(config, asked)),
-                "service, float32": lambda: rate(ports["service"], asked),
+                "(a) pipeline, one at a time": lambda: count / pipeline(one_by_one, alone),
+                "(b) FastAPI, pipeline behind a lock": lambda: rate([ports["locked"]], asked),
+                "(d) LitServe, dynamic batching": lambda: rate([ports["litserve"]], asked),
+                "engine, float32": lambda: count / engines["float32"](all_at_once, drawn),
+                "engine, bfloat16 UNet": lambda: count / engines["bfloat16"](all_at_once, drawn),
+                "service, float32": lambda: rate([ports["service"]], asked),
             }
 
         return {mixed: alternate(trials(bodies(size, mixed=mixed)), size.rounds) for mixed in (False, True)}

@@ -10,7 +10,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure import Report, alternate
+from bench.engine import draw_all
+from bench.measure import Report, alternate, ratios
 from bench.settings import Size
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.engine import Engine
@@ -78,8 +79,7 @@ def main(size: Size) -> None:
             asked = [Job(config, "a cat", seed) for seed in range(count)]
 
             def step(asked: list[Job] = asked) -> float:
-                for ticket in [engine.submit(job) for job in asked]:
-                    ticket.result()
+                draw_all(engine, asked)
                 return engine.stats().seconds
 
             took[count] = step
@@ -97,7 +97,7 @@ def main(size: Size) -> None:
         unet(latents, torch.zeros(2), torch.zeros(2, 77, 2048).bfloat16(), added_cond_kwargs=added)
     flops = counter.get_total_flops() / 1e9
     steps, peak = measured["guided step of one picture, s"], measured["bfloat16 matrix product, GFLOP/s"]
-    lines = measured | {"step's GFLOP/s / matrix product's": [flops / s / p for s, p in zip(steps, peak, strict=True)]}
+    lines = measured | {"step's GFLOP/s / matrix product's": ratios([flops / s for s in steps], peak)}
     Report(
         "truesize",
         "SDXL's own UNet (2.567 B parameters, random weights)",

@@ -9,13 +9,14 @@ from pathlib import Path
 import grimp
 import networkx
 
-from bench import cost
+from bench import cost, measure
 from service.app import create_app
 from service.problems import TABLE as PROBLEMS
 from service.settings import TABLE as SETTINGS
 from service.settings import Settings, default
 
-FOLDER = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
+PAGES = (*(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md")
 PART = re.compile(r"<!-- generated: ([\w ]+) -->\n.*?<!-- end -->", re.S)
 
 
@@ -82,6 +83,7 @@ PARTS = {
     "errors": errors,
     "settings": settings,
     "cost": cost.table,
+    "figures": measure.figures,
 }
 
 
@@ -91,5 +93,5 @@ def renewed(page: str) -> str:
 
 
 if __name__ == "__main__":
-    for path in FOLDER.glob("*.md"):
+    for path in PAGES:
         path.write_text(renewed(path.read_text()))

@@ -47,7 +47,7 @@ def main() -> None:
                 browser.close()
         finally:
             service.terminate()
-            service.wait(20)
+            service.wait(60)
     Image.open(io.BytesIO(picture)).convert("RGB").save(ROOT / "docs" / "playground.png", optimize=True)
 
 

@@ -55,7 +55,7 @@ class Lab:
         self.address = self._wait()
 
     def _wait(self) -> str:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while time.monotonic() < deadline and self.server.poll() is None:
             for file in self._runtime.glob("jpserver-*.json"):
                 try:
@@ -148,7 +148,7 @@ def test_the_panel_works_while_a_cell_runs_and_after(
     record_testsuite_property("seconds to stop while a cell runs", took)
     expect(running).to_have_count(1)
     release.touch()
-    expect(running).to_have_count(0, timeout=30_000)
+    expect(running).to_have_count(0, timeout=60_000)
 
     button(panel, "Generate").click()
     assert done(panel, 9) == during, "the same settings and seed, the same picture"
@@ -167,7 +167,7 @@ def test_it_looks_as_the_readme_shows(lab: Lab, page: Page, tmp_path: Path) -> N
     page.set_viewport_size({"width": 1440, "height": 1560})
     panel = lab.open(page, "nano.ipynb")
     done(panel, 3, seconds=180)
-    expect(panel.get_by_text("Difference: largest")).to_be_visible(timeout=30_000)
+    expect(panel.get_by_text("Difference: largest")).to_be_visible(timeout=60_000)
     panel.get_by_label("Refiner", exact=True).check()
     page.keyboard.press("Control+b")  # the file browser, out of the way
     panel.scroll_into_view_if_needed()

@@ -23,7 +23,7 @@ promoted, slot, live = shared.promoted, shared.slot, shared.live  # its fixtures
 
 PROMPT = "a red circle on a blue background"
 LONG = {"steps": 100, "width": 512, "height": 512}
-PATIENCE_MS = 20_000
+PATIENCE_MS = 60_000
 expect.set_options(timeout=PATIENCE_MS)
 
 

@@ -1,7 +1,9 @@
 """The recipe of nano from end to end, with two steps a stage: does it run, resume, and write what diffusers loads?"""
 
+import io
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from diffusers import AutoencoderKL
 from sdxl_lab.config import GenerationConfig, Limits, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.engine import Engine
 from sdxl_lab.models import NANO
+from sdxl_lab.nano.recipe.__main__ import TINY, main, train
 from sdxl_lab.nano.recipe.evaluate import sides_in_noise
 from sdxl_lab.trajectory import Job
 
@@ -21,11 +24,10 @@ STAGES = ("vae", "clip", "base-small", "base-large", "refiner")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def run(work: Path, target: Path, *options: str) -> str:
-    command = [sys.executable, "-m", "sdxl_lab.nano.recipe", "--tiny", "--work", work, "--target", target, *options]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
-    return answer.stdout
+def run(work: Path, target: Path) -> str:
+    with redirect_stdout(io.StringIO()) as said:
+        main(["--tiny", "--work", str(work), "--target", str(target)])
+    return said.getvalue()
 
 
 def weights(target: Path) -> dict[str, bytes]:
@@ -34,11 +36,14 @@ def weights(target: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The folders `work` and `target` of a run that was stopped after its second stage and taken up again."""
+    """The folders `work` and `target` of a run, a process, that was stopped after its second stage and is taken up
+    again."""
     work, target = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("target")
-    first = run(work, target, "--until", "clip")
-    assert "vae: step 2/2" in first
-    assert "base-small" not in first
+    command = [sys.executable, "-m", "sdxl_lab.nano.recipe", "--tiny", "--work", work, "--target", target]
+    first = subprocess.run([*command, "--until", "clip"], cwd=ROOT, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    assert "vae: step 2/2" in first.stdout
+    assert "base-small" not in first.stdout
     assert not (target / "base" / "unet").exists()
     second = run(work, target)
     assert "vae: resumed at step 2 of 2" in second
@@ -93,8 +98,6 @@ def test_the_engine_draws_with_base_and_refiner(trained):
 
 
 def test_training_goes_on_from_shipped_weights_without_anyones_checkpoints(tiny_model, tmp_path):
-    from sdxl_lab.nano.recipe.__main__ import TINY, train
-
     train(tmp_path / "work", tmp_path / "target", TINY, shipped=tiny_model)
     before, after = weights(tiny_model), weights(tmp_path / "target")
     assert {"base/unet", "refiner/unet", "base/text_encoder"} <= {str(Path(name).parent) for name in after}

@@ -92,7 +92,7 @@ def train(work: Path, target: Path, plan: Plan, *, shipped: Path | None = None, 
     save(target / "refiner" / "unet", refiner)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sdxl_lab.nano.recipe", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/nano"), help="checkpoints and caches")
     parser.add_argument("--target", type=Path, default=NANO, help="where base/, refiner/ and clip/ are written")
@@ -105,11 +105,11 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two steps a stage: does it run?")
     for field, steps in Plan().__dict__.items():
         parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=None, help=f"default {steps}")
-    arguments = parser.parse_args()
-    given = {name: getattr(arguments, name) for name in Plan().__dict__ if getattr(arguments, name) is not None}
-    plan = replace(TINY if arguments.tiny else Plan(), **given)
-    shipped = NANO if arguments.continue_from_shipped else None
-    train(arguments.work, arguments.target, plan, shipped=shipped, until=arguments.until)
+    asked = parser.parse_args(arguments)
+    given = {name: getattr(asked, name) for name in Plan().__dict__ if getattr(asked, name) is not None}
+    plan = replace(TINY if asked.tiny else Plan(), **given)
+    shipped = NANO if asked.continue_from_shipped else None
+    train(asked.work, asked.target, plan, shipped=shipped, until=asked.until)
 
 
 if __name__ == "__main__":

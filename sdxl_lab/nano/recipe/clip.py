@@ -67,7 +67,7 @@ def normalised(images: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    folder: Path, towers: Towers, steps: int, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], count: int = 16_000
+    folder: Path, towers: Towers, steps: int, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], count: int
 ) -> None:
     if steps == 0:
         return

@@ -69,6 +69,12 @@ def draw(engine: Engine, config: GenerationConfig, prompts: Sequence[str], first
     return [ticket.result() for ticket in tickets]
 
 
+def verdict(picture: Picture, scene: Scene) -> judge.Verdict:
+    """The picture held to the scene that its prompt tells of."""
+    things = [(thing.colour, thing.noun) for thing in scene.things]
+    return judge.judge(picture.image, scene.background, things, scene.relation)
+
+
 def share(values: Sequence[bool]) -> float:
     return round(sum(values) / max(1, len(values)), 4)
 
@@ -76,10 +82,7 @@ def share(values: Sequence[bool]) -> float:
 def prompts_right(engine: Engine, config: GenerationConfig, scenes: list[Scene], out: Path) -> dict[str, Any]:
     """How many prompts are drawn right, in all and in each respect."""
     pictures = draw(engine, config, [caption(scene) for scene in scenes])
-    verdicts = [
-        judge.judge(p.image, s.background, [(t.colour, t.noun) for t in s.things], s.relation)
-        for p, s in zip(pictures, scenes, strict=True)
-    ]
+    verdicts = [verdict(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
     figures: dict[str, Any] = {"prompts": len(scenes), "right": share([v.right for v in verdicts])}
     for respect in ("background", "count", "colour", "noun", "relation"):
         figures[respect] = share([getattr(v, respect) for v in verdicts])
@@ -178,16 +181,15 @@ def psnr(first: Image.Image, second: Image.Image) -> float:
     return float(10 * np.log10(255**2 / error))
 
 
-def refiner_figures(engine: Engine, config: GenerationConfig, out: Path, count: int = 24) -> dict[str, float]:
+def refiner_figures(engine: Engine, config: GenerationConfig, out: Path) -> dict[str, float]:
     """Base alone against base and refiner, same seed and step count, where both drew the scene right."""
-    scenes = [s for s in held_out_scenes(4 * count, seed=88, nouns=SHAPES) if not s.relation][:count]
+    scenes = [s for s in held_out_scenes(96, seed=88, nouns=SHAPES) if not s.relation][:24]
     prompts = [caption(scene) for scene in scenes]
     alone = draw(engine, config.with_(refiner=None), prompts, first_seed=900)
     refined = draw(engine, config.with_(refiner=RefinerConfig(handover=0.8)), prompts, first_seed=900)
     rows = []
     for scene, a, b in zip(scenes, alone, refined, strict=True):
-        wanted = [(t.colour, t.noun) for t in scene.things]
-        if not all(judge.judge(p.image, scene.background, wanted, None).right for p in (a, b)):
+        if not all(verdict(picture, scene).right for picture in (a, b)):
             continue
         targets = [nearest_rendering(p.image, scene) for p in (a, b)]
         rows.append(

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 Loss = Callable[[int], torch.Tensor]
+WARM_UP = 100  # steps
+SAVE_EVERY = 100
 
 
 def generator(step: int, seed: int = 0) -> torch.Generator:
@@ -21,11 +23,11 @@ def generator(step: int, seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up, then a cosine down to 2 % of the peak."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+    if step < WARM_UP:
+        return peak * (step + 1) / WARM_UP
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP))))
 
 
 def fit(
@@ -35,9 +37,8 @@ def fit(
     steps: int,
     peak_lr: float,
     folder: Path,
-    ema: float = 0.999,
+    ema: float,
     weight_decay: float = 0.01,
-    save_every: int = 100,
 ) -> None:
     """Train `module` in place and leave the averaged weights in it.
 
@@ -73,7 +74,7 @@ def fit(
         decay = min(ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
         running, since = running + loss.item(), since + 1
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             state = {
                 "module": module.state_dict(),
                 "optimiser": optimiser.state_dict(),

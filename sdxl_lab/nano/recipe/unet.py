@@ -29,6 +29,7 @@ from .words import ids
 NOISE_OFFSET = 0.25
 DROPPED = 0.1
 REFINED = 200  # of 1000 timesteps: the low-noise fifth
+BATCH = 32  # of the refiner
 TIME_WIDTH = 32
 
 
@@ -231,7 +232,6 @@ def train_refiner(
     pool: Pool,
     *,
     steps: int,
-    batch: int = 32,
 ) -> None:
     unet.set_attn_processor(AttnProcessor())
     unet.to(memory_format=torch.channels_last)
@@ -239,11 +239,11 @@ def train_refiner(
 
     def loss_at(step: int) -> torch.Tensor:
         draw, rng = generator(step, seed=4), random.Random(step)
-        chosen = torch.randint(len(pool.scenes), (batch,), generator=draw)
-        t = torch.randint(REFINED, (batch,), generator=draw)
+        chosen = torch.randint(len(pool.scenes), (BATCH,), generator=draw)
+        t = torch.randint(REFINED, (BATCH,), generator=draw)
         noisy, noise = _noised(pool.latents[chosen], t, draw)
         texts = [caption(pool.scenes[i], rng if rng.random() < 0.4 else None) for i in chosen.tolist()]
-        kept = (torch.rand(batch, generator=draw) > DROPPED).float()
+        kept = (torch.rand(BATCH, generator=draw) > DROPPED).float()
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 text = text_encoder_2(ids(tokenizer_2, texts), output_hidden_states=True)

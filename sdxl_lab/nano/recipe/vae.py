@@ -50,7 +50,7 @@ def _gradients(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
 
 
-def train(folder: Path, steps: int, scenes: int = 2400) -> AutoencoderKL:
+def train(folder: Path, steps: int, scenes: int) -> AutoencoderKL:
     """L1 + 2 MSE + L1 of the gradients + 1e-4 KL on crops, then `scaling_factor` from the latents' deviation."""
     torch.manual_seed(0)
     vae = new_vae()
