@@ -16,6 +16,8 @@ from service.settings import TABLE as SETTINGS
 from service.settings import Settings, default
 
 FOLDER = Path(__file__).parent
+# Close together, so that the words keep their size where a page scales the graph to its width.
+COMPACT = '%%{init: {"flowchart": {"nodeSpacing": 18, "rankSpacing": 32, "padding": 8}}}%%'
 PART = re.compile(r"<!-- generated: ([\w ]+) -->\n.*?<!-- end -->", re.S)
 
 
@@ -35,7 +37,7 @@ def diagram(package: str) -> str:
     """The modules of a package and what of others they import, in mermaid's notation."""
     edges = sorted(edge for edge in rooms().edges if edge[0].startswith(package))
     lines = (f"  {user} --> {used}".replace(f"{package}.", "") for user, used in edges)
-    return "\n".join(["```mermaid", "flowchart TB", *lines, "```"])
+    return "\n".join(["```mermaid", COMPACT, "flowchart LR", *lines, "```"])
 
 
 def table(*rows: tuple[str, ...]) -> str:
