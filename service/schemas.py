@@ -39,6 +39,8 @@ def _writable(text: str) -> str:
     return text
 
 
+Text = Annotated[str, AfterValidator(_writable)]
+# The length is judged first: Pydantic then speaks of characters, not of items.
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT), AfterValidator(_writable)]
 NegativePrompt = Annotated[str, Field(max_length=MAX_PROMPT), AfterValidator(_writable)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
