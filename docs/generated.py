@@ -17,6 +17,8 @@ from service.settings import Settings, default
 
 ROOT = Path(__file__).parents[1]
 PAGES = (*(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md")
+# Close together, so that the words keep their size where a page scales the graph to its width.
+COMPACT = '%%{init: {"flowchart": {"nodeSpacing": 18, "rankSpacing": 32, "padding": 8}}}%%'
 PART = re.compile(r"<!-- generated: ([\w ]+) -->\n.*?<!-- end -->", re.S)
 
 
@@ -36,7 +38,7 @@ def diagram(package: str) -> str:
     """The modules of a package and what of others they import, in mermaid's notation."""
     edges = sorted(edge for edge in rooms().edges if edge[0].startswith(package))
     lines = (f"  {user} --> {used}".replace(f"{package}.", "") for user, used in edges)
-    return "\n".join(["```mermaid", "flowchart TB", *lines, "```"])
+    return "\n".join(["```mermaid", COMPACT, "flowchart LR", *lines, "```"])
 
 
 def table(*rows: tuple[str, ...]) -> str:

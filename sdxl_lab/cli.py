@@ -36,13 +36,17 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument("--config", type=Path, metavar="FILE", help="take the settings from this config.toml")
     start.add_argument("--model", help="nano (default), sdxl, a folder or a hub id")
     generate.add_argument("--seed", type=int, help=f"0 to {MAX_SEED}; random where none is given")
-    generate.add_argument("--negative-prompt")
-    generate.add_argument("--steps", type=int)
+    generate.add_argument("--negative-prompt", help="what to keep out of the picture")
+    generate.add_argument("--steps", type=int, help="steps of base and refiner together")
     generate.add_argument("--scheduler", metavar="NAME", help=", ".join(SCHEDULERS))
-    generate.add_argument("--guidance-scale", type=float)
+    generate.add_argument("--guidance-scale", type=float, help="CFG scale; 1 or less: no guidance")
     generate.add_argument("--width", type=int, help="pixels, a multiple of 8")
     generate.add_argument("--height", type=int, help="pixels, a multiple of 8")
-    generate.add_argument("--refiner", action=argparse.BooleanOptionalAction, help="hand the last part to the refiner")
+    generate.add_argument(
+        "--refiner",
+        action=argparse.BooleanOptionalAction,
+        help="hand the last steps to the refiner (at 0.8, or where the configuration says)",
+    )
     generate.add_argument("--watermark", action=argparse.BooleanOptionalAction, help="write the invisible watermark")
     generate.set_defaults(run=_generate)
 
@@ -86,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     notebook.add_argument("--cell-seconds", type=float, default=600, help="what one cell may take (default 600)")
     notebook.set_defaults(run=_notebook)
 
-    sweep = commands.add_parser("sweep", help="draw and measure every combination of the axes in a file; resumes")
+    sweep = commands.add_parser("sweep", help="draw and measure every combination that a file lists; resumes")
     sweep.add_argument("file", type=Path, help="a sweep's TOML; studies/ has examples")
     sweep.add_argument("--out", type=Path, help="the folder for table.parquet (default runs/sweeps/NAME)")
     sweep.add_argument("--cells", type=Path, default=Path("runs/cells"), help="where pictures and numbers are kept")
@@ -109,7 +113,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return STOPPED
-    except (ValueError, OSError, NotebookError) as error:  # ConfigError, ModelError, SlotError... are ValueErrors
+    except OSError as error:
+        told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+        print(f"error: {told}", file=sys.stderr)
+        return 1
+    except (ValueError, NotebookError) as error:  # ConfigError, ModelError, SlotError... are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -143,6 +151,9 @@ def _generate(asked: argparse.Namespace) -> None:
         raise ConfigError("prompt", None, "given, or taken from a picture with --like", "A cat in a hat")
     config = config.with_(**_changes(asked, config))
     seed = seed if seed is not None else secrets.randbelow(2**32)
+
+    if asked.out.suffix.lower() != ".png":
+        raise ValueError(f"--out must end in .png, since only PNG carries the record; received '{asked.out}'")
 
     from .engine import Engine
     from .trajectory import Job
@@ -221,7 +232,8 @@ def _promote(asked: argparse.Namespace) -> None:
         judged=judged,
         allow_dirty=asked.allow_dirty,
     )
-    print(f"{slot.folder} now holds {slot.digest}, with {len(slot.goldens)} golden pictures")
+    count = len(slot.goldens)
+    print(f"{slot.folder} now holds {slot.digest}, with {count} golden picture{'' if count == 1 else 's'}")
 
 
 def _plan(asked: argparse.Namespace) -> Any:
@@ -240,8 +252,9 @@ def _verify(asked: argparse.Namespace) -> None:
     found = regress(load_slot(asked.slot), metrics=False)
     for golden in found.goldens:
         comparison = golden.comparison
-        verdict = "differs" if golden.reason else "the same"
-        print(f"{comparison.golden.path.name}  {verdict}  {comparison.measure} {comparison.difference:.4f}")
+        verdict = "differs" if golden.reason else "as promoted"
+        measured = f"{comparison.measure} {comparison.difference:.4f}, allowed {comparison.tolerance:.4f}"
+        print(f"{comparison.golden.path.name}  {verdict}  {measured}")
     found.check()
 
 

@@ -99,7 +99,7 @@ class Gate:
         if len(set(prompts)) < LEAST_PROMPTS:
             raise GateError(
                 f"the gate {str(self)!r} must be judged on at least {LEAST_PROMPTS} prompts, to say something of those "
-                f"not drawn yet; received {len(set(prompts))}"
+                f"not drawn yet; received {len(set(prompts))}. Give more, or none: then the default prompts are used"
             )
         if not self.relative:
             found = interval(candidate, by=prompts, confidence=self.confidence)

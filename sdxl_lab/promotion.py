@@ -347,8 +347,8 @@ def clean_state(allow_dirty: bool, *, was_dirty: bool = False) -> tuple[str | No
     dirty = dirty or was_dirty
     if dirty and not allow_dirty:
         raise SlotError(
-            "a promotion must come from a clean work tree, so that its commit says all; commit first, or "
-            "pass allow_dirty=True (--allow-dirty)"
+            "a promotion must come from a clean work tree, so that the commit it names is the code that drew; commit "
+            "first, or try without: --allow-dirty on the command line, allow_dirty=True in Python"
         )
     return commit, dirty
 

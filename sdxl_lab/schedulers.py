@@ -4,6 +4,7 @@ Each is built from the model's pristine config, never from another scheduler's: 
 set for one picture stays on for the next).
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,8 @@ def build(name: str, pristine: Mapping[str, Any], *, seed: int) -> SchedulerMixi
     options = dict(found.options)
     if found.cls == "DPMSolverSDEScheduler":
         options["noise_sampler_seed"] = seed
+        # torchsde compares the ends of its Brownian interval after rounding, and would say so in every notebook.
+        warnings.filterwarnings("ignore", "Should have t[ab][<>]=t[01] but got", UserWarning, "torchsde")
     return getattr(diffusers, found.cls).from_config(dict(pristine), **options)
 
 

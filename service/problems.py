@@ -117,7 +117,7 @@ TABLE = {
     "service.openai.UnknownModel": Entry(404, "model-not-found", "There is no such model"),
     "service.problems.BodyTooSlow": Entry(408, "body-too-slow", "The body takes too long"),
     "service.problems.BodyTooLarge": Entry(413, "body-too-large", "The body is too large"),
-    "sdxl_lab.config.ConfigError": Entry(422, "invalid-value", "A value is out of range"),
+    "sdxl_lab.config.ConfigError": Entry(422, "invalid-value", "A value is not valid"),
     "sdxl_lab.store.UnknownPicture": Entry(404, "unknown-picture", "There is no such picture"),
     "service.problems.Unauthorized": Entry(
         401, "unauthorized", "A key is needed", headers={"WWW-Authenticate": 'Bearer realm="sdxl-lab"'}
@@ -203,7 +203,7 @@ def _of_validation(error: RequestValidationError, examples: Mapping[str, Any]) -
     errors = error.errors()
     first = errors[0]
     context = first.get("ctx", {})
-    kind, title = "invalid-value", "A value is not of its kind"
+    kind, title = "invalid-value", "A value is not valid"
     if first["type"] == "json_invalid":
         detail = f"the body must be JSON: {context['error']}. Example: {EXAMPLES['body']}"
         return Problem(422, _clean(detail), "invalid-body", "The body is not JSON")

@@ -40,8 +40,9 @@ def _writable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_writable)]
-Prompt = Annotated[Text, Field(min_length=1, max_length=MAX_PROMPT)]
-NegativePrompt = Annotated[Text, Field(max_length=MAX_PROMPT)]
+# The length is judged first: Pydantic then speaks of characters, not of items.
+Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT), AfterValidator(_writable)]
+NegativePrompt = Annotated[str, Field(max_length=MAX_PROMPT), AfterValidator(_writable)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
@@ -57,7 +58,9 @@ class Closed(BaseModel):
             if name not in cls.model_fields:
                 fields = ", ".join(cls.model_fields)
                 shown = str(name).encode("utf-8", "backslashreplace").decode()
-                raise PydanticCustomError("unknown", "must be one of {fields}", {"field": shown, "fields": fields})
+                raise PydanticCustomError(
+                    "unknown", "no such field; there are {fields}", {"field": shown, "fields": fields}
+                )
         return content
 
 

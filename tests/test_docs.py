@@ -101,7 +101,7 @@ def test_the_command_lines_run_in_order(clone: Path) -> None:
         if line.startswith(".venv/bin/python"):
             done = subprocess.run(shlex.split(line), cwd=clone, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
-    pictures, folders = {"cat.png", "pair.png", "again.png"}, {"cells", "sweeps", "studies", "slot"}
+    pictures, folders = {"cat.png", "house.png", "again.png"}, {"cells", "sweeps", "studies", "first"}
     assert {path.name for path in (clone / "runs").iterdir()} == pictures | folders
 
 

@@ -197,7 +197,7 @@ def test_verify_ends_with_1_and_the_reason_where_a_golden_differs(slot, capsys, 
     capsys.readouterr()
     assert main(["verify", str(slot)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "01-a-cat-5.png  the same  max-abs 0.0000"
+    assert printed[0] == "01-a-cat-5.png  as promoted  max-abs 0.0000, allowed 0.0039"
     assert len(printed) == 3
     monkeypatch.setattr(regression, "Job", lambda config, *pair: Job(config.with_(steps=4), *pair))
     assert main(["verify", str(slot)]) == 1
@@ -235,7 +235,8 @@ BAD = [
     (["--model", "/nowhere", "--refiner"], "refiner must be left out, since the model '/nowhere' has no refiner"),
     (["--watermark", "--width", "64"], "watermark must be false below 256x256 pixels of area"),
     (["--like", "nowhere.png"], "cannot read nowhere.png as a picture"),
-    (["--config", "nowhere.toml"], "No such file or directory: 'nowhere.toml'"),
+    (["--out", "cat.jpg"], "--out must end in .png, since only PNG carries the record; received 'cat.jpg'"),
+    (["--config", "nowhere.toml"], "nowhere.toml: No such file or directory"),
 ]
 
 
