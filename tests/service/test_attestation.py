@@ -12,11 +12,10 @@ from PIL import Image
 from sdxl_lab.config import ModelRef
 from sdxl_lab.engine import Engine
 from sdxl_lab.images import encode_png, open_picture, read_record
-from sdxl_lab.promotion import promote
+from sdxl_lab.promotion import load_slot, promote
 from sdxl_lab.trajectory import Job
 from service.app import create_app
 from service.settings import Settings
-from service.studio import Studio
 from tests.service.conftest import wait_for
 
 ASKED = {"prompt": "a ring"}
@@ -55,7 +54,7 @@ def change_field(folder: Path) -> None:
     """In the configuration and, to get past the first check, in what the evidence speaks of."""
     config = folder / "config.toml"
     config.write_text(config.read_text().replace("steps = 4", "steps = 5", 1))
-    change_evidence(folder, digest=Studio(Settings(slot=without_evidence(folder))).slot.digest)
+    change_evidence(folder, digest=load_slot(without_evidence(folder)).digest)
 
 
 def without_evidence(folder: Path) -> Path:
