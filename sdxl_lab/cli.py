@@ -42,7 +42,11 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--guidance-scale", type=float, help="CFG scale; 1 or less: no guidance")
     generate.add_argument("--width", type=int, help="pixels, a multiple of 8")
     generate.add_argument("--height", type=int, help="pixels, a multiple of 8")
-    generate.add_argument("--refiner", action=argparse.BooleanOptionalAction, help="hand the last steps to the refiner (at 0.8, or where the configuration says)")
+    generate.add_argument(
+        "--refiner",
+        action=argparse.BooleanOptionalAction,
+        help="hand the last steps to the refiner (at 0.8, or where the configuration says)",
+    )
     generate.add_argument("--watermark", action=argparse.BooleanOptionalAction, help="write the invisible watermark")
     generate.set_defaults(run=_generate)
 

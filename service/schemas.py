@@ -58,7 +58,9 @@ class Closed(BaseModel):
             if name not in cls.model_fields:
                 fields = ", ".join(cls.model_fields)
                 shown = str(name).encode("utf-8", "backslashreplace").decode()
-                raise PydanticCustomError("unknown", "no such field; there are {fields}", {"field": shown, "fields": fields})
+                raise PydanticCustomError(
+                    "unknown", "no such field; there are {fields}", {"field": shown, "fields": fields}
+                )
         return content
 
 
