@@ -126,13 +126,14 @@ def main() -> None:
     if shutil.which("curl") is None:
         raise SystemExit("the demo asks the service with curl, which is missing. On Debian: apt-get install curl")
     began = time.monotonic()
+    print("Some two minutes on two cores.", flush=True)
     shutil.rmtree(ROOT / RUN, ignore_errors=True)
     (ROOT / RUN).mkdir(parents=True)
     rows: list[Row] = []
     for title, part in (
-        ("drawing from the command line", command_line),
-        ("running the explore notebook, promoting", notebook),
-        ("serving what was promoted", served),
+        ("drawing from the command line (3 pictures)", command_line),
+        ("running notebooks/01_explore.ipynb, which promotes a configuration", notebook),
+        ("serving what was promoted, and asking for pictures over HTTP", served),
     ):
         print(f"... {title}", flush=True)
         rows += part()
@@ -141,6 +142,7 @@ def main() -> None:
     for door, place, outcome in rows:
         print(f"{door:{widths[0]}}  {place:{widths[1]}}  {outcome}")
     print(f"\nOne configuration, three doors, the same pixels: {time.monotonic() - began:.0f} s. Pictures: {RUN}/")
+    print("Next: make lab, make serve, and the first hour in README.md")
 
 
 if __name__ == "__main__":

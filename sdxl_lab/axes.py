@@ -130,8 +130,8 @@ def _range(low: Any, high: Any, step: Any, count: Any) -> list[Any]:
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def read_toml(path: Path, known: set[str]) -> dict[str, Any]:
-    """A TOML file with no key but those known; `SweepError` else."""
+def read_toml(path: Path, known: set[str], kind: str) -> dict[str, Any]:
+    """The TOML file of a `kind` (a sweep, a study) with no key but those known; `SweepError` else."""
     try:
         content = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -139,7 +139,7 @@ def read_toml(path: Path, known: set[str]) -> dict[str, Any]:
     unknown = sorted(set(content) - known)
     if unknown:
         raise SweepError(
-            f"{path} must have no keys but {', '.join(sorted(known))}; received {unknown[0]!r}"
+            f"{path} must have no keys but those of a {kind}: {', '.join(sorted(known))}; received {unknown[0]!r}"
             f"{_near(unknown[0], known)}"
         )
     return content

@@ -10,6 +10,7 @@ import ast
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def run(
             str(out.resolve()),
             parameters=given,
             cwd=str(ROOT),
-            progress_bar=False,
+            progress_bar=sys.stderr.isatty(),
+            extra_arguments=["--log-level=ERROR"],  # or the kernel warns of its own loopback sockets
             execution_timeout=cell_seconds,
             start_timeout=120,
             iopub_timeout=60,

@@ -105,7 +105,8 @@ class Sweep:
     def from_toml(cls, path: Path | str) -> "Sweep":
         """Read a sweep's file; `studies/` has examples. Files it names are relative to it."""
         path = Path(path)
-        content = read_toml(path, {"name", "model", "config", "axes", "zip", "metrics", "clip", "reference", "limit"})
+        known = {"name", "model", "config", "axes", "zip", "metrics", "clip", "reference", "limit"}
+        content = read_toml(path, known, "sweep")
         config = base_config(content, path.parent)
         reference = None
         if "reference" in content:

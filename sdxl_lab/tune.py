@@ -165,7 +165,7 @@ class Plan:
     def from_toml(cls, path: Path | str) -> "Plan":
         """Read a study's file; `studies/` has examples. Raises `SweepError`, `ConfigError` or `MetricError`."""
         path = Path(path)
-        content = read_toml(path, KEYS)
+        content = read_toml(path, KEYS, "study")
         if not content.get("space") or not content.get("pairs") or "metric" not in content:
             raise SweepError(f"{path} must have metric, [space] and [pairs]. Example: metric = 'clip_score'")
         pairs, stop = content["pairs"], content.get("stop", {})

@@ -22,7 +22,7 @@ def main() -> int:
             (arguments.host, arguments.port),
             family=socket.AF_INET6 if ":" in arguments.host else socket.AF_INET,
         )
-    except (SettingsError, SlotError, ConfigError, OSError) as error:
+    except (SettingsError, SlotError, ConfigError, OSError, OverflowError) as error:  # OverflowError: no such port
         print(f"service: {error}", file=sys.stderr)
         return 2
     studio = app.state.studio
@@ -42,7 +42,9 @@ def parse() -> argparse.Namespace:
         epilog=f"environment:\n{documentation()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1, this machine only)"
+    )
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one and prints it (default: 8000)")
     return parser.parse_args()
 

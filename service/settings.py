@@ -124,7 +124,7 @@ TABLE = {
     "SDXL_MAX_ROWS": Setting("max_rows", "UNet rows in one call; a guided picture takes two", _count(1, 4096)),
     "SDXL_LEASE": Setting(
         "lease",
-        "seconds after which another replica on the same object store draws what this one promised and renews no more",
+        "seconds that a promised picture belongs to one replica unless it renews them; then another one draws it",
         _count(3, 3600),
     ),
     "SDXL_DEVICE": Setting("device", "auto, cpu, cuda or cuda:N", _profile("device")),
@@ -132,17 +132,24 @@ TABLE = {
     "SDXL_COMPILE": Setting("compile", "true: compile the UNets, which takes minutes at the first start", _switch),
     "SDXL_ATTEST": Setting(
         "attest",
-        "before serving draw the slot's golden pictures again and compare; if they differ: strict, stay unready; warn, "
-        "serve and say so; off: draw none",
+        "whether the slot's golden pictures are drawn again and compared before serving. If they differ, strict stays "
+        "unready, and warn serves and says so; off draws none",
         _one_of(ATTEST),
     ),
     "SDXL_API_KEYS": Setting(
-        "api_keys", f"keys that clients must send one of, {SHORTEST_KEY} characters or more, with commas", _keys, True
+        "api_keys",
+        f"a client must send one of these keys; {SHORTEST_KEY} characters or more each, with commas between",
+        _keys,
+        True,
     ),
-    "SDXL_ROOT_PATH": Setting("root_path", "the path that a proxy puts before all of ours", _prefix),
-    "SDXL_CORS_ORIGINS": Setting("cors_origins", "origins whose pages may call, with commas; * for any", _origins),
+    "SDXL_ROOT_PATH": Setting("root_path", "the path under which a proxy shows the service, such as /sdxl", _prefix),
+    "SDXL_CORS_ORIGINS": Setting(
+        "cors_origins", "web origins whose pages may call (CORS), with commas between; * for any", _origins
+    ),
     "SDXL_WATCHDOG": Setting(
-        "watchdog", "seconds without a step, with pictures to draw, after which the process ends", _count(1, 100_000)
+        "watchdog",
+        "the process ends after so many seconds without a step while there are pictures to draw",
+        _count(1, 100_000),
     ),
     "SDXL_LOG_LEVEL": Setting("log_level", ", ".join(LOG_LEVELS), _one_of(LOG_LEVELS)),
 }

@@ -126,11 +126,13 @@ def test_a_run_that_does_not_reach_its_end_fails_and_its_copy_says_so(notebook, 
 
 
 @pytest.mark.slow
-def test_the_command_line_runs_a_notebook(notebook, out, capsys):
+def test_the_command_line_runs_a_notebook(notebook, out, capfd):
     path = str(notebook("assert (words, steps) == ('7', 7)"))
     assert main(["notebook", path, "-p", "words=7", "-p", "steps=7", "--out", str(out)]) == 0
-    assert capsys.readouterr().out.startswith(f"{out}  ran to its end in ")
+    captured = capfd.readouterr()
+    assert captured.out.startswith(f"{out}  ran to its end in ")
+    assert captured.err == "", "neither kernel nor papermill has anything to say"
     assert main(["notebook", path, "--out", str(out)]) == 1
-    assert "made.ipynb did not run to its end" in capsys.readouterr().err
+    assert "made.ipynb did not run to its end" in capfd.readouterr().err
     assert main(["notebook", path, "-p", "words"]) == 1
-    assert "a parameter must be NAME=VALUE; received 'words'. Example: steps=6" in capsys.readouterr().err
+    assert "a parameter must be NAME=VALUE; received 'words'. Example: steps=6" in capfd.readouterr().err

@@ -104,15 +104,16 @@ def test_the_openapi_document_is_whole(client):
 
 
 START_ERRORS = [
-    ({"SDXL_STEPS": "25"}, "SDXL_STEPS is no setting"),
-    ({"SDXL_CONFIG": "nowhere"}, "config.toml"),
-    ({"SDXL_DTYPE": "int4"}, "float16"),
+    ({"SDXL_STEPS": "25"}, (), "SDXL_STEPS is no setting"),
+    ({"SDXL_CONFIG": "nowhere"}, (), "config.toml"),
+    ({"SDXL_DTYPE": "int4"}, (), "float16"),
+    ({}, ("--port", "99999"), "port must be 0-65535"),
 ]
 
 
-@pytest.mark.parametrize(("environment", "message"), START_ERRORS)
-def test_a_service_that_cannot_start_says_why_in_a_line(environment, message):
-    process = run(environment)
+@pytest.mark.parametrize(("environment", "arguments", "message"), START_ERRORS)
+def test_a_service_that_cannot_start_says_why_in_a_line(environment, arguments, message):
+    process = run(environment, *arguments)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert message in errors

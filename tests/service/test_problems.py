@@ -74,6 +74,19 @@ BAD = [
 ]
 
 
+PLAIN = [
+    ({"prompt": ""}, "prompt: String should have at least 1 character; received ''."),
+    ({"promt": "a cat"}, "promt: no such field; there are prompt, negative_prompt, width,"),
+]
+
+
+@pytest.mark.parametrize(("body", "detail"), PLAIN)
+def test_what_is_wrong_is_said_in_plain_words(client, body, detail):
+    problem = client.post("/generate", json=body).json()
+    assert problem["title"] == "A value is not valid"
+    assert problem["detail"].startswith(detail)
+
+
 @pytest.mark.parametrize(("asked", "field"), BAD, ids=[json.dumps(asked)[:60] for asked, _ in BAD])
 def test_a_bad_field_is_refused_by_name_and_rule(client, asked, field):
     answer = client.post("/generate", content=json.dumps(PROMPT | asked), headers=JSON)
