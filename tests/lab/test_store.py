@@ -134,7 +134,7 @@ def test_a_deleted_picture_is_gone(store):
     with pytest.raises(UnknownPicture):
         store.get(ID)
     assert [record["id"] for record in store.page(5).records] == [str(other)]
-    assert len([*store._paths("")]) == 3 if store.folder is None else len([*store.folder.rglob("*-*")]) == 3
+    assert len([*store._listing("")]) == 3 if store.folder is None else len([*store.folder.rglob("*-*")]) == 3
 
 
 def test_retention_removes_what_is_older_and_keeps_the_rest(store, monkeypatch):
