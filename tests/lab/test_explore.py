@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig
-from sdxl_lab.engine import Cancelled
+from sdxl_lab.engine import Cancelled, Engine
 from sdxl_lab.explore import Explorer
 from sdxl_lab.form import FormError
 from sdxl_lab.images import max_difference, open_picture, read_record
@@ -75,7 +75,9 @@ def test_a_random_seed_is_drawn_for_each_picture_and_shown(explorer: Explorer) -
     assert explorer.panel.controls["seed"].value == str(second)
 
 
-def test_preview_and_progress_are_seen_on_the_way(explorer: Explorer) -> None:
+def test_preview_and_progress_are_seen_on_the_way(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    predict = Engine._predict
+    monkeypatch.setattr(Engine, "_predict", lambda *given: time.sleep(0.03) or predict(*given))  # long enough to look
     said, pictures = set(), set()
     explorer.panel.status.observe(lambda change: said.add(change.new), "value")
     explorer.panel.picture.observe(lambda change: pictures.add(change.new), "value")
