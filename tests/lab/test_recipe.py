@@ -109,6 +109,8 @@ def test_training_goes_on_from_shipped_weights_without_anyones_checkpoints(tiny_
     old, new = load(before[unet]), load(after[unet])
     moved = max(float((old[name].float() - new[name].float()).abs().max()) for name in old)
     assert moved < 0.01, "it starts from the shipped weights, not from new ones"
+    for config in (tmp_path / "target").rglob("config.json"):
+        assert str(tiny_model) not in config.read_text(), "a published model names no folder of the machine"
 
 
 def test_the_larger_the_picture_the_better_noise_tells_which_side_things_are_on():

@@ -43,6 +43,9 @@ def save(folder: Path, model: Any) -> None:
         old.unlink()
     model.to(torch.float16).save_pretrained(folder, variant="fp16")
     model.float()
+    described = json.loads((folder / "config.json").read_text())
+    described.pop("_name_or_path", None)  # where the weights came from on this machine
+    write_json(folder / "config.json", described)
 
 
 def write_json(path: Path, content: object) -> None:
