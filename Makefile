@@ -5,7 +5,7 @@ PORT ?= 8000
 BIN := .venv/bin
 PY := $(BIN)/python
 # Files of tests side by side; a file's tests share what they have trained or started.
-ABREAST = --numprocesses logical --maxprocesses 4 --dist loadfile
+ABREAST = --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 export PYTHONPATH := $(CURDIR)
 
