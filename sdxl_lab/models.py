@@ -162,14 +162,20 @@ def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:
     profile = profile or RuntimeProfile()
     device, dtype = placement(profile)
     with loading():
-        base, refiner, vae = _load_parts(ref, _dtypes(device, dtype))
-    parts = [_steadied(vae), base.unet, base.text_encoder, base.text_encoder_2, *([refiner.unet] if refiner else [])]
+        base, refiner = _load_parts(ref, _dtypes(device, dtype))
+    parts = [
+        _steadied(base.vae),
+        base.unet,
+        base.text_encoder,
+        base.text_encoder_2,
+        *([refiner.unet] if refiner else []),
+    ]
     for part in parts:
         part.to(device).eval().requires_grad_(False)
     for pipe in (base, refiner):
         if pipe is not None:
             _lay_out(pipe.unet, profile)
-    return Models(_denoiser(base), _denoiser(refiner) if refiner else None, vae, device, dtype, _latent_rgb(ref))
+    return Models(_denoiser(base), _denoiser(refiner) if refiner else None, base.vae, device, dtype, _latent_rgb(ref))
 
 
 def _steadied(vae: AutoencoderKL) -> AutoencoderKL:
@@ -216,17 +222,15 @@ def _latent_rgb(ref: ModelRef) -> np.ndarray:
     return np.array(json.loads(path.read_text()) if path and path.is_file() else SDXL_LATENT_RGB, dtype=np.float32)
 
 
-def _load_parts(ref: ModelRef, dtype: Dtypes) -> tuple[Any, Any, AutoencoderKL]:
-    """The base pipeline, the refiner's or None, and the VAE."""
-    base = _pipeline(StableDiffusionXLPipeline, ref.base, "base", ref.revision, dtype)
-    vae = base.vae if ref.vae is None else _vae(ref.vae, ref.vae_revision, dtype["default"])
-    refiner = None
-    if ref.refiner is not None:
-        shared = {"text_encoder_2": base.text_encoder_2, "tokenizer_2": base.tokenizer_2, "vae": base.vae}
-        refiner = _pipeline(
-            StableDiffusionXLImg2ImgPipeline, ref.refiner, "refiner", ref.refiner_revision, dtype, **shared
-        )
-    return base, refiner, vae
+def _load_parts(ref: ModelRef, dtype: Dtypes) -> tuple[Any, Any]:
+    """The base's pipeline, and the refiner's or None, which shares its second text encoder and its VAE."""
+    other = {} if ref.vae is None else {"vae": _vae(ref.vae, ref.vae_revision, dtype["default"])}
+    base = _pipeline(StableDiffusionXLPipeline, ref.base, "base", ref.revision, dtype, **other)
+    if ref.refiner is None:
+        return base, None
+    shared = {name: getattr(base, name) for name in ("text_encoder_2", "tokenizer_2", "vae")}
+    cls = StableDiffusionXLImg2ImgPipeline
+    return base, _pipeline(cls, ref.refiner, "refiner", ref.refiner_revision, dtype, **shared)
 
 
 @contextmanager
@@ -320,13 +324,11 @@ def _check_downloaded(role: str, name: str, revision: str) -> None:
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots" / revision
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         expected = path.resolve().name
-        with path.open("rb") as file:
-            if len(expected) == 64:
-                digest = hashlib.file_digest(file, "sha256")
-            else:
-                digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-                while block := file.read(1 << 20):
-                    digest.update(block)
+        if len(expected) == 64:
+            digest = hashlib.sha256()
+        else:
+            digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+        _read_into(digest, path)
         if not path.is_symlink() or digest.hexdigest() != expected:
             raise ModelError(
                 f"the {role} model's files must be those of its revision, as the hub named them; received {name!r} at "
@@ -399,5 +401,12 @@ def _folder_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
         digest.update(f"{path.relative_to(folder)}\0".encode())
-        digest.update(path.read_bytes())
+        _read_into(digest, path)
     return f"sha256 {digest.hexdigest()}"
+
+
+def _read_into(digest: "hashlib._Hash", path: Path) -> None:
+    """Block by block: SDXL's weights are gigabytes."""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)

@@ -68,7 +68,7 @@ class Slot:
         return self.config.digest
 
     @property
-    def goldens(self) -> list["Golden"]:
+    def goldens(self) -> list[Golden]:
         """What `evidence.json` lists, each file checked against it; empty where it lists none, or is missing.
 
         Raises `SlotError` for a golden that is missing, is no picture with our record, or is not of this configuration.
@@ -82,7 +82,7 @@ class Slot:
             ) from error
         return [self._golden(*entry) for entry in entries]
 
-    def _golden(self, name: str, prompt: str, seed: int) -> "Golden":
+    def _golden(self, name: str, prompt: str, seed: int) -> Golden:
         if Path(str(name)).name != name:
             raise SlotError(f"a golden must be a file of {self.folder / 'golden'}; received {name!r}")
         path = self.folder / "golden" / name

@@ -21,6 +21,8 @@ from tests.service.conftest import serving, wait_for
 
 promoted, slot, live = shared.promoted, shared.slot, shared.live  # its fixtures serve here too
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red circle on a blue background"
 LONG = {"steps": 100, "width": 512, "height": 512}
 PATIENCE_MS = 60_000

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig
+from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig, canonical
 from sdxl_lab.images import (
     RECORD_KEY,
     WATERMARK_BITS,
@@ -16,7 +16,6 @@ from sdxl_lab.images import (
     PictureError,
     a1111_parameters,
     beside,
-    canonical,
     encode_png,
     finish,
     magnified_difference,

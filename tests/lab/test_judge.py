@@ -71,6 +71,7 @@ def drawn(outline: list[tuple[float, float]]) -> Image.Image:
     return picture
 
 
+@pytest.mark.slow
 def test_true_descriptions_are_right_and_false_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     count, rng = 150, random.Random(5)
     right: Counter[str] = Counter()

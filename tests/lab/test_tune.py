@@ -72,6 +72,7 @@ def rows_of(config: dict[str, Any]) -> int:
     return config["steps"] * (2 if config["guidance_scale"] > 1 else 1)
 
 
+@pytest.mark.slow
 def test_the_front_of_a_known_quality_is_found_and_what_is_hopeless_is_stopped(
     tuned: Callable, plan: Plan, submitted: list, tmp_path: Path
 ) -> None:

@@ -351,6 +351,7 @@ def test_a_full_queue_says_when_to_come_back(busy, client):
     assert int(caught.value.response.headers["retry-after"]) >= 1
 
 
+@pytest.mark.slow
 def test_the_client_comes_back_by_itself_when_it_is_told(live, busy, monkeypatch):
     monkeypatch.setattr(live.studio.served, "retry_after", lambda: 2)
     with Watched(live) as watched, connect(live, http_client=watched.http, max_retries=20) as retrying:
