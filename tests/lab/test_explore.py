@@ -75,6 +75,7 @@ def test_a_random_seed_is_drawn_for_each_picture_and_shown(explorer: Explorer) -
     assert explorer.panel.controls["seed"].value == str(second)
 
 
+@pytest.mark.slow
 def test_preview_and_progress_are_seen_on_the_way(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
     predict = Engine._predict
     monkeypatch.setattr(Engine, "_predict", lambda *given: time.sleep(0.03) or predict(*given))  # long enough to look

@@ -96,6 +96,7 @@ def test_true_descriptions_are_right_and_false_ones_are_refused(monkeypatch: pyt
     assert all(refused[attribute] >= 0.98 * told[attribute] for attribute in told), (refused, told)
 
 
+@pytest.mark.slow
 def test_blurred_noisy_and_bent_pictures_are_still_read() -> None:
     rng = np.random.default_rng(6)
     right = [judge(worn(render(scene), rng), *truth(scene)).right for scene in scenes(40, seed=7)]

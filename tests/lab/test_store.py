@@ -210,6 +210,7 @@ def test_a_job_takes_the_place_of_the_version_that_was_read(store):
             store.swap_job(ID, {"state": "late"}, version)
 
 
+@pytest.mark.slow
 def test_a_store_that_is_away_is_unreachable_and_no_refusal(s3, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT", "http://127.0.0.1:9")
     store = Store("s3://bucket/prefix")

@@ -113,6 +113,7 @@ def test_the_front_of_a_known_quality_is_found_and_what_is_hopeless_is_stopped(
     assert found.rule.startswith("the knee of the front")
 
 
+@pytest.mark.slow
 def test_the_field_that_decides_is_the_important_one(tuned: Callable, plan: Plan) -> None:
     def measure(pictures: Any, _: Any) -> Iterator[float]:
         return (-abs(picture.record["config"]["guidance_scale"] - BEST_SCALE) for picture in pictures)
@@ -125,6 +126,7 @@ def test_the_field_that_decides_is_the_important_one(tuned: Callable, plan: Plan
     assert found.importance.sum().round(6).tolist() == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_was(tuned: Callable, plan: Plan, submitted: list) -> None:
     short = replace(plan, trials=4)
     first = tuned(short)
@@ -297,6 +299,7 @@ def test_the_knee_is_farthest_above_the_line(cost: list, gain: list, place: int)
     assert knee(cost, gain) == place
 
 
+@pytest.mark.slow
 def test_the_candidate_may_be_the_best_within_a_budget(tuned: Callable, plan: Plan) -> None:
     plan = replace(plan, trials=4, start=tuple({"steps": s, "guidance_scale": 3.0, "scheduler": "euler"} for s in (1, 3, 5, 6)))  # noqa: E501  # fmt: skip
     found = tuned(replace(plan, choose=7))

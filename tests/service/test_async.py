@@ -141,6 +141,7 @@ def drawn(client, promoted, asked, picture):
     return max_difference(stored, expected) <= 1 / 255  # another batch rounds another pixel
 
 
+@pytest.mark.slow
 def test_what_a_service_that_stops_has_promised_the_next_one_draws(serve, promoted, tmp_path):
     asked = {**PROMPT, "steps": 30, "width": 128, "height": 128}
     client = serve(max_rows=2)

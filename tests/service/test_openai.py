@@ -253,6 +253,7 @@ def test_a_listener_that_leaves_frees_its_rows(live, client, long):
     assert live.studio.served.engine.stats().rows_in_flight == 0
 
 
+@pytest.mark.slow
 def test_an_error_in_the_middle_is_the_last_event(live, client, long):
     stream = iter(client.images.generate(**long, stream=True, n=3, partial_images=3))
     assert next(stream).type == "image_generation.partial_image"

@@ -185,6 +185,7 @@ def test_a_picture_that_is_being_stored_is_not_cancelled_elsewhere(two, shared, 
     assert state(two[0], storing) == "running"
 
 
+@pytest.mark.slow
 def test_a_key_joins_the_picture_that_another_replica_draws(two):
     first, second = two
     keyed = {"Idempotency-Key": "joined"}
