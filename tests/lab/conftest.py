@@ -1,6 +1,7 @@
 """Models and an engine that the laboratory's tests share: loaded once, since loading takes longer than drawing."""
 
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -108,3 +109,11 @@ def clean_tree(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (promotion, trial):
         monkeypatch.setattr(module, "git_state", lambda: ("c0ffee", False))
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as a terminal leaves it: a shell that runs the tests in the background ignores it, also for children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

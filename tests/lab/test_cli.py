@@ -291,14 +291,6 @@ def test_a_model_that_cannot_be_loaded_ends_with_the_reason(out, capsys, monkeyp
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def interruptible():
-    """SIGINT as a terminal leaves it: a shell that runs the tests in the background ignores it, also for children."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_within_a_step_and_writes_nothing(config_file, out, capsys, monkeypatch):
     calls, predict = [], Engine._predict

@@ -236,6 +236,7 @@ def test_cells_draw_what_the_controls_say_with_changes(explorer: Explorer, tiny_
         ticket.result(60)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupting_a_cell_stops_its_picture(explorer: Explorer) -> None:
     threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
