@@ -373,6 +373,8 @@ class Engine:
         ran out, the budget is halved first."""
         trajectories = [ticket.trajectory for ticket in tickets if ticket.trajectory]
         began, group = time.monotonic(), trajectories[0].group
+        predictions: tuple[torch.Tensor, ...] | None = None
+        exhausted = False
         try:
             inputs = [trajectory.inputs() for trajectory in trajectories]
             predictions = self._predict(group[0], inputs)
@@ -380,7 +382,9 @@ class Engine:
             if len(tickets) == 1:
                 self._end(tickets[0], error)
                 return
-            if isinstance(error, torch.OutOfMemoryError):
+            exhausted = isinstance(error, torch.OutOfMemoryError)
+        if predictions is None:  # out here the error is gone, and with its frames the memory that they held
+            if exhausted:
                 self.rows = max(2, self.rows // 2)
                 log.warning(
                     "out of memory with %d pictures in one call; the row budget is now %d", len(tickets), self.rows

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 REMEMBERED = 600  # seconds, and at most
 MOST_REMEMBERED = 1000  # pictures that failed or were cancelled; those that are done the store knows
 OUTAGE = 60  # seconds for which a picture that is drawn waits for a store that does not answer
-ANSWER = 2  # seconds for a cancelled picture to leave the engine
+ANSWER = 2  # seconds for a cancelled picture to leave the engine, and for what becomes of it to be written down
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,9 @@ class Drawings:
         elif seed is None:
             seed = secrets.randbelow(2**32)  # JavaScript's numbers hold it
         origin = order.source
-        source = None if origin is None else Source(origin.image, origin.strength, dict(origin.record))
+        source = None
+        if origin is not None:  # a PNG that somebody put into the store does not know under which id
+            source = Source(origin.image, origin.strength, {**origin.record, "id": str(origin.id)})
         job = Job(order.config, order.prompt, seed, source)
         asked = {
             "created": before["created"] if before else round(time.time(), 3),
@@ -142,6 +144,8 @@ class Drawings:
             drawing.busy = False
             picture = await _picture(ticket)
             drawing.busy = True
+            if isinstance(drawing.why, CancelledByClient):  # after its last step
+                raise drawing.why
             outcome = await self._store(drawing, picture)
         except asyncio.CancelledError:
             outcome = drawing.why or Stopping("the service stops before the picture is done")
@@ -151,7 +155,7 @@ class Drawings:
         ticket.cancel()
         if isinstance(outcome, StoreRefused):
             log.error("the store refuses the picture %s: %s", drawing.id, outcome.__cause__ or outcome)
-        elif isinstance(outcome, Exception) and drawing.lasting and known(outcome) is None and accepted.is_set():
+        elif isinstance(outcome, Exception) and known(outcome) is None and accepted.is_set():
             log.error("the picture %s failed", drawing.id, exc_info=outcome)
         if drawing.lasting and accepted.is_set():
             await asyncio.to_thread(self._settle, drawing, outcome)
@@ -233,23 +237,28 @@ class Drawings:
         """Cancel it, and wait until it is. Returns the state that it has then."""
         drawing.cancel(CancelledByClient())
         await _wait_for([drawing], ANSWER)
+        if drawing.busy and not drawing.over:  # being stored: only then it is known what came first
+            await _wait_for([drawing], OUTAGE)
         return drawing.state
 
-    async def drain(self, seconds: float) -> None:
+    async def drain(self, seconds: float, answer: float = ANSWER) -> None:
         """Tell those who have not begun, give the others so many seconds, then tell them too.
 
         Whoever is told gets `Stopping`; a lasting picture stays recorded as queued, for the next start. Returns when
-        everybody is answered, whether or not the engine is.
+        everybody is told, at the latest `answer` seconds later, whether or not the engine and the store are done.
         """
         stopping = Stopping("the service stops before the picture is done; ask again")
         for drawing in list(self.making.values()):
             if drawing.state == "queued":
                 _abandon(drawing, stopping)
         await _wait_for(list(self.making.values()), seconds)
-        left = list(self.making.values())
+        left = [drawing for drawing in self.making.values() if not drawing.over]
         for drawing in left:
             _abandon(drawing, stopping)
-        await _wait_for(left, ANSWER)
+        await _wait_for(left, answer)
+        for drawing in left:
+            if not drawing.over:  # its store does not answer; what is written in the end is found under its id
+                drawing.end(stopping)
 
 
 def _abandon(drawing: Drawing, why: Exception) -> None:

@@ -8,6 +8,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -66,7 +67,7 @@ class Edge:
                 log.exception("request %s failed", request_id)
             if status:
                 raise  # half an answer is out: the server has to break the connection
-            answer = told(scope, error, self.studio.served.retry_after())
+            answer = told(scope, error, self.studio.served.retry_after)
             await answer(scope, receive, send_marked)
         finally:
             route = getattr(scope.get("route"), "path", "none")
@@ -78,7 +79,7 @@ class Edge:
             log.info("%s %s %d", method, path, status, extra={"fields": fields})
 
 
-def told(scope: Scope, error: Exception, measured: int | None = None) -> Response:
+def told(scope: Scope, error: Exception, measured: Callable[[], int | None] | None = None) -> Response:
     """The answer that tells an error, in the shape that the path's clients understand."""
     request_id = scope["state"]["request_id"]
     if openai.speaks(scope["path"].removeprefix(scope.get("root_path", ""))):

@@ -68,7 +68,7 @@ async def told(
     except Exception as error:
         if known(error) is None:
             log.error("request %s failed", request_id, exc_info=error)
-        problem = problem_of(error, request_id, retry_after())
+        problem = problem_of(error, request_id, retry_after)
         wait = problem.headers.get("Retry-After")
         yield _event("error", problem.content() | ({} if wait is None else {"retry_after": int(wait)}))
 

@@ -235,9 +235,10 @@ class Drawing:
             queue.put_nowait((calls, total))
 
     def end(self, outcome: Mapping[str, Any] | Exception) -> None:
-        """It is over. The ticket goes, and with it the latents and the pixels."""
+        """It is over. The ticket goes, and with it the latents and the pixels, also those in the frames that an
+        exception came through."""
         if isinstance(outcome, Exception):
-            self.error = outcome
+            self.error = _without_frames(outcome)
         else:
             self._record = outcome
         self._progress, self.ticket = self.progress, None
@@ -245,6 +246,14 @@ class Drawing:
         self._over.set()
         for queue in self._watching:
             queue.put_nowait(None)
+
+
+def _without_frames(error: Exception) -> Exception:
+    one: BaseException | None = error
+    while one is not None:
+        one.__traceback__ = None
+        one = one.__cause__ or one.__context__
+    return error
 
 
 class Elsewhere(Drawing):

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from sdxl_lab.config import ConfigError, GenerationConfig
-from sdxl_lab.store import JobChanged, StoreRefused, StoreUnreachable, UnknownPicture
+from sdxl_lab.store import JobChanged, StoreRefused, StoreUnreachable, UnknownPicture, Version
 from service.drawings import Drawings
 from service.jobs import LOOK, CancelledByClient, Drawing, Elsewhere, Order, SourcePicture
 from service.problems import NotReady, Stopping
@@ -149,10 +149,7 @@ class Keeper:
             if promise["state"] in OVER or not self.promises.free(promise):
                 return None
             try:
-                if promise["attempts"] >= ATTEMPTS:
-                    raise RuntimeError(f"it was begun {ATTEMPTS} times and never finished")
-                order = await asyncio.to_thread(self.order, promise)
-                drawing = await self.drawings.begin(picture, order, before=promise, version=version)
+                drawing = await self.begin_again(picture, promise, version)
             except JobChanged:
                 return None
             except (StoreRefused, StoreUnreachable):
@@ -160,7 +157,7 @@ class Keeper:
             except _not_now():
                 raise
             except Exception as error:
-                if self._leaves_to_others(promise, error):
+                if self.leaves_to_others(promise, error):
                     return None
                 log.error("cannot take up the picture %s: %s", picture, error)
                 await asyncio.to_thread(self.promises.fail, picture)
@@ -168,7 +165,15 @@ class Keeper:
             log.info("took up the picture %s, promised before", picture)
             return drawing
 
-    def _leaves_to_others(self, promise: Mapping[str, Any], error: Exception) -> bool:
+    async def begin_again(self, picture: uuid.UUID, promise: Mapping[str, Any], version: Version) -> Drawing:
+        """Begin what was promised, under the lock of the picture. Raises as `order` and `Drawings.begin` do, and
+        `RuntimeError` for a promise that was begun too often."""
+        if promise["attempts"] >= ATTEMPTS:
+            raise RuntimeError(f"it was begun {ATTEMPTS} times and never finished")
+        order = await asyncio.to_thread(self.order, promise)
+        return await self.drawings.begin(picture, order, before=promise, version=version)
+
+    def leaves_to_others(self, promise: Mapping[str, Any], error: Exception) -> bool:
         """While one configuration takes the place of another, there are replicas with other models."""
         young = time.time() - promise["created"] < STRANGE
         return self.promises.shared and young and isinstance(error, ConfigError) and error.field == "model"

@@ -6,7 +6,7 @@ reading it imports no torch; a test holds that every name exists.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -160,10 +160,13 @@ def known(error: BaseException) -> Entry | None:
 
 
 def problem_of(
-    error: Exception, request_id: str, measured: int | None = None, examples: Mapping[str, Any] = EXAMPLES
+    error: Exception,
+    request_id: str,
+    measured: Callable[[], int | None] | None = None,
+    examples: Mapping[str, Any] = EXAMPLES,
 ) -> Problem:
-    """What a client is told of `error`. `measured` is the speed of the last pictures, in seconds; `examples` are good
-    values by the name of their field."""
+    """What a client is told of `error`. `measured` gives seconds by the speed of the last pictures, and is asked only
+    where they are told; `examples` are good values by the name of their field."""
     if isinstance(error, RequestValidationError):
         return _of_validation(error, examples)
     if isinstance(error, HTTPException):
@@ -172,7 +175,7 @@ def problem_of(
     if entry is None:
         detail = "an error inside the service; its log has it under this request id"
         return Problem(500, detail, "bug", "A bug", extra={"request_id": request_id})
-    seconds = measured if entry.measured and measured else entry.retry_after
+    seconds = (measured() if entry.measured and measured else None) or entry.retry_after
     if isinstance(error, StillDrawing) and error.seconds is not None:
         seconds = max(1, math.ceil(error.seconds))
     headers = {**entry.headers, **({} if seconds is None else {"Retry-After": str(seconds)})}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # dstack kills a replica 10 s after it asked it to stop: 8 for pictures, the rest to answer and to end the engine.
 DRAIN_SECONDS = 8.0
+TOLD_SECONDS = 0.2
 ANSWER_SECONDS = 0.5
 SHUTDOWN_SECONDS = 0.75
 END_SECONDS = 0.95
@@ -82,7 +83,7 @@ class Server(uvicorn.Server):
         engine = self._studio.served.engine
         told = engine.stats() if engine is not None else None
         try:
-            await self._studio.drain(seconds)
+            await self._studio.drain(seconds, TOLD_SECONDS)
             if self.failure is None and engine and told and told.running and told.ticks == engine.stats().ticks:
                 self.failure = "the engine is stuck: it made no step since it was told to stop"
                 log.critical("the process ends with an error: %s", self.failure)

@@ -28,6 +28,8 @@ EXAMPLES: Mapping[str, Any] = {
     "format": "webp",
     "quality": 90,
     "limit": 24,
+    "cursor": "000001764072000-0b8ff2ee-3c51-4c1c-a9c5-7c8b3b1f5a10",
+    "previews": True,
     "idempotency-key": "order-4711",
 }
 
@@ -298,7 +300,7 @@ class PictureInfo(BaseModel):
             created=content.get("created"),
             timings=content.get("timings"),
             warnings=content.get("warnings") or None,
-            source=source["id"] if isinstance(source, Mapping) else source,
+            source=source.get("id") if isinstance(source, Mapping) else source,
             **more,
         )
 

@@ -10,8 +10,9 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from sdxl_lab.config import ConfigError
 from sdxl_lab.store import JobChanged, Page, Store, UnknownPicture, picture_id
-from service.drawings import Drawings
+from service.drawings import ANSWER, Drawings
 from service.jobs import AlreadyOver, Drawing, KeyReused, NotOver, Order, SourcePicture, derived
 from service.keeper import Keeper
 from service.metrics import Metrics
@@ -44,10 +45,10 @@ class Studio:
         """Take no new pictures. Any thread, and a signal's handler, may call it."""
         self.served.closing = True
 
-    async def drain(self, seconds: float) -> None:
-        """Take no new pictures, and end those there are, within so many seconds and a moment."""
+    async def drain(self, seconds: float, answer: float = ANSWER) -> None:
+        """Take no new pictures, and end those there are, within so many seconds and those to answer."""
         self.close()
-        await self.drawings.drain(seconds)
+        await self.drawings.drain(seconds, answer)
 
     async def stop(self) -> None:
         """Tell those who still wait, and end the engine."""
@@ -70,12 +71,20 @@ class Studio:
         picture, seed = derived(order.scope, order.key)
         async with self.drawings.lock(picture):
             while True:
-                drawing = self.drawings.making.get(picture) or await asyncio.to_thread(self.drawings.stored, picture)
+                drawing = await self.repeated(order.scope, order.key, order.fingerprint)
                 if drawing is not None:
-                    _same_request(order.fingerprint, drawing.asked["request"])
                     return drawing
                 with contextlib.suppress(JobChanged):  # another replica was asked at the same moment: look again
                     return await self._ordered_again(picture, order, seed)
+
+    async def repeated(self, scope: str, key: str, request: str) -> Drawing | None:
+        """The picture of a key that was seen before, in the making here or stored. Raises `KeyReused` where it came
+        with another request."""
+        picture, _ = derived(scope, key)
+        drawing = self.drawings.making.get(picture) or await asyncio.to_thread(self.drawings.stored, picture)
+        if drawing is not None:
+            _same_request(request, drawing.asked["request"])
+        return drawing
 
     async def _ordered_again(self, picture: uuid.UUID, order: Order, seed: int) -> Drawing:
         try:
@@ -83,12 +92,17 @@ class Studio:
         except UnknownPicture:
             return await self.drawings.begin(picture, order, seed)
         _same_request(order.fingerprint, promise["request"])
-        if promise["state"] not in OVER:
-            if not self.promises.free(promise):
-                return self.keeper.elsewhere(picture, promise)
+        if promise["state"] in OVER:
+            return await self.drawings.begin(picture, order, seed, version=version)
+        if not self.promises.free(promise):
+            return self.keeper.elsewhere(picture, promise)
+        try:
             # the very picture, even if another configuration was promoted since
-            order = await asyncio.to_thread(self.keeper.order, promise)
-        return await self.drawings.begin(picture, order, seed, version=version)
+            return await self.keeper.begin_again(picture, promise, version)
+        except ConfigError as error:
+            if self.keeper.leaves_to_others(promise, error):
+                return self.keeper.elsewhere(picture, promise)
+            raise
 
     async def cancel(self, text: str) -> None:
         """Cancel a picture that is queued or running, and wait until it is. Raises `UnknownPicture`, `AlreadyOver`."""

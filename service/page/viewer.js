@@ -42,11 +42,14 @@ export class Viewer {
     const { width, height } = picture.values;
     Object.assign(image, { alt: picture.prompt, width, height });
     element("frame").style.setProperty("--ratio", width / height);
-    image.src = await pictures.addressOf(picture.id);
+    const address = await pictures.addressOf(picture.id);
+    if (this.picture !== picture) return; // another one was chosen meanwhile
+    image.src = address;
     for (const link of element("shown").querySelectorAll("[data-format]")) {
       const { format } = link.dataset;
       link.download = pictures.fileName(picture.id, format);
       link.href = key.get() ? "#" : await pictures.addressOf(picture.id, format);
+      if (this.picture !== picture) return;
     }
     this.reveal(true);
   }

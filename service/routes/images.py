@@ -3,14 +3,15 @@
 import asyncio
 import hashlib
 import io
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import JSONResponse, Response
 
+from sdxl_lab.config import ConfigError
 from sdxl_lab.images import open_picture
-from sdxl_lab.store import CURSOR
+from sdxl_lab.store import CURSOR, UnknownPicture
 from service.edge import ClientGone
 from service.events import EventStream, described, told
 from service.jobs import Drawing, Order, fingerprint
@@ -100,8 +101,11 @@ def _drawing_answers(model: type[Drawn], *kinds: str) -> dict[int | str, dict[st
 async def generate(asked: GenerateRequest, request: Request, wish: Asked) -> Any:
     """Draw one picture from a prompt."""
     studio: Studio = request.app.state.studio
-    order = Order(asked.over(studio.served.slot.config), asked.prompt, asked.seed, **_terms(wish, asked))
-    return await _answer(request, wish, order, Drawn)
+
+    async def order() -> Order:
+        return Order(asked.over(studio.served.slot.config), asked.prompt, asked.seed, **_terms(wish, asked))
+
+    return await _answer(request, wish, await _submitted(studio, wish, asked, order), Drawn)
 
 
 @router.post(
@@ -114,11 +118,30 @@ async def refine(asked: RefineRequest, request: Request, wish: Asked) -> Any:
     """Go over a stored picture again with the refiner."""
     studio: Studio = request.app.state.studio
     studio.served.ready_engine()
-    source = await studio.source(asked.id, asked.strength)
-    config = asked.over(studio.served.slot.config, source.record, source.image.size)
-    prompt = source.record["prompt"] if asked.prompt is None else asked.prompt
-    order = Order(config, prompt, asked.seed, source, **_terms(wish, asked))
-    return await _answer(request, wish, order, Refined)
+
+    async def order() -> Order:
+        source = await studio.source(asked.id, asked.strength)
+        config = asked.over(studio.served.slot.config, source.record, source.image.size)
+        prompt = source.record["prompt"] if asked.prompt is None else asked.prompt
+        return Order(config, prompt, asked.seed, source, **_terms(wish, asked))
+
+    return await _answer(request, wish, await _submitted(studio, wish, asked, order), Refined)
+
+
+async def _submitted(
+    studio: Studio, wish: Wish, asked: GenerateRequest | RefineRequest, order: Callable[[], Awaitable[Order]]
+) -> Drawing:
+    """The order's drawing. A key that was seen before stands for its picture even where the order could not be made
+    any more: the source was deleted, or a promotion narrowed the limits."""
+    try:
+        made = await order()
+    except (ConfigError, UnknownPicture):
+        terms = _terms(wish, asked)
+        drawing = None if wish.key is None else await studio.repeated(wish.scope, wish.key, terms["fingerprint"])
+        if drawing is None:
+            raise
+        return drawing
+    return await studio.submit(made)
 
 
 def _terms(wish: Wish, asked: GenerateRequest | RefineRequest) -> dict[str, Any]:
@@ -126,11 +149,10 @@ def _terms(wish: Wish, asked: GenerateRequest | RefineRequest) -> dict[str, Any]
     return {"key": wish.key, "scope": wish.scope, "lasting": wish.later, "fingerprint": fingerprint(body)}
 
 
-async def _answer(request: Request, wish: Wish, order: Order, shape: type[Drawn]) -> Response | Drawn:
-    """Have the order drawn, and answer as it is wished."""
+async def _answer(request: Request, wish: Wish, drawing: Drawing, shape: type[Drawn]) -> Response | Drawn:
+    """Wait for the drawing, and answer as it is wished."""
     studio: Studio = request.app.state.studio
     prefix = request.scope.get("root_path", "")
-    drawing = await studio.submit(order)
     if wish.later:
         place = f"{prefix}/images/{drawing.id}"
         headers = {"Location": place, "Preference-Applied": "respond-async"}

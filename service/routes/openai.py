@@ -69,7 +69,7 @@ data: {"type": "image_generation.completed", "b64_json": "iVBORw0KGgo...", ...}
             "model-not-found",
             "key-reused",
             "cancelled-by-client",
-            *"body-too-large",
+            "body-too-large",
             "body-too-slow",
             *NOT_DRAWING,
         ),
@@ -145,7 +145,7 @@ async def _submitted(studio: Studio, orders: Sequence[Order]) -> list[Drawing]:
         for order in orders:
             drawings.append(await studio.submit(order))
     except BaseException as error:
-        _cancel(drawings, error)
+        _cancel(drawings, Stopping("the service stops") if studio.served.closing else error)
         raise
     return drawings
 
@@ -231,7 +231,7 @@ async def _told(asked: ImagesRequest, request: Request, drawings: Sequence[Drawi
         if known(error) is None:
             log.error("request %s failed", request_id, exc_info=error)
         yield ServerSentEvent(
-            json.dumps(error_of(problem_of(error, request_id, studio.served.retry_after()))), event="error"
+            json.dumps(error_of(problem_of(error, request_id, studio.served.retry_after))), event="error"
         )
 
 

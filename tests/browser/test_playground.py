@@ -96,6 +96,13 @@ def fetched(home, path, **headers):
         return answer.read()
 
 
+def posted(home, path, body):
+    headers = {"Content-Type": "application/json", "X-API-Key": KEY}
+    request = urllib.request.Request(home + path, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request) as answer:
+        return json.loads(answer.read())
+
+
 def pixels(png):
     return np.asarray(open_picture(png))
 
@@ -499,3 +506,29 @@ def test_until_the_service_is_ready_the_page_says_why_and_asks_on(home, visit):
     page.unroute("**/readyz")
     expect(page.locator("#readiness")).to_have_text("Ready")
     expect(page.get_by_text("The golden pictures differ")).to_be_hidden()
+
+
+def test_a_picture_that_comes_late_does_not_take_the_place_of_the_one_chosen_since(locked, visit):
+    """What is seen is what "Delete" deletes. With a key pictures are fetched, and one may take longer."""
+    late, other = (posted(locked, "generate", {"prompt": prompt})["id"] for prompt in ("a late ring", "a boat"))
+    page, _, expected = visit(locked, ready=False)
+    expected.append("401")
+    held = []
+    page.route(f"**/download/{late}*", lambda route: held.append(route))
+    form = page.get_by_role("form", name="This service asks for an API key")
+    form.get_by_label("API key").fill(KEY)
+    form.get_by_role("button").click()
+    page.locator(f".tile[data-id='{late}']").click()
+    expect(page.locator("#picture")).to_have_attribute("alt", "a late ring")
+    page.locator(f".tile[data-id='{other}']").click()
+    assert shown(page, "a boat") == other
+    before = page.locator("#picture").get_attribute("src")
+    assert held
+    for route in held:
+        route.continue_()
+    page.unroute(f"**/download/{late}*")
+    page.wait_for_function(f"document.querySelector(`.tile[data-id='{late}'] img`).naturalWidth > 0")
+    assert page.locator("#picture").get_attribute("src") == before
+    page.locator(f".tile[data-id='{late}']").click()
+    assert shown(page, "a late ring") == late
+    assert page.locator("#picture").get_attribute("src") != before

@@ -5,6 +5,7 @@ import itertools
 import logging
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -523,6 +524,26 @@ def test_out_of_memory_halves_the_row_budget_and_loses_nothing(start, config, mo
     assert engine.rows <= 8
     assert f"the row budget is now {engine.rows}" in caplog.text
     assert engine.healthy
+
+
+def test_what_a_call_held_that_ran_out_of_memory_is_free_before_the_next(start, config, monkeypatch):
+    engine, held = start(), []
+    predict = engine._predict
+
+    def small(name, inputs):
+        assert not any(reference() is not None for reference in held), "memory is still held"
+        if len(inputs) > 1:
+            activations = torch.zeros(8)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(name, inputs)
+
+    monkeypatch.setattr(engine, "_predict", small)
+    gate, first = hold(engine, config)
+    tickets = [engine.submit(Job(config, "a cat", seed)) for seed in range(3)]
+    gate.opened.set()
+    assert [ticket.result(SECONDS).image.size for ticket in (first, *tickets)] == [(64, 64)] * 4
+    assert held
 
 
 def test_out_of_memory_of_a_single_picture_is_its_failure(start, config, monkeypatch):

@@ -1,13 +1,17 @@
 """Pictures that are drawn whoever waits: asked for now, told later, through restarts."""
 
 import asyncio
+import gc
+import logging
 import threading
 import time
 import uuid
+import weakref
 from types import SimpleNamespace
 
 import obstore
 import pytest
+import torch
 
 from sdxl_lab import engine as engines
 from sdxl_lab.engine import Engine
@@ -316,3 +320,96 @@ def test_retry_after_is_within_a_factor_of_two_of_the_wait(serve, monkeypatch):
     for each in ids:
         client.delete(f"/jobs/{each}")
     assert 0.5 <= sorted(ratios)[1] <= 2, ratios
+
+
+def test_a_failed_picture_keeps_nothing_of_what_it_was_drawn_with(serve, monkeypatch):
+    client, held = serve(), []
+
+    def failing(*_):
+        activations = torch.zeros(8)
+        held.append(weakref.ref(activations))
+        raise RuntimeError("the call failed") from ValueError("for a reason")
+
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # pytest keeps what is logged, with frames
+    monkeypatch.setattr(Engine, "_predict", failing)
+    assert client.post("/generate", json=PROMPT).status_code == 500
+    studio = client.app.state.studio
+    wait_for(lambda: len(studio.drawings.ended) == 1)
+    gc.collect()
+    assert held
+    assert not any(reference() is not None for reference in held)
+    (ended,) = studio.drawings.ended.values()
+    assert (str(ended.error), str(ended.error.__cause__)) == ("the call failed", "for a reason")
+
+
+def held_back(monkeypatch, owner, name):
+    """Calls of `owner.name` wait; (what says that one came, what lets them go)."""
+    came, go = threading.Event(), threading.Event()
+    honest = getattr(owner, name)
+
+    def waiting(*arguments, **more):
+        came.set()
+        assert go.wait(60)
+        return honest(*arguments, **more)
+
+    monkeypatch.setattr(owner, name, waiting)
+    return came, go
+
+
+def test_a_picture_cancelled_after_its_last_step_is_not_stored(client, monkeypatch):
+    decoding, go = held_back(monkeypatch, Engine, "_decode")
+    monkeypatch.setattr(drawings, "ANSWER", 0.1)
+    picture = client.post("/generate", json=PROMPT, headers=LATER).json()["id"]
+    assert decoding.wait(60)
+    assert client.delete(f"/jobs/{picture}").status_code == 204
+    go.set()
+    wait_for(lambda: state(client, picture) == "cancelled")
+    assert client.get(f"/download/{picture}").status_code == 404
+
+
+def test_whoever_cancels_a_picture_that_is_being_stored_learns_what_came_first(client, monkeypatch):
+    storing, go = held_back(monkeypatch, client.app.state.studio.store, "put")
+    monkeypatch.setattr(drawings, "ANSWER", 0.1)
+    picture = client.post("/generate", json=PROMPT, headers=LATER).json()["id"]
+    assert storing.wait(60)
+    threading.Timer(0.5, go.set).start()
+    assert client.delete(f"/jobs/{picture}").json()["type"] == "urn:sdxl-lab:already-over"
+    assert state(client, picture) == "done"
+
+
+def test_a_drain_does_not_wait_for_a_store_that_is_stuck(serve, monkeypatch):
+    client = serve()
+    studio = client.app.state.studio
+    storing, go = held_back(monkeypatch, studio.store, "put")
+
+    async def drained():
+        drawing = await studio.submit(Order(studio.served.slot.config, "a ring", 1))
+        await asyncio.to_thread(storing.wait, 60)
+        await studio.drain(0.1, 0.1)
+        with pytest.raises(Stopping):
+            await asyncio.wait_for(drawing.result(), 5)
+
+    try:
+        client.portal.call(drained)
+    finally:
+        go.set()
+    wait_for(lambda: not studio.drawings.making)
+
+
+def test_a_key_counts_how_often_its_picture_was_begun(client, promoted, monkeypatch):
+    """A picture that ends the process must not do so for ever because its client comes back."""
+    studio, keyed = client.app.state.studio, {"Idempotency-Key": "again and again"}
+    begun = []
+    begin = studio.drawings.begin
+    monkeypatch.setattr(studio.drawings, "begin", lambda *of, **more: begun.append(more) or begin(*of, **more))
+    picture = uuid.UUID(client.post("/generate", json=PROMPT, headers=keyed).json()["id"])
+    record = studio.store.record(picture)
+    asked = {"request": record["request"], "prompt": "a red ring", "seed": record["seed"], "config": promoted.to_dict()}
+    asked |= {"promoted": promoted.digest, "overridden": [], "source": None, "strength": None}
+    asked |= {"state": "running", "created": 1.0, "holder": "another", "renewed": 1.0, "lease": 30}
+    for attempts, status in ((2, 200), (keeper.ATTEMPTS, 500)):
+        client.delete(f"/images/{picture}")
+        studio.store.put_job(picture, asked | {"attempts": attempts})
+        assert client.post("/generate", json=PROMPT, headers=keyed).status_code == status
+    assert begun[1]["before"]["attempts"] == 2
+    assert len(begun) == 2

@@ -10,7 +10,7 @@ import obstore
 import pytest
 
 from service.problems import TABLE
-from tests.service.conftest import wait_for
+from tests.service.conftest import NOBODYS, wait_for
 
 PROMPT = {"prompt": "a red ring"}
 JSON = {"Content-Type": "application/json"}
@@ -231,3 +231,16 @@ def test_the_log_has_a_line_a_request_without_secrets(client, caplog):
     lines = [entry.getMessage() for entry in ours if entry.name == "service.access"]
     assert lines == ["POST /generate 200", "GET /download/a%0Ab 404"]
     assert not [entry for entry in ours if "hunter2" in entry.getMessage()]
+
+
+def test_only_a_full_queue_is_measured(client, monkeypatch):
+    """It takes the forecast of a whole queue: not for everybody who has no key or asks for nothing."""
+    monkeypatch.setattr(client.app.state.studio.served, "retry_after", lambda: 1 / 0)
+    assert client.post("/generate", json={"prompt": ""}).status_code == 422
+    assert client.get(f"/images/{NOBODYS}").status_code == 404
+
+
+@pytest.mark.parametrize(("method", "query"), [("GET", "/images?cursor=x"), ("POST", "/generate?previews=x")])
+def test_a_query_is_told_with_an_example(client, method, query):
+    detail = client.request(method, query, json={"prompt": "a ring"}).json()["detail"]
+    assert "received 'x'. Example: " in detail

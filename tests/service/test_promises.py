@@ -14,7 +14,7 @@ from sdxl_lab.store import Store, StoreUnreachable, UnknownPicture
 from sdxl_lab.trajectory import Job
 from service import drawings
 from service.app import create_app
-from service.jobs import derived
+from service.jobs import derived, fingerprint
 from service.promises import Promises
 from service.settings import Settings
 from tests.service.conftest import wait_for, wait_until_ready
@@ -461,3 +461,18 @@ def test_a_look_reads_only_so_many(shared, monkeypatch):
     for _ in range(5):
         shared.put_job(uuid.uuid4(), ASKED | {"state": "queued", "holder": "", "renewed": 1.0, "lease": 30})
     assert len(Promises(shared, 0).untended()) == 2
+
+
+def test_a_key_waits_for_a_replica_that_has_the_models_of_its_promise(two, shared, promoted):
+    """While one configuration takes the place of another: the client must not be told of a model it never named."""
+    first, _ = two
+    keyed = {"Idempotency-Key": "rolled out"}
+    picture, _ = derived("anyone", "rolled out")
+    other = promoted.with_(model=promoted.model.with_(base="elsewhere"))
+    left = promise(
+        shared, other, age=100.0, created=time.time(), request=fingerprint({"request": "GenerateRequest", **PROMPT})
+    )
+    shared.put_job(picture, shared.job(left))
+    answer = first.post("/generate", json=PROMPT, headers=keyed | LATER)
+    assert (answer.status_code, answer.json()["id"]) == (202, str(picture))
+    shared.drop_job(picture)

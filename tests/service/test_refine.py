@@ -72,3 +72,26 @@ def test_a_picture_that_is_not_ours_is_refused(client, source):
     client.app.state.studio.store.put(foreign, b"no picture", {})
     answer = client.post("/refine", json={"id": str(foreign)})
     assert (answer.status_code, answer.json()["field"]) == (422, "id")
+
+
+def test_a_picture_that_somebody_put_into_the_store_is_refined_and_listed(slot, serve, tmp_path):
+    """Its own record does not know under which id it was put there."""
+    origin, golden = uuid.uuid4(), next((slot / "golden").iterdir())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / f"{origin}.png").write_bytes(golden.read_bytes())
+    client = serve()
+    refined = client.post("/refine", json={"id": str(origin)})
+    assert (refined.status_code, refined.json()["source"]) == (200, str(origin))
+    assert client.get(f"/images/{refined.json()['id']}").json()["source"] == str(origin)
+    assert {image["id"] for image in client.get("/images").json()["images"]} == {str(origin), refined.json()["id"]}
+
+
+def test_a_key_stands_for_its_picture_even_when_the_source_is_gone(client):
+    keyed = {"Idempotency-Key": "of a source that goes"}
+    origin = client.post("/generate", json={"prompt": "a red ring"}).json()["id"]
+    asked = {"id": origin, "seed": 5}
+    made = client.post("/refine", json=asked, headers=keyed).json()
+    assert client.delete(f"/images/{origin}").status_code == 204
+    assert client.post("/refine", json=asked, headers=keyed).json() == made
+    assert client.post("/refine", json=asked | {"seed": 6}, headers=keyed).json()["type"] == "urn:sdxl-lab:key-reused"
+    assert client.post("/refine", json=asked).json()["type"] == "urn:sdxl-lab:unknown-picture"
