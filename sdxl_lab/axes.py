@@ -16,6 +16,7 @@ from .config import ConfigError, GenerationConfig, ModelRef, Record, RefinerConf
 from .metrics import Metric, find
 
 LIMIT = 10_000  # cells
+LONGEST = 1_000_000  # values of a range
 NONE = "none"  # TOML has no null
 NULLABLE = ("refiner", "guidance_interval", "original_size", "target_size", "negative_prompt")
 EXAMPLE = 'scheduler = ["euler", "dpmpp_2m"]'
@@ -122,7 +123,9 @@ def _range(low: Any, high: Any, step: Any, count: Any) -> list[Any]:
         raise SweepError(f"a range's step must be above zero; received {step}. Example: step = 5")
     else:
         count = math.floor((high - low) / step + 1e-9) + 1
-    values = [low + index * step for index in range(min(count, LIMIT + 1))]
+    if count > LONGEST:
+        raise SweepError(f"a range must have at most {LONGEST} values; received {count}. Example: a larger step")
+    values = [low + index * step for index in range(count)]
     whole = all(float(value).is_integer() for value in values) and isinstance(low, int) and isinstance(high, int)
     return [int(value) if whole else round(value, 12) for value in values]
 

@@ -194,6 +194,8 @@ class Cells:
             return None
 
     def _keep(self, key: str, picture: Picture) -> None:
+        if key in self:  # another process drew it meanwhile, and may have measured it
+            return
         png = picture.png()
         _write(self._path(key, "png"), png)
         notes = {

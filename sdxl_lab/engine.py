@@ -237,7 +237,8 @@ class Engine:
         """Queue a picture: behind those of its own `priority` or a higher one, before the others.
 
         `on_step(calls, total)` is called after each of its UNet calls, in the engine's thread: it must return at once.
-        Raises `QueueFull`, `EngineStopped`, or `ConfigError` for a job of other models.
+        Raises `QueueFull`, `EngineStopped`, or `ConfigError` for a refiner that the engine's models do not have. That
+        they are those of the job's configuration is for the caller to see to.
         """
         if job.config.refiner is not None and self.models.refiner is None:
             raise ConfigError(

@@ -76,8 +76,8 @@ class Gate:
         """The line that `parse` reads."""
         said = {
             "better": "better",
-            "worse": f"at most {self.limit:g}{' %' if self.percent else ''} worse",
-        }.get(self.rule, f"{self.rule} {self.limit:g}")
+            "worse": f"at most {_plain(self.limit)}{' %' if self.percent else ''} worse",
+        }.get(self.rule, f"{self.rule} {_plain(self.limit)}")
         return f"{self.metric}: {said} with {100 * self.confidence:g} % confidence"
 
     @property
@@ -94,6 +94,8 @@ class Gate:
         """`candidate` and `served` (n,) are the metric's values, `prompts` their n prompts. `served` is None where
         nothing is: a relative gate then holds. Raises `GateError` for fewer than `LEAST_PROMPTS` prompts, and for a
         relative gate on a metric that is better in no direction."""
+        if self.relative:
+            _check_direction(metric)
         if self.relative and served is None:
             return Verdict(str(self), True, "nothing is served yet")
         if len(set(prompts)) < LEAST_PROMPTS:
@@ -114,15 +116,24 @@ class Gate:
         return Verdict(str(self), held, f"improvement {_shown(gain)}, the lower end must be {needed}")
 
 
-def improvement(
-    metric: Metric, candidate: np.ndarray, served: np.ndarray, prompts: Sequence[str], confidence: float = 0.95
-) -> Interval:
-    """The mean of what the candidate gains, pair by pair: positive is better, whichever way the metric points."""
+def _plain(number: float) -> str:
+    """Without an exponent, which no gate may have."""
+    return np.format_float_positional(number, trim="-")
+
+
+def _check_direction(metric: Metric) -> None:
     if metric.better is None:
         raise GateError(
             f"a metric that is compared must be better in one direction; {metric.name} is in none. "
             f"Example: {metric.name}: at least 0.1"
         )
+
+
+def improvement(
+    metric: Metric, candidate: np.ndarray, served: np.ndarray, prompts: Sequence[str], confidence: float = 0.95
+) -> Interval:
+    """The mean of what the candidate gains, pair by pair: positive is better, whichever way the metric points."""
+    _check_direction(metric)
     first, second = (candidate, served) if metric.better == "higher" else (served, candidate)
     return paired(first, second, by=prompts, confidence=confidence)
 

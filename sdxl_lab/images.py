@@ -52,8 +52,8 @@ def finish(pixels: np.ndarray, *, watermark: bool) -> Image.Image:
     """
     if not np.isfinite(pixels).all():
         raise PictureError(
-            "the picture has non-finite pixels: the VAE overflowed, as SDXL's own does in float16; use float32 or "
-            "bfloat16, or the VAE madebyollin/sdxl-vae-fp16-fix"
+            "the picture has non-finite pixels: the denoising or the VAE overflowed, as they may in float16; use "
+            "float32 or bfloat16"
         )
     if pixels.max() == pixels.min():
         raise PictureError(f"every pixel of the picture is {pixels.flat[0]:g}: the denoising or the VAE broke down")
@@ -107,7 +107,13 @@ def read_record(source: Path | str | bytes) -> dict[str, Any]:
     if text is None:
         name = "the picture" if isinstance(source, bytes) else str(source)
         raise PictureError(f"{name} carries no {RECORD_KEY} record; only PNGs written by SDXL Lab do")
-    record: dict[str, Any] = json.loads(text)
+    try:
+        record = json.loads(text)
+        if not isinstance(record, dict):
+            raise ValueError(f"it is no JSON object, but {text[:40]!r}")
+    except ValueError as error:
+        name = "the picture" if isinstance(source, bytes) else str(source)
+        raise PictureError(f"the {RECORD_KEY} record of {name} is damaged: {error}") from error
     return record
 
 

@@ -1,6 +1,7 @@
 """Weights to `Models`: the parts of an SDXL that the engine drives, loaded with diffusers' own pipelines.
 
-With `trajectory.py` the only module that speaks diffusers. Knows nothing of batches, seeds or schedulers in use.
+With `schedulers.py` and `trajectory.py` the only module that speaks diffusers. Knows nothing of batches, seeds or
+schedulers in use.
 """
 
 import hashlib
@@ -121,14 +122,17 @@ class Models:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         """Latents (n, 4, h, w) to pixels (n, 8h, 8w, 3), float32 in [0, 1]. Where a VAE of half precision overflows,
-        as SDXL's own does in float16, the latents are decoded again in float32."""
+        as SDXL's own does in float16, those pictures alone are decoded again in float32."""
         images, dtype = self._decoded(latents), self.vae.dtype
-        if dtype != torch.float32 and not torch.isfinite(images).all():
+        broken, pixels = ~torch.isfinite(images).flatten(1).all(1), _pixels(images)
+        if dtype != torch.float32 and broken.any():
             log.warning("the VAE overflowed in %s: decoding again in float32", dtype)
-            self.vae.to(torch.float32)
-            images = self._decoded(latents)
-            self.vae.to(dtype)
-        return np.asarray((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy())
+            try:
+                self.vae.to(torch.float32)
+                pixels[broken.cpu().numpy()] = _pixels(self._decoded(latents[broken]))
+            finally:
+                self.vae.to(dtype)
+        return pixels
 
     def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
         mean, deviation = self._statistics()
@@ -155,6 +159,10 @@ class Models:
             torch.tensor(v, device=self.device, dtype=self.vae.dtype).view(1, -1, 1, 1) for v in (mean, deviation)
         ]
         return shaped[0], shaped[1]
+
+
+def _pixels(images: torch.Tensor) -> np.ndarray:
+    return np.asarray((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy())
 
 
 def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:

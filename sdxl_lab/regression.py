@@ -170,10 +170,12 @@ def _ssim(path: Path, picture: Picture) -> float | None:
 
 
 def _verdicts(judged: dict[str, Any], pictures: Sequence[Picture]) -> list[Verdict]:
-    """The relative gates, with what was promoted in the place of what is served."""
+    """What must not be worse, with what was promoted in the place of what is served. It cannot be better than itself,
+    and seconds are those of another machine."""
     if len(set(judged.get("prompts", ()))) < LEAST_PROMPTS:
         return []
-    gates = [gate for gate in (Gate.parse(said["gate"]) for said in judged["gates"]) if gate.relative]
+    gates = [Gate.parse(said["gate"]) for said in judged["gates"]]
+    gates = [gate for gate in gates if gate.rule == "worse" and gate.metric != "seconds"]
     prompts = [prompt for prompt in judged["prompts"] for _ in judged["seeds"]]
     verdicts = []
     for gate in gates or DEFAULT_GATES:

@@ -10,6 +10,7 @@ takes the place of exactly the version that was read.
 An id is a UUID, minted or derived by the caller; anything else is unknown, and never becomes part of a path.
 """
 
+import contextlib
 import heapq
 import json
 import logging
@@ -31,7 +32,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotS
 from obstore.store import LocalStore, from_url
 
 from .config import ConfigError, canonical
-from .images import PictureError, read_record
+from .images import read_record
 
 SCHEMES = ("s3", "gs", "az", "file", "memory")
 EXAMPLE = "s3://bucket/prefix"
@@ -193,8 +194,9 @@ class Store:
     def remove_leftovers(self) -> None:
         """What a killed process was writing: obstore's LocalStore writes `name#1`, then renames it."""
         for path in self.folder.rglob("*#*") if self.folder else ():
-            if re.search(r"#\d+$", path.name) and time.time() - path.stat().st_mtime > ABANDONED:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # it got its name meanwhile
+                if re.search(r"#\d+$", path.name) and time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
 
     # --- jobs ------------------------------------------------------------------------------------------------------
 
@@ -314,7 +316,7 @@ class Store:
                 self._write(_newest(uuid.UUID(path.stem), created), b"")
                 kept = {**record, "id": path.stem, "created": created}
                 self._write(f"{path.stem}.json", canonical(kept).encode())
-            except (PictureError, StoreRefused):
+            except (StoreRefused, ValueError):  # no picture of ours, or a name that only looks like an id
                 continue  # it can still be fetched
 
 

@@ -7,6 +7,7 @@ How a cell is drawn, kept and measured this module does not know.
 
 import json
 import math
+import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -241,7 +242,8 @@ def tune(
     """Run the trials that are still to be run, and say what was found, also in `out`: `table.parquet`, `front/*.toml`
     and `candidate.toml`.
 
-    `storage` is a database URL for Optuna, by default a SQLite file in `out`. Trials count over all workers of a study.
+    `storage` is a database URL for Optuna, by default a SQLite file in `out`; workers that share one draw lots of their
+    own, so that they do not try the same settings. Trials count over all workers of a study.
     An interrupt leaves every finished trial and cell; the trial it hit is tried again. Raises `SweepError` for a study
     that was begun on something else.
     """
@@ -254,7 +256,7 @@ def tune(
                 plan,
                 storage or f"sqlite:///{_made(out) / 'study.db'}",
                 plan.identity(store.ground(plan.config.model)),
-                workers.process_index,
+                workers.process_index if storage is None else secrets.randbelow(2**20),
             )
 
         def ended(study: Study, trial: FrozenTrial) -> None:
@@ -349,7 +351,14 @@ def _tried(plan: Plan, study: Study, store: Cells, trial: Trial) -> tuple[float,
             if key in store:  # drawn, but without its number: no fault of the settings
                 raise SweepError(f"the metric of the study must measure every picture; {failure}")
             raise give_up(f"cannot be drawn: {failure}")
-        values += [store.values(key, [plan.metric])[plan.metric.name] for key in keys]
+        measured = [store.values(key, [plan.metric])[plan.metric.name] for key in keys]
+        for cell, value in zip(part, measured, strict=True):
+            if not math.isfinite(value):
+                raise SweepError(
+                    f"the metric of the study must measure every picture; received {value} from {plan.metric.name} for "
+                    f"{cell.prompt!r}, seed {cell.seed}. Example: a metric that is a number for whatever is drawn"
+                )
+        values += measured
         rows = store.costs(keys[0])["unet_rows"]
         trial.set_user_attr("values", values)
         trial.set_user_attr("unet_rows", rows)
@@ -483,3 +492,5 @@ def _written(tuned: Tuned, out: Path) -> None:
         (folder / f"trial-{row['trial']:04}.toml").write_text(config.to_toml())
     if tuned.candidate is not None:
         (out / "candidate.toml").write_text(f"# {tuned.rule}\n{tuned.candidate.to_toml()}")
+    else:  # one of an earlier rule would be promoted
+        (out / "candidate.toml").unlink(missing_ok=True)

@@ -271,3 +271,19 @@ def test_a_cell_is_checked_when_it_is_made(tiny_config: GenerationConfig) -> Non
     for prompt, seed in (("", 0), ("A cat", -1)):
         with pytest.raises(ConfigError):
             Cell(tiny_config, prompt, seed)
+
+
+def test_a_cell_that_another_process_drew_and_measured_meanwhile_keeps_its_numbers(
+    store: Cells, tiny_config: GenerationConfig, tmp_path: Path
+) -> None:
+    (cell,) = some(tiny_config, 1)
+    metric, slow = METRICS["sharpness"], Cells(tmp_path / "cells", engine=store._engine({}))
+    drawn = slow._drawn
+
+    def meanwhile(*arguments: Any) -> Any:
+        assert store.complete([cell], [metric]) == {}
+        return drawn(*arguments)
+
+    slow._drawn = meanwhile  # type: ignore[method-assign]
+    assert slow.complete([cell]) == {}
+    assert set(store.values(store.key(cell), [metric])) == {"sharpness"}

@@ -586,7 +586,7 @@ def test_a_vae_that_overflows_is_named(start, config, monkeypatch):
     monkeypatch.setattr(type(engine.models), "decode", overflowing)
     gate.opened.set()
     for ticket in (held, bad):
-        with pytest.raises(PictureError, match=r"the VAE overflowed.*float16.*madebyollin/sdxl-vae-fp16-fix"):
+        with pytest.raises(PictureError, match=r"the VAE overflowed.*float16.*use float32 or bfloat16"):
             ticket.result(SECONDS)
     assert good.result(SECONDS).image.size == (64, 64)
 
@@ -599,15 +599,23 @@ def test_a_half_precision_vae_that_overflows_decodes_again_in_float32(tiny_model
     def overflowing(latents, **options):
         dtypes.append(latents.dtype)
         answer = honest(latents, **options)
-        return answer if latents.dtype == torch.float32 else (answer[0] * torch.inf,)
+        if latents.dtype != torch.float32:
+            answer[0][1] *= torch.inf
+        return answer
 
+    some = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    undisturbed = models.decode(some)
     monkeypatch.setattr(models.vae, "decode", overflowing)
-    some = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     pixels = models.decode(some)
     assert np.isfinite(pixels).all()
-    assert np.abs(pixels - tiny_models.decode(some)).max() < 0.02
+    assert [bool((pixels[index] == undisturbed[index]).all()) for index in range(3)] == [True, False, True]
+    assert np.abs(pixels[1] - tiny_models.decode(some)[1]).max() < 0.02
     assert dtypes == [dtype, torch.float32]
     assert "the VAE overflowed" in caplog.text
+    assert models.vae.dtype == dtype
+    monkeypatch.setattr(models.vae, "decode", lambda latents, **_: overflowing(latents) if latents.dtype == dtype else 1 / 0)  # noqa: E501  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        models.decode(some)
     assert models.vae.dtype == dtype
 
 

@@ -17,6 +17,8 @@ READ = [
     ("  sharpness:   better ", Gate("sharpness", "better")),
     ("seconds: at most 1.5", Gate("seconds", "at most", 1.5)),
     ("clip_score: at least -3", Gate("clip_score", "at least", -3.0)),
+    ("clipping: at most 0.00005 worse", Gate("clipping", "worse", 0.00005)),
+    ("unet_rows: at most 12345678", Gate("unet_rows", "at most", 12345678.0)),
 ]
 
 
@@ -115,3 +117,8 @@ def test_values_that_are_not_finite_are_refused():
     broken = Metric("psnr", "higher", "", lambda *_: [])
     with pytest.raises(MetricError, match="must be finite"):
         Gate.parse("psnr: better").judge(broken, values, values, PROMPTS)
+
+
+def test_a_metric_without_a_direction_is_refused_also_while_nothing_is_served():
+    with pytest.raises(GateError, match="contrast is in none"):
+        Gate.parse("contrast: at most 5 worse").judge(METRICS["contrast"], NOISE, None, PROMPTS)

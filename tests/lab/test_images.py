@@ -149,7 +149,9 @@ def test_pixels_are_rounded_not_cut():
 def test_a_picture_with_one_non_finite_pixel_is_refused(bad):
     pixels = scene(64)
     pixels[3, 4, 1] = bad
-    with pytest.raises(PictureError, match=r"non-finite pixels: the VAE overflowed.*madebyollin/sdxl-vae-fp16-fix"):
+    with pytest.raises(
+        PictureError, match=r"non-finite pixels: the denoising or the VAE overflowed.*use float32 or bfloat16"
+    ):
         finish(pixels, watermark=False)
 
 
@@ -208,3 +210,12 @@ def test_the_magnified_difference_is_white_where_it_is_largest() -> None:
     assert [shown.getpixel((x, 0)) for x in range(4)] == [(0, 0, 0), (255, 0, 0), (0, 128, 0), (0, 0, 0)]
     same, gain = magnified_difference(first, first)
     assert (same.getextrema(), gain) == (((0, 0),) * 3, 1.0)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "null"])
+def test_a_damaged_record_is_no_record(text):
+    info, buffer = PngInfo(), io.BytesIO()
+    info.add_itxt(RECORD_KEY, text)
+    Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=info)
+    with pytest.raises(PictureError, match="record of the picture is damaged"):
+        read_record(buffer.getvalue())

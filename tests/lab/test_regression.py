@@ -253,6 +253,17 @@ def test_evidence_without_a_metric_set_is_held_against_its_goldens_alone(slot):
     assert (found.passed, len(found.goldens), list(found.verdicts)) == (True, 2, [])
 
 
+def test_a_gate_that_asked_for_better_or_for_speed_is_not_asked_of_a_slot_and_itself(slot):
+    evidence = json.loads((slot.folder / "evidence.json").read_text())
+    for line, metric in (("unet_rows: better", "unet_rows"), ("seconds: at most 1 % worse", "seconds")):
+        evidence["gates"].append({"gate": line, "passed": True})
+        evidence["metrics"].setdefault(metric, {"values": [0.0] * 5})
+    (slot.folder / "evidence.json").write_text(json.dumps(evidence))
+    found = regress(load_slot(slot.folder), profile=FLOAT32)
+    assert found.passed, found.reasons
+    assert [verdict.gate for verdict in found.verdicts] == [str(PLAN.gates[0])]
+
+
 DAMAGE = [{"prompts": None}, {"seeds": [1, 2]}, {"clip": ...}, {"gates": ["better"]}, {"metrics": {"sharpness": {}}}]
 
 

@@ -12,6 +12,7 @@ import obstore
 import pytest
 from moto.server import ThreadedMotoServer
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sdxl_lab.config import ConfigError
 from sdxl_lab.images import encode_png
@@ -344,3 +345,11 @@ def test_what_an_interrupted_write_left_is_removed_once_it_is_old(folder, monkey
     monkeypatch.setattr(time, "time", lambda: now + ABANDONED + 1)
     folder.remove_leftovers()
     assert not left.exists()
+
+
+@pytest.mark.parametrize("name", ["0" * 36, str(uuid.UUID(int=7))])
+def test_a_strange_png_in_the_folder_does_not_keep_the_store_closed(tmp_path, name):
+    info = PngInfo()
+    info.add_itxt("sdxl_lab", "{")
+    Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png", pnginfo=info)
+    assert Store(tmp_path).page(10).records == []

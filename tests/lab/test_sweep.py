@@ -134,6 +134,15 @@ def test_other_bad_sweeps_are_refused() -> None:
     assert len(Sweep.product(config, {"prompt": PROMPT, "seed": range(11_000)}, limit=11_000).cells) == 11_000
 
 
+def test_a_range_is_as_long_as_it_says() -> None:
+    axes = {"prompt": PROMPT, "seed": {"from": 0, "to": 14_999, "step": 1}}
+    with pytest.raises(SweepError, match="= 15000"):
+        Sweep.product(GenerationConfig(), axes)
+    assert len(Sweep.product(GenerationConfig(), axes, limit=15_000).cells) == 15_000
+    with pytest.raises(SweepError, match="at most 1000000 values; received 10000000000001"):
+        Sweep.product(GenerationConfig(), axes | {"seed": {"from": 0, "to": 1e13, "step": 1}})
+
+
 FILE = """
 metrics = ["sharpness", "max_abs"]
 reference = { steps = 6 }

@@ -1,6 +1,7 @@
 """Studies find the front they should, stop what is hopeless, draw nothing twice, and go on where they were."""
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -431,3 +432,29 @@ def test_a_range_of_a_fraction_is_one_though_its_ends_are_whole(plan: Plan) -> N
     assert Span(1, 5, 0.5, False, False).suggest(trial, "guidance_scale") == 2.5
     assert Span(1, 5, None, False, True).suggest(trial, "steps") == 3
     assert changed(plan.config, {"refiner.handover": 0.5, "refiner": {}}).refiner == RefinerConfig(0.5)
+
+
+def test_a_metric_that_is_no_number_ends_the_study_with_its_picture(tuned: Callable, plan: Plan) -> None:
+    nan = Metric("nan", "higher", "this test", lambda pictures, _: (math.nan for _ in pictures))
+    with pytest.raises(SweepError, match="received nan from nan for 'a cat', seed 0"):
+        tuned(replace(plan, metric=nan, trials=2))
+
+
+def test_a_candidate_of_an_earlier_rule_does_not_stay(tuned: Callable, plan: Plan, tmp_path: Path) -> None:
+    plan = replace(plan, trials=2, startup=2, pairs=PAIRS[:2])
+    tuned(plan)
+    assert (tmp_path / "out" / "candidate.toml").exists()
+    assert tuned(replace(plan, choose=0.5)).candidate is None
+    assert not (tmp_path / "out" / "candidate.toml").exists()
+
+
+def test_workers_that_share_a_storage_do_not_try_the_same(
+    tuned: Callable, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+    sampler = optuna.samplers.TPESampler
+    monkeypatch.setattr(optuna.samplers, "TPESampler", lambda seed=None, **more: seeds.append(seed) or sampler(seed=seed, **more))  # noqa: E501  # fmt: skip
+    plan = replace(plan, trials=1, pairs=PAIRS[:2])
+    for _ in range(3):
+        tuned(plan, storage=f"sqlite:///{tmp_path}/shared.db")
+    assert len({seed for seed in seeds if seed is not None}) == 3, seeds
