@@ -524,10 +524,12 @@ def test_a_picture_that_comes_late_does_not_take_the_place_of_the_one_chosen_sin
     assert shown(page, "a boat") == other
     before = page.locator("#picture").get_attribute("src")
     assert held
-    for route in held:
-        route.continue_()
+    with page.expect_response(f"**/download/{late}") as answer:
+        for route in held:
+            route.continue_()
+    answer.value.finished()
+    page.evaluate("new Promise((done) => setTimeout(done, 200))")  # time for the page to do it wrong
     page.unroute(f"**/download/{late}*")
-    page.wait_for_function(f"document.querySelector(`.tile[data-id='{late}'] img`).naturalWidth > 0")
     assert page.locator("#picture").get_attribute("src") == before
     page.locator(f".tile[data-id='{late}']").click()
     assert shown(page, "a late ring") == late
