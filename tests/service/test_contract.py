@@ -15,7 +15,10 @@ from tests.service.conftest import serving
 
 # Positive data are accepted only where fields agree with each other, which a schema of fields cannot say: `quality`
 # goes with webp, `lcm` takes few steps; and 25.0 is an integer for JSON Schema, not for us.
-RUN = ("--exclude-checks", "positive_data_acceptance", "--generation-database", "none", "--continue-on-failure")
+RUN = (
+    *("--exclude-checks", "positive_data_acceptance", "--generation-database", "none", "--continue-on-failure"),
+    *("--request-timeout", "60"),  # seconds: a large picture of many steps on a busy machine is no fault
+)
 # The document, and its streams: which form is answered is the Accept header's to say.
 PARTS = {
     "all": (12, ()),
