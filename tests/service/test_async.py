@@ -330,9 +330,12 @@ def test_a_failed_picture_keeps_nothing_of_what_it_was_drawn_with(serve, monkeyp
         held.append(weakref.ref(activations))
         raise RuntimeError("the call failed") from ValueError("for a reason")
 
-    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # pytest keeps what is logged, with frames
     monkeypatch.setattr(Engine, "_predict", failing)
-    assert client.post("/generate", json=PROMPT).status_code == 500
+    logging.disable(logging.CRITICAL)  # pytest keeps what is logged, with its frames
+    try:
+        assert client.post("/generate", json=PROMPT).status_code == 500
+    finally:
+        logging.disable(logging.NOTSET)
     studio = client.app.state.studio
     wait_for(lambda: len(studio.drawings.ended) == 1)
     assert held
