@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .config import GenerationConfig
+from .config import ConfigError, GenerationConfig
 from .images import Picture, PictureError, max_difference, mean_difference, open_picture, read_record
 
 
@@ -164,10 +164,40 @@ def _check_judged(judged: Mapping[str, Any], name: str) -> None:
         raise SlotError(f"{name} must say of each gate whether it passed; received {gates!r}")
 
 
+SLOT_ENTRIES = ("config.toml", "evidence.json", "golden")
+REPLACED = ".replaced"  # beside the slots: what promotions took the place of
+
+
 def served(folder: Path | str) -> GenerationConfig | None:
-    """The configuration that a slot holds, be its evidence sound or not; None for a new slot."""
-    file = Path(folder) / "config.toml"
-    return GenerationConfig.from_toml(file) if file.is_file() else None
+    """The configuration that a slot holds, be its evidence sound or not; None where nothing, or an empty folder, is.
+
+    Raises `SlotError` for anything else, which a promotion must not touch: a file, a folder that is no slot, or a slot
+    with files that no promotion wrote.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return None
+    rule = (
+        f"a promotion may only write to a path where nothing is, an empty folder, or a slot; received {str(folder)!r}"
+    )
+    example = "Example: runs/first"
+    if not folder.is_dir():
+        raise SlotError(f"{rule}, which is a file. {example}")
+    entries = sorted(path.name for path in folder.iterdir())
+    if not entries:
+        return None
+    if "config.toml" not in entries:
+        raise SlotError(f"{rule}, a folder without config.toml that holds {_listed(entries)}. {example}")
+    if foreign := [name for name in entries if name not in SLOT_ENTRIES]:
+        raise SlotError(f"{rule}, which also holds what no promotion wrote: {_listed(foreign)}. {example}")
+    try:
+        return GenerationConfig.from_toml(folder / "config.toml")
+    except (ConfigError, OSError) as error:
+        raise SlotError(f"{rule}, whose config.toml is not a configuration: {error}. {example}") from error
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def promote(
@@ -188,9 +218,12 @@ def promote(
     - there is no picture or no reason, or a picture is of another configuration or other weights than the first;
     - a gate failed, or `judged` is of another configuration, or of other weights, libraries or code than the pictures;
     - the work tree has uncommitted changes, now or when it was judged, without `allow_dirty`;
+    - `folder` is neither a slot, nor an empty folder, nor absent;
     - the slot does not hold what `judged` compared with, as when another promotion came first.
+
+    What the slot held is kept in `.replaced/`, beside it.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # through a link: what it points to is replaced, not the link
     if not pictures or not why.strip():
         raise SlotError("a promotion must come with at least one picture and a reason. Example: why='sharper hats'")
     _check_pictures(config, pictures)
@@ -280,8 +313,9 @@ def _check_unchanged(folder: Path, compared: str | None) -> None:
 
 
 def _write(folder: Path, config: GenerationConfig, evidence: Mapping[str, Any], goldens: Mapping[str, Picture]) -> None:
-    """The whole slot, put in the place of the old one, which comes back where that fails. For a moment between the two
-    renames there is none: POSIX puts no folder in the place of one that is not empty."""
+    """The whole slot, put in the place of the old one, which comes back where that fails, and is kept where it does
+    not. For a moment between the two renames there is none: POSIX puts no folder in the place of one that is not
+    empty."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / "slot"
         (fresh / "golden").mkdir(parents=True)
@@ -289,8 +323,9 @@ def _write(folder: Path, config: GenerationConfig, evidence: Mapping[str, Any], 
         (fresh / "evidence.json").write_text(json.dumps(evidence, indent=2, sort_keys=True) + "\n")
         for name, picture in goldens.items():
             picture.save(fresh / "golden" / name)
-        replaced = Path(scratch) / "replaced"
+        replaced = _replaced_place(folder)
         if folder.exists():
+            replaced.parent.mkdir(exist_ok=True)
             folder.rename(replaced)
         try:
             fresh.rename(folder)
@@ -298,6 +333,12 @@ def _write(folder: Path, config: GenerationConfig, evidence: Mapping[str, Any], 
             if replaced.exists():
                 replaced.rename(folder)
             raise
+
+
+def _replaced_place(folder: Path) -> Path:
+    """Where the slot goes that a promotion replaces: `.replaced/NAME-TIME`, which does not exist yet."""
+    when = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    return folder.parent / REPLACED / f"{folder.name}-{when}"
 
 
 # A picture of 8 bits cannot show float32's 1e-3 better than by one step of a sample, where a value is rounded the

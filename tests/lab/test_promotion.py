@@ -110,7 +110,7 @@ def test_a_second_promotion_replaces_the_first_and_says_so(slot):
     assert second.evidence["replaces"] == CONFIG.digest
     assert second.config == OTHER
     assert len(second.goldens) == 1
-    assert [path.name for path in slot.parent.iterdir()] == ["slot"], "no scratch is left"
+    assert sorted(path.name for path in slot.parent.iterdir()) == [".replaced", "slot"], "no scratch is left"
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,8 @@ def test_a_promotion_that_fails_midway_leaves_the_old_slot_whole(slot, monkeypat
         put(slot, OTHER)
     assert contents(slot) == before
     assert load_slot(slot).config == CONFIG
-    assert [path.name for path in slot.parent.iterdir()] == ["slot"]
+    assert [path.name for path in slot.parent.iterdir() if path.name != ".replaced"] == ["slot"]
+    assert not list(slot.parent.glob(".replaced/*"))
 
 
 PROMOTING = """
@@ -279,7 +280,8 @@ def test_of_promotions_at_the_same_time_one_wins_and_the_others_are_told(slot, h
     lost = [words for words in said if words != "promoted"]
     expected = f"compared with, {held.digest if held else 'nothing'}; it holds {winner.digest}"
     assert all(expected in words for words in lost), lost
-    assert [path.name for path in slot.parent.iterdir()] == ["slot"], "neither scratch nor a lock is left"
+    left = {path.name for path in slot.parent.iterdir()} - {".replaced"}
+    assert left == {"slot"}, "neither scratch nor a lock is left"
 
 
 def test_promotions_wait_for_one_another(slot, monkeypatch):
@@ -461,3 +463,67 @@ def test_the_evidence_is_readable_json(slot):
     put(slot)
     text = (slot / "evidence.json").read_text()
     assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
+
+
+def not_a_slot(tmp_path: Path, kind: str) -> Path:
+    """What somebody may name as SLOT by mistake."""
+    place = tmp_path / "place"
+    if kind == "a file":
+        place.write_text("# Read me")
+        return place
+    place.mkdir()
+    if kind == "a folder with notes":
+        (place / "notes.md").write_text("three weeks of work")
+    elif kind == "a folder of slots":
+        put(place / "nano")
+    elif kind == "another program's config.toml":
+        (place / "config.toml").write_text('baseURL = "https://example.org"')
+    else:
+        put(place)
+        (place / "notes.md").write_text("why these hats")
+    return place
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "a file",
+        "a folder with notes",
+        "a folder of slots",
+        "another program's config.toml",
+        "a slot with a file of somebody's",
+    ],
+)
+def test_a_promotion_touches_nothing_that_is_no_slot(kind, tmp_path):
+    place = not_a_slot(tmp_path, kind)
+    before = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SlotError, match="may only write to a path where nothing is, an empty folder, or a slot"):
+        served(place)
+    with pytest.raises(SlotError, match="may only write to a path where nothing is, an empty folder, or a slot"):
+        promote(CONFIG, place, pictures=[picture()], why="x", who="x", allow_dirty=True)
+    assert {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_empty_folder_becomes_a_slot(slot):
+    slot.mkdir(parents=True)
+    assert put(slot).digest == CONFIG.digest
+
+
+def test_what_a_slot_held_can_be_brought_back(slot):
+    put(slot)
+    before = contents(slot)
+    put(slot, OTHER, judged=judged(OTHER, CONFIG))
+    put(slot, CONFIG, judged=judged(CONFIG, OTHER))
+    first, second = sorted((slot.parent / ".replaced").iterdir())
+    assert contents(first) == before
+    assert load_slot(first).digest == CONFIG.digest
+    assert load_slot(second).digest == OTHER.digest
+
+
+def test_a_link_to_a_slot_stays_a_link(slot, tmp_path):
+    put(slot)
+    link = tmp_path / "current"
+    link.symlink_to(slot)
+    put(link, OTHER, judged=judged(OTHER, CONFIG))
+    assert link.is_symlink()
+    assert load_slot(slot).digest == OTHER.digest
