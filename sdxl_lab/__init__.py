@@ -1,8 +1,7 @@
 """SDXL Lab: what a researcher tuned is, provably, what the product serves."""
 
-import os
+from .environment import prepare
 
 __version__ = "0.1.0"
 
-# transformers warns at import that torchvision is missing; nothing here uses it.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+prepare()
