@@ -52,7 +52,7 @@ pictures: .venv/.installed system ## The documentation's pictures, tables and gr
 	$(PY) -m docs.generated
 	$(PY) docs/screenshot.py
 	SDXL_SCREENSHOT=docs/explore.png $(PY) -m pytest tests/browser/test_jupyterlab.py -k looks
-	$(PY) -m sdxl_lab.nano.recipe.evaluate --guidance-scale 3
+	$(PY) -m recipes.nano.evaluate --guidance-scale 3
 	cp runs/nano/evaluation/cats.png docs/
 	$(PY) -m sdxl_lab sweep studies/nano_confirm.toml
 	$(PY) -m sdxl_lab sweep studies/nano_final.toml
@@ -63,7 +63,7 @@ lock: .venv/.installed ## requirements.lock anew from requirements.txt, with the
 	  --python-version 3.11 --python-platform x86_64-unknown-linux-gnu --output-file requirements.lock
 
 train: .venv/.installed system ## Train nano, the miniature SDXL, from nothing; resumes
-	$(PY) -m sdxl_lab.nano.recipe
+	$(PY) -m recipes.nano
 
 clean: ## Remove .venv and caches; never runs/ or images/
 	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache

@@ -19,8 +19,8 @@ from diffusers import StableDiffusionXLPipeline
 from fastapi import FastAPI, Response
 from pydantic import BaseModel
 
-from sdxl_lab import schedulers
-from sdxl_lab.models import folder_of
+from sdxl_lab.diffusion import schedulers
+from sdxl_lab.diffusion.models import folder_of
 
 
 class Asked(BaseModel):

@@ -11,13 +11,13 @@ from scipy.stats import mannwhitneyu, spearmanr
 
 from bench.measure import Report
 from bench.settings import Size, config_of
-from sdxl_lab.engine import Engine
+from recipes.nano.evaluate import held_out_scenes, verdict
+from recipes.nano.judge import Verdict
+from recipes.nano.scenes import COLOURS, NOUNS, RELATIONS, Scene, caption, render
+from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.evaluation.metrics import Metric, clip_score, interval
 from sdxl_lab.images import Picture
-from sdxl_lab.metrics import Metric, clip_score, interval
-from sdxl_lab.nano.recipe.evaluate import held_out_scenes, verdict
-from sdxl_lab.nano.recipe.judge import Verdict
-from sdxl_lab.nano.recipe.scenes import COLOURS, NOUNS, RELATIONS, Scene, caption, render
-from sdxl_lab.trajectory import Job
 
 GUIDANCE = (1.0, 3.0, 6.0)
 PARTS = ("right", "colour", "noun", "relation")

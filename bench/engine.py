@@ -16,10 +16,10 @@ from bench.measure import Report, alternate, ratios
 from bench.rooms import room
 from bench.settings import FLOAT32, PROMPTS, Size, config_of
 from sdxl_lab.config import SCHEDULERS, GenerationConfig
-from sdxl_lab.engine import Cancelled, Engine
+from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.engine import Cancelled, Engine
+from sdxl_lab.diffusion.models import Models, load
 from sdxl_lab.images import max_difference
-from sdxl_lab.models import Models, load
-from sdxl_lab.trajectory import Job
 
 
 def seconds(work: Callable[[], object]) -> float:

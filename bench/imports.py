@@ -9,7 +9,7 @@ from functools import partial
 from bench.measure import Report, Trial, alternate, ratios
 from bench.settings import Size
 
-MODULES = ("sdxl_lab.config", "service.app", "sdxl_lab.engine", "diffusers")
+MODULES = ("sdxl_lab.config", "service.app", "sdxl_lab.diffusion.engine", "diffusers")
 
 
 def imported(module: str) -> float:

@@ -17,8 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sdxl_lab.plots import COLOURS, STYLE
-from sdxl_lab.sheet import INK
+from sdxl_lab.research.plots import COLOURS, STYLE
+from sdxl_lab.research.sheet import INK
 
 RESULTS = Path(__file__).parent / "results"
 Trial = Callable[[], float]

@@ -27,10 +27,10 @@ from bench.measure import Report, plot
 from bench.settings import FLOAT32, Size, config_of, varied_body
 from bench.soak import OVER, Ledger, reconcile
 from sdxl_lab.config import GenerationConfig
-from sdxl_lab.engine import Engine
+from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.images import max_difference, open_picture
-from sdxl_lab.plots import COLOURS
-from sdxl_lab.trajectory import Job
+from sdxl_lab.research.plots import COLOURS
 
 SEED = 6
 CLIENTS = 8

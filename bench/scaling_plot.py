@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from bench.measure import plot
-from sdxl_lab.plots import COLOURS, MARKS
-from sdxl_lab.sheet import FAINT, INK
+from sdxl_lab.research.plots import COLOURS, MARKS
+from sdxl_lab.research.sheet import FAINT, INK
 
 MINUTE = 60.0
 

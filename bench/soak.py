@@ -22,7 +22,7 @@ from bench.clients import metrics, request
 from bench.measure import Report, plot
 from bench.servers import server
 from bench.settings import PROMPTS, Size, config_of, varied_body
-from sdxl_lab.plots import COLOURS
+from sdxl_lab.research.plots import COLOURS
 
 CLIENTS = 24
 QUEUE = 12  # that wait at most: fewer than the clients, so that some are refused

@@ -10,8 +10,8 @@ import grimp
 import networkx
 
 from bench import cost, measure
+from service.api.problems import TABLE as PROBLEMS
 from service.app import create_app
-from service.problems import TABLE as PROBLEMS
 from service.settings import TABLE as SETTINGS
 from service.settings import Settings, default
 
@@ -22,21 +22,26 @@ COMPACT = '%%{init: {"flowchart": {"nodeSpacing": 18, "rankSpacing": 32, "paddin
 PART = re.compile(r"<!-- generated: ([\w ]+) -->\n.*?<!-- end -->", re.S)
 
 
-def rooms() -> networkx.DiGraph:
-    """What each module of the library and of the service imports, without what it has at second hand anyway."""
-    code = grimp.build_graph("sdxl_lab", "service")
+def imports() -> networkx.DiGraph:
+    """What each room of the library and each module of the service imports, without what it has at second hand anyway."""
+    code = grimp.build_graph("sdxl_lab", "service", cache_dir=None)
     graph = networkx.DiGraph()
     for module in code.modules:
         for other in code.find_modules_directly_imported_by(module):
-            user, used = (".".join(name.split(".")[:2]) for name in (module, other))
-            if "." in used and user != used and not user.endswith("__main__") and "nano" not in user:
+            user, used = (_shown(name) for name in (module, other))
+            if "." in used and user != used and not user.endswith("__main__"):
                 graph.add_edge(user, used)
     return networkx.transitive_reduction(graph)
 
 
+def _shown(module: str) -> str:
+    """The node that a module belongs to."""
+    return ".".join(module.split(".")[: 2 if module.startswith("sdxl_lab") else 3])
+
+
 def diagram(package: str) -> str:
     """The modules of a package and what of others they import, in mermaid's notation."""
-    edges = sorted(edge for edge in rooms().edges if edge[0].startswith(package))
+    edges = sorted(edge for edge in imports().edges if edge[0].startswith(package))
     lines = (f"  {user} --> {used}".replace(f"{package}.", "") for user, used in edges)
     return "\n".join(["```mermaid", COMPACT, "flowchart LR", *lines, "```"])
 

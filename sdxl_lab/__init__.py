@@ -1,6 +1,6 @@
 """SDXL Lab: what a researcher tuned is, provably, what the product serves."""
 
-from .environment import prepare
+from sdxl_lab.environment import prepare
 
 __version__ = "0.1.0"
 

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .config import MAX_SEED, SCHEDULERS, ConfigError, GenerationConfig, RefinerConfig
-from .notebook import NotebookError
+from sdxl_lab import __version__
+from sdxl_lab.config import MAX_SEED, SCHEDULERS, ConfigError, GenerationConfig, RefinerConfig
+from sdxl_lab.notebook.runner import NotebookError
 
 STOPPED = 130  # what a shell expects of a program ended by Ctrl-C
 
@@ -136,7 +136,7 @@ def _generate(asked: argparse.Namespace) -> None:
     refined = None
     prompt, seed = asked.prompt, asked.seed
     if asked.like:
-        from .images import read_record
+        from sdxl_lab.images import read_record
 
         record = read_record(asked.like)
         config = GenerationConfig.from_dict(record["config"])
@@ -155,8 +155,8 @@ def _generate(asked: argparse.Namespace) -> None:
     if asked.out.suffix.lower() != ".png":
         raise ValueError(f"--out must end in .png, since only PNG carries the record; received '{asked.out}'")
 
-    from .engine import Engine
-    from .trajectory import Job
+    from sdxl_lab.diffusion.denoising import Job
+    from sdxl_lab.diffusion.engine import Engine
 
     job = Job(config, prompt, seed)
     with Engine.load(config) as engine:
@@ -169,7 +169,7 @@ def _generate(asked: argparse.Namespace) -> None:
 
 def _source(engine: Any, record: dict[str, Any]) -> Any:
     """The picture that a refined one started from, drawn again from the record inside its record."""
-    from .trajectory import Job, Source
+    from sdxl_lab.diffusion.denoising import Job, Source
 
     parent = record["source"]
     above = _source(engine, parent) if "source" in parent else None
@@ -195,7 +195,7 @@ def _draw(engine: Any, job: Any) -> Any:
 
 
 def _show(asked: argparse.Namespace) -> None:
-    from .images import a1111_parameters, read_record
+    from sdxl_lab.images import a1111_parameters, read_record
 
     record = read_record(asked.file)
     print(
@@ -206,10 +206,10 @@ def _show(asked: argparse.Namespace) -> None:
 
 
 def _promote(asked: argparse.Namespace) -> None:
-    from . import trial
-    from .difference import difference_table
-    from .promotion import clean_state, promote, read_judged, served
-    from .trajectory import Job
+    from sdxl_lab.diffusion.denoising import Job
+    from sdxl_lab.evaluation import comparison as trial
+    from sdxl_lab.release.diff import difference_table
+    from sdxl_lab.release.slot import clean_state, promote, read_judged, served
 
     clean_state(asked.allow_dirty)
     config = trial.candidate_of(asked.candidate)
@@ -237,7 +237,7 @@ def _promote(asked: argparse.Namespace) -> None:
 
 
 def _plan(asked: argparse.Namespace) -> Any:
-    from .trial import Plan
+    from sdxl_lab.evaluation.comparison import Plan
 
     plan = Plan.from_toml(asked.plan) if asked.plan else Plan()
     return dataclasses.replace(
@@ -246,8 +246,8 @@ def _plan(asked: argparse.Namespace) -> Any:
 
 
 def _verify(asked: argparse.Namespace) -> None:
-    from .promotion import load_slot
-    from .regression import regress
+    from sdxl_lab.evaluation.regression import regress
+    from sdxl_lab.release.slot import load_slot
 
     found = regress(load_slot(asked.slot), metrics=False)
     for golden in found.goldens:
@@ -259,9 +259,9 @@ def _verify(asked: argparse.Namespace) -> None:
 
 
 def _diff(asked: argparse.Namespace) -> None:
-    from .difference import difference_table
-    from .promotion import load_slot
-    from .trial import candidate_of
+    from sdxl_lab.evaluation.comparison import candidate_of
+    from sdxl_lab.release.diff import difference_table
+    from sdxl_lab.release.slot import load_slot
 
     before = load_slot(asked.slot)
     if asked.candidate.is_dir():
@@ -273,7 +273,7 @@ def _diff(asked: argparse.Namespace) -> None:
 
 
 def _notebook(asked: argparse.Namespace) -> None:
-    from . import notebook
+    from sdxl_lab.notebook import runner as notebook
 
     words = {}
     for pair in asked.parameter:
@@ -287,7 +287,7 @@ def _notebook(asked: argparse.Namespace) -> None:
 
 
 def _sweep(asked: argparse.Namespace) -> None:
-    from .sweep import OUT, Sweep, run, summary
+    from sdxl_lab.research.sweep import OUT, Sweep, run, summary
 
     sweep = Sweep.from_toml(asked.file)
     out = asked.out or OUT / sweep.name
@@ -319,7 +319,7 @@ def _cells_bar() -> Iterator[Callable[[Any], None]]:
 
 
 def _tune(asked: argparse.Namespace) -> None:
-    from .tune import OUT, Plan, tune
+    from sdxl_lab.research.tune import OUT, Plan, tune
 
     plan = Plan.from_toml(asked.file)
     out = asked.out or OUT / plan.name

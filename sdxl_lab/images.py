@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from .config import canonical
+from sdxl_lab.config import canonical
 
 RECORD_KEY = "sdxl_lab"
 # The 48 bits that Stability's reference code and diffusers' StableDiffusionXLWatermarker write.

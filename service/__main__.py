@@ -4,10 +4,10 @@ import socket
 import sys
 
 from sdxl_lab.config import ConfigError
-from sdxl_lab.promotion import SlotError
-from service import logs
+from sdxl_lab.release.slot import SlotError
 from service.app import create_app
-from service.process import Server
+from service.server import logging as logs
+from service.server.process import Server
 from service.settings import Settings, SettingsError, documentation
 
 

@@ -16,13 +16,13 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from sdxl_lab import __version__
-from service.auth import Auth, describe
-from service.edge import Edge, told
-from service.problems import MEDIA_TYPE, ProblemBody
-from service.routes import images, openai, ops, page
-from service.schemas import bounded
+from service.api import images, openai, ops, page
+from service.api.problems import MEDIA_TYPE, ProblemBody
+from service.api.schemas import bounded
+from service.jobs.manager import Studio
+from service.server.auth import Auth, describe
+from service.server.middleware import Edge, told
 from service.settings import Settings
-from service.studio import Studio
 
 METHODS = ("GET", "POST", "DELETE")
 CORS: dict[str, Any] = {

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sdxl_lab.promotion import Comparison, Slot, compare_golden
+from sdxl_lab.release.slot import Comparison, Slot, compare_golden
 
 if TYPE_CHECKING:
-    from sdxl_lab.engine import Engine
+    from sdxl_lab.diffusion.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,8 @@ class Attestation:
 
 def attest(slot: Slot, engine: "Engine") -> Attestation:
     """Draw every golden of `slot` and compare it. Raises `Cancelled` or `EngineStopped` where the engine is closed."""
-    from sdxl_lab.engine import Cancelled, EngineStopped
-    from sdxl_lab.trajectory import Job
+    from sdxl_lab.diffusion.denoising import Job
+    from sdxl_lab.diffusion.engine import Cancelled, EngineStopped
 
     began = time.monotonic()
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from sdxl_lab.config import ConfigError, RuntimeProfile
-from sdxl_lab.store import check_place
+from service.jobs.store import check_place
 
 PROMOTED = Path(__file__).parent / "promoted"
 LOG_LEVELS = ("debug", "info", "warning", "error")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from sdxl_lab.cells import Cells
-from sdxl_lab.metrics import paired
-from sdxl_lab.plots import picture_grid, quality_against_cost
-from sdxl_lab.sweep import OUT, read_table
+from sdxl_lab.evaluation.metrics import paired
+from sdxl_lab.research.cache import Cells
+from sdxl_lab.research.plots import picture_grid, quality_against_cost
+from sdxl_lab.research.sweep import OUT, read_table
 
 METRICS = ("scene_right", "scene_parts", "clip_score")
 SERVED = "nano_served"

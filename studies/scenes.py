@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterator, Sequence
 
+from recipes.nano.judge import TOWARDS, Verdict, judge
+from sdxl_lab.evaluation.metrics import Metric
 from sdxl_lab.images import Picture
-from sdxl_lab.metrics import Metric
-from sdxl_lab.nano.recipe.judge import TOWARDS, Verdict, judge
 
 THING = r"an? (?:small |large )?(\w+) (\w+)"
 PROMPT = re.compile(rf"{THING}(?: ({'|'.join(TOWARDS)}) {THING})? on an? (\w+) background")
@@ -33,6 +33,6 @@ def _parts(pictures: Sequence[Picture], _: Sequence[Picture]) -> Iterator[float]
         yield (found.background + found.count + found.colour + found.noun + found.relation) / 5
 
 
-JUDGE = "sdxl_lab/nano/recipe/judge.py"
+JUDGE = "recipes/nano/judge.py"
 scene_right = Metric("scene_right", "higher", f"{JUDGE}: all five parts of the prompt are in the picture", _right)
 scene_parts = Metric("scene_parts", "higher", f"{JUDGE}: the share of the five parts that are in the picture", _parts)

@@ -25,7 +25,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `base/` and `refiner/`: the shape of nano with random weights."""
     import torch
 
-    from sdxl_lab.nano.recipe import clip, publish, unet, vae, words
+    from recipes.nano import clip, publish, unet, vae, words
 
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)

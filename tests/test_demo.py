@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdxl_lab.images import max_difference, open_picture, read_record
-from sdxl_lab.promotion import load_slot
+from sdxl_lab.release.slot import load_slot
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("notebook/golden", "served-generate", "served-generate-again")

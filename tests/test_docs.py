@@ -37,7 +37,7 @@ ELSEWHERE = {
     "make check": ".ci/run",
     "make test": ".ci/run",
     "make test-fast": "a part of make test",
-    "make notebooks": "notebooks/, one by one, through sdxl_lab/notebook.py",
+    "make notebooks": "notebooks/, one by one, through sdxl_lab/notebook/runner.py",
     "make bench": "test_bench.py",
     "make train": "lab/test_recipe.py, with --tiny",
     "accelerate launch --multi_gpu --num_processes 2 -m sdxl_lab sweep studies/first_sweep.toml": (
@@ -157,7 +157,7 @@ def test_what_asks_the_service_is_answered(clone: Path) -> None:
 
 
 def test_the_map_is_the_tree() -> None:
-    """Each line of the map names something that exists, and every module of the library is on it."""
+    """Each line of the map names something that exists, and every room is on it."""
     tree = README.split("```text\n")[1].split("```")[0]
     folder = Path()
     named = set()
@@ -169,6 +169,8 @@ def test_the_map_is_the_tree() -> None:
             folder = path = Path(name)
         assert (ROOT / path).exists(), f"the README's map names {path}"
         named.add(path)
-    modules = {p.relative_to(ROOT) for p in (ROOT / "sdxl_lab").glob("*.py") if not p.name.startswith("__")}
+    rooms = [*(ROOT / "sdxl_lab").iterdir(), *(ROOT / "service").iterdir()]
+    modules = {p.relative_to(ROOT) for p in rooms if (p.suffix == ".py" or p.is_dir()) and not p.name.startswith("__")}
+    modules = {p for p in modules if p.suffix != ".py" or p.parts[0] == "sdxl_lab"}
     notebooks = {p.relative_to(ROOT) for p in (ROOT / "notebooks").glob("*.ipynb")}
     assert modules | notebooks <= named

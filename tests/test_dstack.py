@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from sdxl_lab.promotion import load_slot
+from sdxl_lab.release.slot import load_slot
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.name for path in ROOT.glob("*.dstack.yml") if not path.name.startswith("fleet"))
@@ -214,7 +214,7 @@ def tree_with_weights(tmp_path):
         "service/promoted/sdxl/config.toml": 100,
         "service/promoted/nano/golden/cat.png": 100,
         "sdxl_lab/config.py": 100,
-        "sdxl_lab/nano/recipe/train.py": 100,
+        "recipes/nano/train.py": 100,
         "sdxl_lab/nano/base/model_index.json": 100,
         "sdxl_lab/nano/base/unet/diffusion_pytorch_model.fp16.safetensors": 3 * 1024 * 1024,
         ".venv/bin/python": 100,
@@ -234,7 +234,7 @@ def test_the_ignore_files_leave_code_and_promotions_only(dstack, tree_with_weigh
         ".gitignore",
         "requirements.txt",
         "sdxl_lab/config.py",
-        "sdxl_lab/nano/recipe/train.py",
+        "recipes/nano/train.py",
         "service/app.py",
         "service/promoted/sdxl/config.toml",
     }

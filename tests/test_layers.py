@@ -24,7 +24,7 @@ def test_imports_point_one_way():
 @pytest.fixture
 def tree(tmp_path):
     """The modules of our tree without their contents: a blank ground for one forbidden import."""
-    for package in ("sdxl_lab", "service"):
+    for package in ("sdxl_lab", "service", "recipes"):
         for source in (ROOT / package).rglob("*.py"):
             target = tmp_path / source.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -40,15 +40,15 @@ def test_modules_without_imports_keep_every_contract(tree):
 
 FORBIDDEN = [
     ("sdxl_lab/config.py", "import service"),
-    ("sdxl_lab/engine.py", "import notebooks"),
-    ("sdxl_lab/config.py", "from sdxl_lab import schedulers"),
-    ("sdxl_lab/models.py", "from sdxl_lab.engine import Engine"),
+    ("sdxl_lab/diffusion/engine.py", "import notebooks"),
+    ("sdxl_lab/config.py", "from sdxl_lab.diffusion import schedulers"),
+    ("sdxl_lab/diffusion/models.py", "from sdxl_lab.evaluation import metrics"),
     ("sdxl_lab/config.py", "import torch"),
     ("sdxl_lab/utils.py", ""),
     ("service/__init__.py", "from sdxl_lab import cli"),
-    ("service/__init__.py", "import sdxl_lab.metrics"),
+    ("service/__init__.py", "import sdxl_lab.evaluation.metrics"),
     ("service/__init__.py", "import bench"),
-    ("sdxl_lab/cli.py", "from sdxl_lab.nano import recipe"),
+    ("sdxl_lab/cli.py", "import recipes.nano"),
 ]
 
 

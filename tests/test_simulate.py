@@ -12,7 +12,7 @@ import pytest
 from dstack._internal.proxy.gateway.schemas.stats import Stat
 
 from bench.simulate import Cost, Rule, Scaling, called_for, capacity, fleet, mixed, poisson, routes
-from sdxl_lab.pace import Load, Pace, forecast
+from sdxl_lab.diffusion.latency import Load, Pace, forecast
 
 ALONE = Rule(rows=2, queue=10**9)
 COST = Cost(call=0.03, row=0.02, picture=0.04, beside=0.01)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from recipes.nano.scenes import caption, render, sample_scene
 from sdxl_lab.images import Picture
-from sdxl_lab.nano.recipe.scenes import caption, render, sample_scene
-from sdxl_lab.sweep import Sweep
-from sdxl_lab.tune import Plan
+from sdxl_lab.research.sweep import Sweep
+from sdxl_lab.research.tune import Plan
 from studies.scenes import scene_parts, scene_right
 
 FILES = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))

@@ -33,7 +33,7 @@ def lively_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def tiny_models(tiny_model: Path) -> Any:
     """The random model's parts, loaded once, in float32."""
-    from sdxl_lab.models import load
+    from sdxl_lab.diffusion.models import load
 
     return load(
         ModelRef(base=str(tiny_model / "base"), refiner=str(tiny_model / "refiner")),
@@ -45,7 +45,7 @@ def tiny_models(tiny_model: Path) -> Any:
 def nano() -> Iterator[Any]:
     """An engine on the shipped miniature, in float32."""
     from sdxl_lab.config import GenerationConfig
-    from sdxl_lab.engine import Engine
+    from sdxl_lab.diffusion.engine import Engine
 
     with Engine.load(GenerationConfig(), RuntimeProfile(device="cpu", dtype="float32")) as engine:
         yield engine
@@ -54,7 +54,7 @@ def nano() -> Iterator[Any]:
 @pytest.fixture
 def start(tiny_models: Any) -> Iterator[Callable[..., Any]]:
     """Starts engines on the random model, which takes no time, and closes them after the test."""
-    from sdxl_lab.engine import Engine
+    from sdxl_lab.diffusion.engine import Engine
 
     with ExitStack() as stack:
 
@@ -83,7 +83,7 @@ def submitted(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.fixture
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C comes as soon as cells are drawn."""
-    from sdxl_lab.cells import Cells
+    from sdxl_lab.research.cache import Cells
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -94,7 +94,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def at_hand(monkeypatch: pytest.MonkeyPatch, tiny_models: Any, tiny_config: Any) -> None:
     """Whoever loads the random model has it at once; a foreign one is loaded in earnest."""
-    from sdxl_lab import engine
+    from sdxl_lab.diffusion import engine
 
     load = engine.load
     monkeypatch.setattr(
@@ -105,7 +105,8 @@ def at_hand(monkeypatch: pytest.MonkeyPatch, tiny_models: Any, tiny_config: Any)
 @pytest.fixture
 def clean_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     """The work tree has a commit and no changes, whatever this one has."""
-    from sdxl_lab import promotion, trial
+    from sdxl_lab.evaluation import comparison as trial
+    from sdxl_lab.release import slot as promotion
 
     for module in (promotion, trial):
         monkeypatch.setattr(module, "git_state", lambda: ("c0ffee", False))

@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_lab import cli, engine, promotion, regression, trial
+from sdxl_lab import cli
 from sdxl_lab.cli import STOPPED, main
 from sdxl_lab.config import GenerationConfig, RefinerConfig, RuntimeProfile
-from sdxl_lab.engine import Engine
+from sdxl_lab.diffusion import engine
+from sdxl_lab.diffusion.denoising import Job, Source
+from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.diffusion.models import ModelError
+from sdxl_lab.evaluation import comparison as trial
+from sdxl_lab.evaluation import regression
 from sdxl_lab.images import max_difference, open_picture, read_record
-from sdxl_lab.models import ModelError
-from sdxl_lab.trajectory import Job, Source
+from sdxl_lab.release import slot as promotion
 
 ROOT = Path(__file__).parents[2]
 
@@ -313,7 +317,7 @@ def test_ctrl_c_stops_within_a_step_and_writes_nothing(config_file, out, capsys,
 NOISY = """
 import sys
 from sdxl_lab import cli
-from sdxl_lab.engine import Engine
+from sdxl_lab.diffusion.engine import Engine
 predict = Engine._predict
 def told(self, name, inputs):
     print("step", flush=True)

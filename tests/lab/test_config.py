@@ -6,7 +6,6 @@ import math
 
 import pytest
 
-from sdxl_lab import schedulers
 from sdxl_lab.config import (
     FEWER_STEPS,
     MODELS,
@@ -20,6 +19,7 @@ from sdxl_lab.config import (
     checked_prompt,
     checked_seed,
 )
+from sdxl_lab.diffusion import schedulers
 
 RECORDS = (ModelRef, RefinerConfig, Limits, GenerationConfig, RuntimeProfile)
 RULES = [(kind, name) for kind in RECORDS for name in kind.RULES]

@@ -23,7 +23,7 @@ def test_a_choice_of_the_user_stays(name):
     assert len(environment.keys() & set(SPINNING)) == 1
 
 
-@pytest.mark.parametrize("door", ["sdxl_lab.cli", "service.app", "sdxl_lab.engine"])
+@pytest.mark.parametrize("door", ["sdxl_lab.cli", "service.app", "sdxl_lab.diffusion.engine"])
 def test_each_door_bounds_it_before_torch_is_there(door):
     """Reads what libgomp would read: the variable as it is when torch begins to load."""
     code = f"""

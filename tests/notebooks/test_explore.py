@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from sdxl_lab.engine import Engine
+from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.images import max_difference, open_picture, read_record
-from sdxl_lab.notebook import EXECUTED, ROOT, NotebookError, run
-from sdxl_lab.promotion import load_slot
-from sdxl_lab.trajectory import Job
+from sdxl_lab.notebook.runner import EXECUTED, ROOT, NotebookError, run
+from sdxl_lab.release.slot import load_slot
 
 
 def execute(**parameters: Any) -> None:

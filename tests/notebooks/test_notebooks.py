@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from sdxl_lab.notebook import ROOT, defaults
+from sdxl_lab.notebook.runner import ROOT, defaults
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from sdxl_lab.config import GenerationConfig
+from sdxl_lab.evaluation.comparison import Plan
+from sdxl_lab.evaluation.comparison import run as try_candidate
 from sdxl_lab.images import open_picture
-from sdxl_lab.notebook import EXECUTED, ROOT, NotebookError, run
-from sdxl_lab.promotion import load_slot, promote
-from sdxl_lab.trial import Plan
-from sdxl_lab.trial import run as try_candidate
+from sdxl_lab.notebook.runner import EXECUTED, ROOT, NotebookError, run
+from sdxl_lab.release.slot import load_slot, promote
 
 NANO = ROOT / "service/promoted/nano"
 PROMPTS = ["a cat", "a dog", "a red hat", "a blue boat", "a tree"]

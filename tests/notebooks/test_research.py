@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from sdxl_lab.config import GenerationConfig
-from sdxl_lab.notebook import EXECUTED, ROOT, run
-from sdxl_lab.sweep import read_table
+from sdxl_lab.notebook.runner import EXECUTED, ROOT, run
+from sdxl_lab.research.sweep import read_table
 
 PROMPTS = ["a red circle on a white background", "A cat in a hat"]
 

@@ -15,11 +15,11 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
 from sdxl_lab.config import GenerationConfig, Limits, ModelRef
-from sdxl_lab.promotion import promote
+from sdxl_lab.release.slot import promote
 from service.app import create_app
-from service.connection import Connection
+from service.jobs.manager import Studio
+from service.server.connection import Connection
 from service.settings import Settings
-from service.studio import Studio
 
 Serve = Callable[..., TestClient]
 NOBODYS = "5f2b8c1e-3d47-4a6b-9e0f-7c1d2a3b4c5d"  # a well-formed id that no picture has
@@ -41,8 +41,8 @@ def promoted(tiny_model: Path) -> GenerationConfig:
 @pytest.fixture(scope="session")
 def slot(promoted: GenerationConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Promoted with two goldens, so that a service that starts on it is attested in a moment."""
-    from sdxl_lab.engine import Engine
-    from sdxl_lab.trajectory import Job
+    from sdxl_lab.diffusion.denoising import Job
+    from sdxl_lab.diffusion.engine import Engine
 
     folder = tmp_path_factory.mktemp("promoted") / "tiny"
     with Engine.load(promoted) as engine:

@@ -13,14 +13,15 @@ import obstore
 import pytest
 import torch
 
-from sdxl_lab import engine as engines
-from sdxl_lab.engine import Engine
+from sdxl_lab.diffusion import engine as engines
+from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.images import max_difference, open_picture
-from sdxl_lab.store import UnknownPicture
-from sdxl_lab.trajectory import Job
-from service import drawings, keeper
-from service.jobs import Order, Step
-from service.problems import Stopping
+from service.api.problems import Stopping
+from service.jobs import drawings
+from service.jobs import recovery as keeper
+from service.jobs.job import Order, Step
+from service.jobs.store import UnknownPicture
 from tests.service.conftest import wait_for
 
 PROMPT = {"prompt": "a red ring"}

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from sdxl_lab.config import ModelRef
-from sdxl_lab.engine import Engine
+from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.images import encode_png, open_picture, read_record
-from sdxl_lab.promotion import load_slot, promote
-from sdxl_lab.trajectory import Job
+from sdxl_lab.release.slot import load_slot, promote
 from service.app import create_app
 from service.settings import Settings
 from tests.service.conftest import wait_for

@@ -8,8 +8,8 @@ import logging
 import pytest
 
 from service.app import create_app
-from service.auth import OPEN, Auth
-from service.logs import JsonLines
+from service.server.auth import OPEN, Auth
+from service.server.logging import JsonLines
 from service.settings import Settings, SettingsError
 
 KEYS = ("first-key-0123456789", "second-key-0123456789")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sdxl_lab.config import MAX_SEED, SCHEDULERS
-from service.openai import ImagesRequest
-from service.schemas import GenerateRequest, RefineRequest
+from service.api.openai_schemas import ImagesRequest
+from service.api.schemas import GenerateRequest, RefineRequest
 from service.settings import Settings
 from tests.service.conftest import serving
 

@@ -11,8 +11,8 @@ import uuid
 import pytest
 from PIL import Image
 
-from service import events
-from service.jobs import _due
+from service.api import sse as events
+from service.jobs.job import _due
 from tests.service.conftest import wait_for
 
 PROMPT = {"prompt": "a red ring"}

@@ -1,5 +1,5 @@
 """What the machine does to a service: its disk is full, read-only or gone, its clock jumps. HTTP's side of it;
-`tests/lab/test_store.py` has the store's own, `test_restart.py` and `test_process.py` the process's."""
+`tests/service/jobs/test_store.py` has the store's own, `test_restart.py` and `test_process.py` the process's."""
 
 import subprocess
 import time

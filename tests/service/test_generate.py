@@ -9,10 +9,10 @@ import uuid
 import numpy as np
 import pytest
 
+from sdxl_lab.diffusion.denoising import Job
 from sdxl_lab.images import open_picture, read_record
-from sdxl_lab.trajectory import Job
-from service.jobs import Order
-from service.problems import Stopping
+from service.api.problems import Stopping
+from service.jobs.job import Order
 from tests.service.conftest import wait_for
 
 PROMPT = {"prompt": "a red circle on a blue background"}

@@ -8,7 +8,8 @@ import uuid
 
 import pytest
 
-from service import connection, edge
+from service.server import connection
+from service.server import middleware as edge
 from service.settings import Settings
 from tests.service.conftest import serving, wait_for
 

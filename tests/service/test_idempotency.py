@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sdxl_lab.images import open_picture, read_record
-from service.jobs import derived
+from service.jobs.job import derived
 from tests.service.conftest import wait_for
 
 PROMPT = {"prompt": "a red ring"}

@@ -3,7 +3,7 @@
 import pytest
 
 from sdxl_lab.images import read_record
-from service.wishes import accepted
+from service.api.negotiation import accepted
 from tests.service.conftest import NOBODYS
 
 PROMPT = {"prompt": "a red ring", "negative_prompt": "blue", "seed": 3}

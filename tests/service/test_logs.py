@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from service import logs
+from service.server import logging as logs
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_picture_has_a_line_and_its_request_another(client, promoted, lines):
     found = lines()
     assert "secret" not in json.dumps(found)
     picture, request = (
-        next(line for line in found if line["logger"] == name) for name in ("service.drawings", "service.access")
+        next(line for line in found if line["logger"] == name) for name in ("service.jobs.drawings", "service.access")
     )
     for line in (picture, request):
         assert line["request"] == "r-1"

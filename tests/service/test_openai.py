@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdxl_lab.config import GenerationConfig
 from sdxl_lab.images import open_picture, read_record
-from service.openai import QUALITIES, ImagesRequest, answers
+from service.api.openai_schemas import QUALITIES, ImagesRequest, answers
 from service.settings import Settings
 from tests.service.conftest import serving, wait_for
 

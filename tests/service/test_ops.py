@@ -10,7 +10,7 @@ import pytest
 
 from sdxl_lab.config import ConfigError, ModelRef
 from sdxl_lab.images import open_picture
-from sdxl_lab.promotion import SlotError
+from sdxl_lab.release.slot import SlotError
 from service.app import create_app
 from service.settings import Settings
 from tests.service.conftest import wait_for, write_slot
@@ -42,7 +42,7 @@ def test_a_slot_without_evidence_says_so(serve, promoted, tmp_path):
 def test_while_the_models_load_the_service_is_alive_and_not_ready(serve, monkeypatch):
     import threading
 
-    from sdxl_lab.engine import Engine
+    from sdxl_lab.diffusion.engine import Engine
 
     gate, load = threading.Event(), Engine.load
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from service.routes.page import FOLDER
+from service.api.page import FOLDER
 
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 FILES = sorted(FOLDER.iterdir())

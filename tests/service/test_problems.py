@@ -9,7 +9,7 @@ import threading
 import obstore
 import pytest
 
-from service.problems import TABLE
+from service.api.problems import TABLE
 from tests.service.conftest import NOBODYS, wait_for
 
 PROMPT = {"prompt": "a red ring"}

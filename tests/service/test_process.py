@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from service.process import Watchdog
+from service.server.process import Watchdog
 from tests.service.conftest import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ TOKEN = "Bearer a-token-of-the-proxy"
 # `python -m service`, whose engine is slow, or is stuck once it has begun a picture.
 PROGRAM = """
 import sys, time
-from sdxl_lab.engine import Engine
+from sdxl_lab.diffusion.engine import Engine
 from service.__main__ import main
 predict, pause = Engine._predict, float(sys.argv.pop())
 Engine._predict = lambda *given: time.sleep(pause) or predict(*given)
@@ -112,7 +112,7 @@ def test_a_service_that_is_stopped_finishes_what_it_can_and_tells_the_others(slo
     log = served.log()
     lines = [json.loads(line) for line in log.splitlines()]
     assert len({line["request"] for line in lines if line["logger"] == "service.access"}) > 6
-    states = sorted(line["state"] for line in lines if line["logger"] == "service.drawings" and "state" in line)
+    states = sorted(line["state"] for line in lines if line["logger"] == "service.jobs.drawings" and "state" in line)
     assert states == ["cancelled", "cancelled", "done"]
     assert KEY not in log
     assert "token-of-the-proxy" not in log

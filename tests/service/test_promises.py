@@ -8,14 +8,14 @@ import obstore
 import pytest
 from starlette.testclient import TestClient
 
-from sdxl_lab import store as stores
+from sdxl_lab.diffusion.denoising import Job
 from sdxl_lab.images import max_difference, open_picture
-from sdxl_lab.store import Store, StoreUnreachable, UnknownPicture
-from sdxl_lab.trajectory import Job
-from service import drawings
 from service.app import create_app
-from service.jobs import derived, fingerprint
-from service.promises import Promises
+from service.jobs import drawings
+from service.jobs import store as stores
+from service.jobs.job import derived, fingerprint
+from service.jobs.leases import Promises
+from service.jobs.store import Store, StoreUnreachable, UnknownPicture
 from service.settings import Settings
 from tests.service.conftest import wait_for, wait_until_ready
 
@@ -228,7 +228,7 @@ def test_whoever_waits_is_told_how_it_ended_elsewhere(two, shared, promoted, end
     held = promise(shared, promoted)
     picture, _ = derived("anyone", ended)
     job = shared.job(held)
-    monkeypatch.setattr("service.studio._same_request", lambda *_: None)
+    monkeypatch.setattr("service.jobs.manager._same_request", lambda *_: None)
     shared.put_job(picture, job)
     arrived = studio(client).keeper._arrived
 
@@ -445,7 +445,7 @@ def test_looking_reads_each_ended_promise_once_and_forgets_it_after_a_day(shared
     for _ in range(3):
         assert promises.untended() == []
     assert sorted(reads) == sorted(ended)
-    monkeypatch.setattr("service.promises.TOLD", 0)
+    monkeypatch.setattr("service.jobs.leases.TOLD", 0)
     promises.untended()
     assert list(shared.job_names()) == []
 
@@ -457,7 +457,7 @@ def test_what_was_renewed_within_a_lease_is_not_read(shared, monkeypatch):
 
 
 def test_a_look_reads_only_so_many(shared, monkeypatch):
-    monkeypatch.setattr("service.promises.LOOKS", 2)
+    monkeypatch.setattr("service.jobs.leases.LOOKS", 2)
     for _ in range(5):
         shared.put_job(uuid.uuid4(), ASKED | {"state": "queued", "holder": "", "renewed": 1.0, "lease": 30})
     assert len(Promises(shared, 0).untended()) == 2

@@ -3,8 +3,8 @@ import uuid
 import numpy as np
 import pytest
 
+from sdxl_lab.diffusion.denoising import Job, Source
 from sdxl_lab.images import open_picture, read_record
-from sdxl_lab.trajectory import Job, Source
 from tests.service.conftest import NOBODYS
 
 

@@ -1,0 +1,1 @@
+"""Models, schedulers and the engine: from a request to pixels."""

@@ -1,0 +1,340 @@
+"""One picture on its way through the diffusion.
+
+A `Trajectory` owns its schedulers, its generator and its latents. It gives the rows of its next UNet call and takes the
+UNet's answer; who else shares that call it does not know. Step by step it does what diffusers'
+`StableDiffusionXLPipeline` and `StableDiffusionXLImg2ImgPipeline` do for one picture, draw for draw.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from PIL import Image
+
+from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig, checked_prompt, checked_seed
+from sdxl_lab.diffusion import schedulers
+from sdxl_lab.diffusion.models import Denoiser, Embedding, Models
+
+DenoiserName = Literal["base", "refiner"]
+Embed = Callable[[DenoiserName, str | None, bool], Embedding]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The picture that an image-to-image job starts from, the record that repeats it, and how much of the noise
+    schedule is gone through again (`strength`, above 0 to 1)."""
+
+    image: Image.Image
+    strength: float
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked: a configuration, a prompt, a seed. With `source`, the refiner goes over that picture again.
+
+    Raises `ConfigError` when something is out of its range, before any work.
+    """
+
+    config: GenerationConfig
+    prompt: str
+    seed: int
+    source: Source | None = None
+
+    def __post_init__(self) -> None:
+        checked_prompt(self.prompt)
+        checked_seed(self.seed)
+        if self.source is None:
+            return
+        strength = self.source.strength
+        if not (isinstance(strength, int | float) and 0 < strength <= 1):
+            raise ConfigError("strength", strength, "a number above 0, at most 1", 0.3)
+        if int(self.config.steps * strength) < 1:
+            raise ConfigError(
+                "strength", strength, f"at least 1/steps, here {1 / self.config.steps:.3g}, or no step is left", 0.3
+            )
+        if self.config.model.refiner is None:
+            raise ConfigError("model", self.config.model.base, "one with a refiner, since refining was asked", "nano")
+
+
+class Rows(NamedTuple):
+    """UNet inputs, one row or two (unguided, guided): latents (n, 4, h, w), timesteps (n,), text (n, 77, width),
+    pooled text (n, projection), micro-conditioning (n, 5 or 6)."""
+
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    hidden: torch.Tensor
+    pooled: torch.Tensor
+    time_ids: torch.Tensor
+
+    def padded(self, count: int) -> "Rows":
+        """The same with the last row repeated until there are `count`."""
+        more = count - len(self.timesteps)
+        return Rows(*(torch.cat([part, *[part[-1:]] * more]) for part in self)) if more else self
+
+
+def rows_of(job: Job) -> int:
+    """The most rows a picture takes in one call: two with guidance, else one."""
+    return 2 if job.config.guidance_scale > 1 else 1
+
+
+def calls_of(job: Job) -> int:
+    """The UNet calls a picture takes, by its settings alone: a second-order scheduler may make one less."""
+    strength = 1 if job.source is None else job.source.strength
+    return max(1, int(job.config.steps * strength) * schedulers.order(job.config.scheduler))
+
+
+def base_stop(scheduler: SchedulerMixin, handover: float) -> int:
+    """How many of the scheduler's timesteps the base makes, as `denoising_end` has it."""
+    cutoff = _cutoff(scheduler, handover)
+    return int((scheduler.timesteps >= cutoff).sum())
+
+
+def refiner_start(scheduler: SchedulerMixin, handover: float) -> int:
+    """The timestep index at which the refiner begins, as `denoising_start` has it: with a second-order scheduler never
+    between the two halves of a step."""
+    left = int((scheduler.timesteps < _cutoff(scheduler, handover)).sum())
+    if scheduler.order == 2 and left % 2 == 0:
+        left += 1
+    return len(scheduler.timesteps) - left
+
+
+def strength_start(scheduler: SchedulerMixin, steps: int, strength: float) -> int:
+    """The timestep index at which image-to-image begins."""
+    return max(steps - min(int(steps * strength), steps), 0) * scheduler.order
+
+
+def _cutoff(scheduler: SchedulerMixin, handover: float) -> int:
+    train = scheduler.config.num_train_timesteps
+    return round(train - handover * train)
+
+
+class Seen(NamedTuple):
+    """A step as the UNet saw it: the scaled latents it was given, its prediction after guidance, the timestep."""
+
+    scaled: torch.Tensor
+    prediction: torch.Tensor
+    timestep: float
+
+
+class Stage:
+    """A stretch of the schedule under one UNet."""
+
+    def __init__(self, name: DenoiserName, denoiser: Denoiser, job: Job, device: torch.device) -> None:
+        self.name, self.denoiser, self.config = name, denoiser, job.config
+        self.scheduler = schedulers.build(job.config.scheduler, denoiser.scheduler_config, seed=job.seed)
+        self.scheduler.set_timesteps(job.config.steps, device=device)
+        self.timesteps = self.scheduler.timesteps
+        self.index = 0
+        self.seen: Seen | None = None
+
+    def between(self, start: int, stop: int | None = None) -> "Stage":
+        """Keep only part of the schedule."""
+        self.scheduler.set_begin_index(start) if hasattr(self.scheduler, "set_begin_index") else None
+        self.timesteps = self.timesteps[start:stop]
+        return self
+
+    def condition(self, job: Job, embed: Embed, size: tuple[int, int]) -> None:
+        """Embed the prompts and set the micro-conditioning. `size` is the picture's (height, width)."""
+        config = self.config
+        scale = config.guidance_scale
+        self.guided = scale > 1 and self.denoiser.unet.config.time_cond_proj_dim is None
+        self.positive = embed(self.name, job.prompt, False)
+        self.negative = embed(self.name, config.negative_prompt, True) if self.guided else self.positive
+        device = self.positive.hidden.device
+        original = config.original_size or size
+        target = config.target_size or size
+        ids: list[tuple[float, ...]]
+        if self.denoiser.aesthetic:
+            scores = config.refiner or RefinerConfig()
+            # Here, and only here, the pipeline's unguided row has a crop of its own: (0, 0) where none is asked for.
+            ids = [
+                (*original, 0, 0, scores.negative_aesthetic_score),
+                (*original, *config.crop, scores.aesthetic_score),
+            ]
+        else:
+            ids = [(*original, *config.crop, *target)] * 2
+        self.time_ids = torch.tensor(ids, dtype=torch.float32, device=device)
+        self.guides = [self.guided and self._inside(float(t)) for t in self.timesteps]
+        accepted = inspect.signature(self.scheduler.step).parameters
+        self.options: dict[str, Any] = {"eta": 0.0} if "eta" in accepted else {}
+        self.takes_generator = "generator" in accepted
+
+    def _inside(self, timestep: float) -> bool:
+        """Whether guidance applies at this timestep's noise level."""
+        interval = self.config.guidance_interval
+        if interval is None:
+            return True
+        return interval[0] <= self._sigma(timestep) <= interval[1]
+
+    def _sigma(self, timestep: float) -> float:
+        sigmas = self.denoiser.sigmas
+        return float(np.interp(timestep, np.arange(len(sigmas)), sigmas))
+
+    def denoised(self) -> torch.Tensor | None:
+        """The clean latents (1, 4, h, w) that the last prediction points to; None before the first."""
+        if self.seen is None:
+            return None
+        scaled, prediction, timestep = self.seen
+        sigma = self._sigma(timestep)
+        signal, noise = 1 / (sigma**2 + 1) ** 0.5, sigma / (sigma**2 + 1) ** 0.5  # of the scaled latents
+        kind = self.scheduler.config.prediction_type
+        if kind == "sample":
+            return prediction
+        if kind == "v_prediction":
+            return signal * scaled - noise * prediction
+        return (scaled - noise * prediction) / signal
+
+    @property
+    def finished(self) -> bool:
+        return self.index >= len(self.timesteps)
+
+    def row_count(self) -> int:
+        return 2 if self.guides[self.index] else 1
+
+    @property
+    def total_rows(self) -> int:
+        """UNet rows of the whole stage: what it costs."""
+        return len(self.guides) + sum(self.guides)
+
+    def inputs(self, latents: torch.Tensor) -> Rows:
+        timestep = self.timesteps[self.index]
+        self._scaled = scaled = self.scheduler.scale_model_input(latents, timestep)
+        if self.guides[self.index]:
+            hidden = torch.cat([self.negative.hidden, self.positive.hidden])
+            pooled = torch.cat([self.negative.pooled, self.positive.pooled])
+            return Rows(torch.cat([scaled] * 2), timestep.float().repeat(2), hidden, pooled, self.time_ids)
+        return Rows(scaled, timestep.float().repeat(1), self.positive.hidden, self.positive.pooled, self.time_ids[1:])
+
+    def take(self, prediction: torch.Tensor, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Guidance, then the scheduler's own step: the latents of the next index."""
+        if self.guides[self.index]:
+            negative, positive = prediction.chunk(2)
+            prediction = guide(negative, positive, self.config.guidance_scale, self.config.guidance_rescale)
+        self.seen = Seen(self._scaled, prediction, float(self.timesteps[self.index]))
+        options = self.options | ({"generator": generator} if self.takes_generator else {})
+        timestep = self.timesteps[self.index]
+        after = self.scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
+        self.index += 1
+        return after.to(latents.dtype)
+
+
+def guide(negative: torch.Tensor, positive: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), with the rescale of Lin et al. 2023
+    (arXiv 2305.08891, section 3.4) by `rescale`."""
+    guided = negative + scale * (positive - negative)
+    if rescale > 0:
+        axes = list(range(1, positive.ndim))
+        matched = guided * (positive.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
+        guided = rescale * matched + (1 - rescale) * guided
+    return guided
+
+
+class Trajectory:
+    """One picture under way. `latents` (1, 4, h, w), float32 whatever the UNet's dtype, and `done` are the outcome;
+    `calls` of `total` are the UNet calls made so far. Raises `ConfigError` where the settings leave a stage without a
+    step."""
+
+    def __init__(self, models: Models, job: Job, embed: Embed) -> None:
+        self.job, self.models, self.calls = job, models, 0
+        self._last: Stage | None = None
+        self.generator = torch.Generator("cpu").manual_seed(job.seed)
+        config = job.config
+        if job.source is not None:
+            self.stages = [self._refine_stage(job.source)]
+            first = self.stages[0]
+            self.latents = self._noised(models.encode(job.source.image, self.generator), first)
+        else:
+            self.stages = self._ensemble(config.refiner)
+            noise = self._noise(config.height, config.width)
+            self.latents = noise * self.stages[0].scheduler.init_noise_sigma
+        height, width = (side * models.scale_factor for side in self.latents.shape[-2:])
+        for stage in self.stages:
+            stage.condition(job, embed, (height, width))
+            if not len(stage.timesteps):
+                raise ConfigError(
+                    "steps", config.steps, f"enough that both base and refiner get one ({stage.name} has none)", 25
+                )
+        self.total = sum(len(stage.timesteps) for stage in self.stages)
+
+    def _ensemble(self, refiner: RefinerConfig | None) -> list[Stage]:
+        models, job = self.models, self.job
+        base = Stage("base", models.base, job, models.device)
+        if refiner is None:
+            return [base.between(0)]
+        second = Stage("refiner", self._refiner(), job, models.device)
+        return [
+            base.between(0, base_stop(base.scheduler, refiner.handover)),
+            second.between(refiner_start(second.scheduler, refiner.handover)),
+        ]
+
+    def _refine_stage(self, source: Source) -> Stage:
+        stage = Stage("refiner", self._refiner(), self.job, self.models.device)
+        return stage.between(strength_start(stage.scheduler, self.job.config.steps, source.strength))
+
+    def _refiner(self) -> Denoiser:
+        if self.models.refiner is None:
+            raise ConfigError(
+                "refiner", "a refiner stage", "left out: these models were loaded without a refiner", "none"
+            )
+        return self.models.refiner
+
+    def _noise(self, height: int, width: int) -> torch.Tensor:
+        factor = self.models.scale_factor
+        shape = (1, self.models.vae.config.latent_channels, height // factor, width // factor)
+        return torch.randn(shape, generator=self.generator).to(self.models.device)
+
+    def _noised(self, latents: torch.Tensor, stage: Stage) -> torch.Tensor:
+        noise = torch.randn(latents.shape, generator=self.generator, dtype=latents.dtype).to(latents.device)
+        return stage.scheduler.add_noise(latents, noise, stage.timesteps[:1])
+
+    @property
+    def stage(self) -> Stage:
+        return next(stage for stage in self.stages if not stage.finished)
+
+    @property
+    def done(self) -> bool:
+        return all(stage.finished for stage in self.stages)
+
+    @property
+    def group(self) -> tuple[DenoiserName, int, int]:
+        """What must agree for two pictures to share a UNet call: the UNet and the latents' height and width."""
+        return self.stage.name, self.latents.shape[-2], self.latents.shape[-1]
+
+    def row_count(self) -> int:
+        return self.stage.row_count()
+
+    def inputs(self) -> Rows:
+        return self.stage.inputs(self.latents)
+
+    def take(self, prediction: torch.Tensor) -> None:
+        """The UNet's answer to `inputs()`, of the same number of rows."""
+        self._last = self.stage
+        self.latents = self._last.take(prediction, self.latents, self.generator)
+        self.calls += 1
+
+    def denoised(self) -> torch.Tensor | None:
+        """The clean latents that the last step points to, None before the first. Any thread may ask."""
+        return None if self._last is None else self._last.denoised()
+
+    def record(self) -> dict[str, Any]:
+        """What was asked, what the scheduler made of it, and what it cost, as plain values."""
+        job, config = self.job, self.job.config
+        record: dict[str, Any] = {
+            "prompt": job.prompt,
+            "negative_prompt": config.negative_prompt,
+            "seed": job.seed,
+            "config": config.to_dict(),
+            "digest": config.digest,
+            "sampler": schedulers.TABLE[config.scheduler].a1111,
+            "scheduler": schedulers.effective(self.stages[-1].scheduler),
+            "unet_calls": {stage.name: len(stage.timesteps) for stage in self.stages},
+            "unet_rows": {stage.name: stage.total_rows for stage in self.stages},
+        }
+        if job.source is not None:
+            record |= {"source": job.source.record, "strength": job.source.strength}
+        return record

@@ -1,0 +1,420 @@
+"""Weights to `Models`: the parts of an SDXL that the engine drives, loaded with diffusers' own pipelines.
+
+With `schedulers.py` and `trajectory.py` the only module that speaks diffusers. Knows nothing of batches, seeds or
+schedulers in use.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
+from PIL import Image
+
+from sdxl_lab.config import ModelRef, RuntimeProfile
+
+log = logging.getLogger(__name__)
+
+NANO = Path(__file__).parents[1] / "nano"
+
+# transformers builds models under a global default device: two loads at once would disturb each other.
+_LOADING = threading.Lock()
+
+
+class ModelError(ValueError):
+    """A checkpoint cannot be loaded, or lacks what is asked of it."""
+
+
+class Embedding(NamedTuple):
+    """A prompt as the UNet takes it: `hidden` (1, 77, width) and `pooled` (1, projection)."""
+
+    hidden: torch.Tensor
+    pooled: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """One UNet with the text encoders it listens to, and its pristine scheduler config.
+
+    `zero_negative`: without a negative prompt the unguided row gets zeros (SDXL base) instead of the empty prompt's
+    embedding (SDXL refiner). `aesthetic`: the last conditioning number is an aesthetic score, not the target size.
+    """
+
+    unet: UNet2DConditionModel
+    tokenizers: tuple[Any, ...]
+    text_encoders: tuple[Any, ...]
+    scheduler_config: Mapping[str, Any]
+    zero_negative: bool
+    aesthetic: bool
+
+    @torch.no_grad()
+    def embed(self, prompt: str) -> Embedding:
+        """The penultimate hidden states of all encoders side by side, and the last one's pooled projection, as
+        `StableDiffusionXLPipeline.encode_prompt` has them. Text beyond 77 tokens is cut."""
+        hidden = []
+        pooled = None
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            ids = tokenizer(
+                prompt,
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            output = encoder(ids.to(encoder.device), output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])
+            if output[0].ndim == 2:
+                pooled = output[0]
+        assert pooled is not None, "the last text encoder of an SDXL has a projection"
+        return Embedding(torch.cat(hidden, -1), pooled)
+
+    def embed_negative(self, prompt: str | None) -> Embedding:
+        if prompt is None and self.zero_negative:
+            like = self.embed("")
+            return Embedding(torch.zeros_like(like.hidden), torch.zeros_like(like.pooled))
+        return self.embed(prompt or "")
+
+    @cached_property
+    def sigmas(self) -> np.ndarray:
+        """The noise level of every training timestep, sqrt((1 - alpha_bar) / alpha_bar)."""
+        alphas = DDPMScheduler.from_config(dict(self.scheduler_config)).alphas_cumprod.double().numpy()
+        return np.asarray(np.sqrt((1 - alphas) / alphas))
+
+
+@dataclass(frozen=True)
+class Models:
+    """An SDXL on a device; `dtype` is the UNets'. `refiner` is None where the configuration has none. `latent_rgb`
+    (5, 3) is the linear map from latents to pixels that previews use."""
+
+    base: Denoiser
+    refiner: Denoiser | None
+    vae: AutoencoderKL
+    device: torch.device
+    dtype: torch.dtype
+    latent_rgb: np.ndarray
+
+    @property
+    def scale_factor(self) -> int:
+        """Pixels a latent is wide."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        """Latents (n, 4, h, w) to pixels (n, 8h, 8w, 3), float32 in [0, 1]. Where a VAE of half precision overflows,
+        as SDXL's own does in float16, those pictures alone are decoded again in float32."""
+        images, dtype = self._decoded(latents), self.vae.dtype
+        broken, pixels = ~torch.isfinite(images).flatten(1).all(1), _pixels(images)
+        if dtype != torch.float32 and broken.any():
+            log.warning("the VAE overflowed in %s: decoding again in float32", dtype)
+            try:
+                self.vae.to(torch.float32)
+                pixels[broken.cpu().numpy()] = _pixels(self._decoded(latents[broken]))
+            finally:
+                self.vae.to(dtype)
+        return pixels
+
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        mean, deviation = self._statistics()
+        latents = latents.to(self.vae.dtype) * deviation / self.vae.config.scaling_factor + mean
+        images: torch.Tensor = self.vae.decode(latents, return_dict=False)[0]
+        return images
+
+    @torch.no_grad()
+    def encode(self, image: Image.Image, generator: torch.Generator) -> torch.Tensor:
+        """A picture to one latent (1, 4, h, w) in float32, sampled from the posterior as img2img does."""
+        mean, deviation = self._statistics()
+        pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)[None]
+        pixels = (2 * pixels - 1).to(self.device, self.vae.dtype)
+        latents = self.vae.encode(pixels).latent_dist.sample(generator)
+        scaled: torch.Tensor = ((latents - mean) * self.vae.config.scaling_factor / deviation).float()
+        return scaled
+
+    def _statistics(self) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """The VAE's per-channel mean and deviation where its config has them, as fine-tuned SDXL VAEs may."""
+        mean, deviation = (getattr(self.vae.config, name, None) for name in ("latents_mean", "latents_std"))
+        if mean is None or deviation is None:
+            return 0.0, 1.0
+        shaped = [
+            torch.tensor(v, device=self.device, dtype=self.vae.dtype).view(1, -1, 1, 1) for v in (mean, deviation)
+        ]
+        return shaped[0], shaped[1]
+
+
+def _pixels(images: torch.Tensor) -> np.ndarray:
+    return np.asarray((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy())
+
+
+def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:
+    """Load a base, its refiner if named, and another VAE if named. Raises `ModelError`."""
+    profile = profile or RuntimeProfile()
+    device, dtype = placement(profile)
+    with loading():
+        base, refiner = _load_parts(ref, _dtypes(device, dtype))
+    parts = [
+        _steadied(base.vae),
+        base.unet,
+        base.text_encoder,
+        base.text_encoder_2,
+        *([refiner.unet] if refiner else []),
+    ]
+    for part in parts:
+        part.to(device).eval().requires_grad_(False)
+    for pipe in (base, refiner):
+        if pipe is not None:
+            _lay_out(pipe.unet, profile)
+    return Models(_denoiser(base), _denoiser(refiner) if refiner else None, base.vae, device, dtype, _latent_rgb(ref))
+
+
+def _steadied(vae: AutoencoderKL) -> AutoencoderKL:
+    """In float32 where its config says that its activations overflow float16."""
+    return vae.float() if vae.dtype == torch.float16 and vae.config.force_upcast else vae
+
+
+Dtypes = dict[str, torch.dtype]
+
+
+def _dtypes(device: torch.device, dtype: torch.dtype) -> Dtypes:
+    """Each part's dtype, as diffusers takes it. On a CPU the text encoders and the VAE, a small share of the work,
+    stay in float32: a bfloat16 VAE cannot even write 8-bit colours."""
+    return {"default": torch.float32 if device.type == "cpu" else dtype, "unet": dtype}
+
+
+def _lay_out(unet: UNet2DConditionModel, profile: RuntimeProfile) -> None:
+    if profile.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if profile.fuse_qkv:
+        unet.fuse_qkv_projections()
+    if profile.compile:
+        # Inductor's own default is a folder in /tmp: compiled code should outlive a restart.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "sdxl_lab" / "inductor"))
+        torch._dynamo.config.recompile_limit = 64  # row counts x sizes; beyond the limit torch runs uncompiled
+        unet.compile(dynamic=False)
+
+
+# ComfyUI's published fit for SDXL's latents, scaled as the UNet sees them: four channels and a constant, to RGB in
+# [-1, 1].
+SDXL_LATENT_RGB = (
+    (0.3651, 0.4232, 0.4341),
+    (-0.2533, -0.0042, 0.1068),
+    (0.1076, 0.1111, -0.0362),
+    (-0.3165, -0.2492, -0.2188),
+    (0.1084, -0.0175, -0.0011),
+)
+
+
+def _latent_rgb(ref: ModelRef) -> np.ndarray:
+    """A VAE's own fit where its folder has one, as nano's does, else SDXL's."""
+    folder = folder_of(ref.vae or ref.base, "base" if ref.vae is None else "base/vae")
+    path = None if folder is None else (folder / "vae" if ref.vae is None else folder) / "latent_rgb.json"
+    return np.array(json.loads(path.read_text()) if path and path.is_file() else SDXL_LATENT_RGB, dtype=np.float32)
+
+
+def _load_parts(ref: ModelRef, dtype: Dtypes) -> tuple[Any, Any]:
+    """The base's pipeline, and the refiner's or None, which shares its second text encoder and its VAE."""
+    other = {} if ref.vae is None else {"vae": _vae(ref.vae, ref.vae_revision, dtype["default"])}
+    base = _pipeline(StableDiffusionXLPipeline, ref.base, "base", ref.revision, dtype, **other)
+    if ref.refiner is None:
+        return base, None
+    shared = {name: getattr(base, name) for name in ("text_encoder_2", "tokenizer_2", "vae")}
+    cls = StableDiffusionXLImg2ImgPipeline
+    return base, _pipeline(cls, ref.refiner, "refiner", ref.refiner_revision, dtype, **shared)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Around whatever loads weights: one load at a time, and no progress bars for reading them from disk; those of a
+    download come from the hub client and stay."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    with _LOADING:
+        shown = [library.is_progress_bar_enabled() for library in libraries]
+        for library in libraries:
+            library.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for library, was in zip(libraries, shown, strict=True):
+                if was:
+                    library.enable_progress_bar()
+
+
+def placement(profile: RuntimeProfile) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that "auto" stands for on this machine."""
+    name = profile.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(
+            f"device must be one this machine has; received {name!r}, but torch sees no CUDA. Example: cpu"
+        )
+    dtype = profile.dtype
+    if dtype == "auto":
+        dtype = "float32" if name == "cpu" else "float16"
+    return torch.device(name), getattr(torch, dtype)
+
+
+def _denoiser(pipe: Any) -> Denoiser:
+    first = getattr(pipe, "text_encoder", None) is not None
+    return Denoiser(
+        unet=pipe.unet,
+        tokenizers=(pipe.tokenizer, pipe.tokenizer_2) if first else (pipe.tokenizer_2,),
+        text_encoders=(pipe.text_encoder, pipe.text_encoder_2) if first else (pipe.text_encoder_2,),
+        scheduler_config=dict(pipe.scheduler.config),
+        zero_negative=bool(pipe.config.force_zeros_for_empty_prompt),
+        aesthetic=bool(getattr(pipe.config, "requires_aesthetics_score", False)),
+    )
+
+
+def folder_of(name: str, role: str) -> Path | None:
+    """The local folder a model's name means; None for a hub id. A folder may hold `base/` and `refiner/`, as nano does,
+    or be the checkpoint itself."""
+    path = NANO if name == "nano" else Path(name).expanduser()
+    if (path / role).is_dir():
+        return path / role
+    if name == "nano" or path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return path
+    return None
+
+
+def _pipeline(cls: Any, name: str, role: str, revision: str | None, dtype: Dtypes, **shared: Any) -> Any:
+    folder = folder_of(name, role)
+    options: dict[str, Any] = {"dtype": dtype, "add_watermarker": False, "use_safetensors": True, **shared}
+    if folder is not None:
+        _check_folder(folder, role)
+        options |= _local(folder / "unet")
+    else:
+        _check_pinned(role, name, revision)
+        options |= {"revision": revision, "variant": "fp16"}
+    try:
+        loaded = cls.from_pretrained(str(folder or name), **options)
+    except Exception as error:  # diffusers, safetensors, json and the hub client each raise kinds of their own
+        raise ModelError(
+            f"the {role} model must be a complete SDXL checkpoint, to load as {cls.__name__}; received {name!r}"
+            f"{f' at revision {revision}' if revision else ''}: {_reason(error)}. Example: nano"
+        ) from error
+    if folder is None:
+        _check_downloaded(role, name, str(revision))
+    return loaded
+
+
+def _check_pinned(role: str, name: str, revision: str | None) -> None:
+    """A branch moves: what it held when the configuration was tuned, nobody could say."""
+    if not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        raise ModelError(
+            f"the {role} model of the hub must name the commit of its revision, 40 hex digits; received {name!r} at "
+            f"revision {revision!r}. Example: 462165984030d82259a11f4367a4eed129e94a7b"
+        )
+
+
+def _check_downloaded(role: str, name: str, revision: str) -> None:
+    """Every cached file of the revision against the checksum that the hub gave with it, which names the blob that the
+    file links to: sha256 for weights, git's own sha1 for small files. Raises `ModelError`."""
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots" / revision
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        expected = path.resolve().name
+        if len(expected) == 64:
+            digest = hashlib.sha256()
+        else:
+            digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+        _read_into(digest, path)
+        if not path.is_symlink() or digest.hexdigest() != expected:
+            raise ModelError(
+                f"the {role} model's files must be those of its revision, as the hub named them; received {name!r} at "
+                f"revision {revision}, whose {path.relative_to(folder)} has the checksum {digest.hexdigest()} and "
+                f"should have {expected if path.is_symlink() else 'a blob that it links to'}. Remove "
+                f"{folder.parents[1]} to load it again. Example: an untouched download"
+            )
+
+
+def _local(folder: Path) -> dict[str, Any]:
+    """How a part's folder loads: as its fp16 variant where it has one, and never from the network."""
+    return {"variant": "fp16" if any(folder.glob("*.fp16.safetensors")) else None, "local_files_only": True}
+
+
+def _reason(error: Exception) -> str:
+    """A library's error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(" .:")
+
+
+def _check_folder(folder: Path, role: str) -> None:
+    """A foreign folder is refused before its gigabytes are read."""
+    index = folder / "model_index.json"
+    rule = f"the {role} model must be a folder with the model_index.json of an SDXL pipeline"
+    try:
+        kind = json.loads(index.read_text())["_class_name"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{rule}; received {str(folder)!r} ({type(error).__name__}: {error}). Example: nano"
+        ) from error
+    if not str(kind).startswith("StableDiffusionXL"):
+        raise ModelError(f"{rule}; received {str(folder)!r}, which holds a {kind}. Example: nano")
+
+
+def _vae(name: str, revision: str | None, dtype: torch.dtype) -> AutoencoderKL:
+    folder = folder_of(name, "base/vae")
+    if folder is None:
+        _check_pinned("vae", name, revision)
+    options = {"revision": revision} if folder is None else _local(folder)
+    try:
+        loaded: AutoencoderKL = AutoencoderKL.from_pretrained(
+            str(folder or name), dtype=dtype, use_safetensors=True, **options
+        )
+    except Exception as error:  # as in _pipeline
+        raise ModelError(
+            f"the vae must be an AutoencoderKL checkpoint; received {name!r}: {_reason(error)}. "
+            "Example: madebyollin/sdxl-vae-fp16-fix"
+        ) from error
+    if folder is None:
+        _check_downloaded("vae", name, str(revision))
+    return loaded
+
+
+def identity(ref: ModelRef) -> dict[str, str]:
+    """What the weights are, to the byte: sha256 over a local folder's weight files, or the hub revision."""
+    named = {
+        "base": (ref.base, ref.revision, "base"),
+        "refiner": (ref.refiner, ref.refiner_revision, "refiner"),
+        "vae": (ref.vae, ref.vae_revision, "base/vae"),
+    }
+    found = {}
+    for role, (name, revision, place) in named.items():
+        if name is None:
+            continue
+        folder = folder_of(name, place)
+        found[role] = f"revision {revision}" if folder is None else _folder_hash(folder)
+    return found
+
+
+def _folder_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(f"{path.relative_to(folder)}\0".encode())
+        _read_into(digest, path)
+    return f"sha256 {digest.hexdigest()}"
+
+
+def _read_into(digest: "hashlib._Hash", path: Path) -> None:
+    """Block by block: SDXL's weights are gigabytes."""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)

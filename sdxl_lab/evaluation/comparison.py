@@ -1,0 +1,249 @@
+"""A candidate beside what a slot serves: both drawn for the same prompts and seeds, measured, and judged by gates.
+
+Gives what a promotion is decided on (`Trial.judged`, for `promotion.promote`) and the pictures to look at. Writes
+nothing.
+"""
+
+import dataclasses
+import json
+import platform
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RuntimeProfile, checked_prompt, checked_seed
+from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.evaluation.gates import DEFAULT_GATES, Gate, Verdict
+from sdxl_lab.evaluation.metrics import Metric, MetricError, find, interval, paired
+from sdxl_lab.images import Picture, beside, read_record
+from sdxl_lab.release.slot import git_state, served
+
+METRICS = ("clip_score", "sharpness", "contrast", "clipping", "unet_rows")
+# Every prompt names all it means: nano draws what is left out by chance, and chance is noise in a comparison.
+PROMPTS = (
+    "a red cat in a hat on a white background",
+    "a small blue boat on a yellow background",
+    "a green tree left of a white house on a cyan background",
+    "an orange fish above a purple heart on a white background",
+    "a pink flower on a black background",
+    "a large yellow star on a blue background",
+    "a black ring below a red square on a pink background",
+    "a white house in a green hat on an orange background",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a candidate is tried on. The first seed of the first `goldens` prompts gives the golden pictures; `clip` is
+    the CLIP model of the metric clip_score, by default the one that comes with the candidate's model. TOML has the same
+    names:
+
+        prompts = ["a red circle on a white background", "..."]
+        seeds = [0, 1]
+        gates = ["clip_score: at most 1 worse with 95 % confidence"]
+    """
+
+    prompts: tuple[str, ...] = PROMPTS
+    seeds: tuple[int, ...] = (0, 1)
+    gates: tuple[Gate, ...] = DEFAULT_GATES
+    metrics: tuple[str, ...] = METRICS
+    goldens: int = 3
+    clip: str = ""
+
+    def __post_init__(self) -> None:
+        for name, check in (("prompts", checked_prompt), ("seeds", checked_seed)):
+            values = getattr(self, name)
+            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+                raise ConfigError(name, values, "a list of at least one", [PROMPTS[0]] if name == "prompts" else [0, 1])
+            if len(set(map(check, values))) < len(values):
+                raise ConfigError(name, values, "all different, since each pair counts once", "seeds = [0, 1]")
+            object.__setattr__(self, name, tuple(values))
+        if type(self.goldens) is not int or self.goldens < 1:
+            raise ConfigError("goldens", self.goldens, "a whole number of at least 1", 3)
+        gates = tuple(gate if isinstance(gate, Gate) else Gate.parse(gate) for gate in self.gates)
+        object.__setattr__(self, "gates", gates)
+        names = (*self.metrics, *(gate.metric for gate in gates))
+        object.__setattr__(self, "metrics", tuple(dict.fromkeys(names)))
+        for metric in self.measures:
+            if metric.needs_reference:
+                raise MetricError(
+                    f"a trial measures pictures alone; {metric.name} needs a reference. Example: sharpness"
+                )
+
+    @classmethod
+    def from_toml(cls, path: Path | str) -> "Plan":
+        """Read a plan; what it leaves out is the default. Raises `ConfigError`, `GateError` or `MetricError`."""
+        try:
+            content = tomllib.loads(Path(path).read_text())
+            return cls(**content)
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as error:
+            known = "prompts, seeds, gates, metrics, goldens, clip"
+            raise ConfigError(str(path), str(error), f"TOML with some of {known}", "seeds = [0, 1]") from error
+
+    @property
+    def measures(self) -> list[Metric]:
+        return [find(name, self.clip) for name in self.metrics]
+
+    @property
+    def pairs(self) -> list[tuple[str, int]]:
+        """Prompts x seeds, the seeds running fastest: the order of a trial's pictures and values."""
+        return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was drawn, in the order of `plan.pairs`; `served` and its pictures are None and () for a new slot."""
+
+    plan: Plan
+    candidate: GenerationConfig
+    pictures: tuple[Picture, ...]
+    served: GenerationConfig | None = None
+    served_pictures: tuple[Picture, ...] = ()
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    served_values: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def goldens(self) -> list[Picture]:
+        return list(self.pictures[:: len(self.plan.seeds)][: self.plan.goldens])
+
+    @property
+    def panels(self) -> list[tuple[str, Image.Image]]:
+        """Of the first seed of each prompt, each under its label: what is served, the candidate, and the difference
+        magnified; of a new slot the candidate alone."""
+        found = []
+        for at in range(0, len(self.pictures), len(self.plan.seeds)):
+            prompt, candidate = self.pictures[at].record["prompt"], self.pictures[at].image
+            if not self.served:
+                found.append((prompt, candidate))
+                continue
+            before = self.served_pictures[at].image
+            after, difference, magnified = beside(before, candidate)
+            found += [(f"served: {prompt}", before), ("candidate", after), (magnified, difference)]
+        return found
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        prompts = [prompt for prompt, _ in self.plan.pairs]
+        metrics = {metric.name: metric for metric in self.plan.measures}
+        return [
+            gate.judge(metrics[gate.metric], self.values[gate.metric], self.served_values.get(gate.metric), prompts)
+            for gate in self.plan.gates
+        ]
+
+    @property
+    def passed(self) -> bool:
+        return all(verdict.passed for verdict in self.verdicts)
+
+    def judged(self, notebook: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What `promotion.promote` takes and a slot keeps as evidence: plain values, as JSON has them.
+
+        `notebook` is what `notebook.origin` gives, where the trial runs in one.
+        """
+        record = self.pictures[0].record
+        commit, dirty = git_state()
+        judged = {
+            "digest": self.candidate.digest,
+            "replaces": self.served.digest if self.served else None,
+            "prompts": list(self.plan.prompts),
+            "seeds": list(self.plan.seeds),
+            "clip": self.plan.clip,
+            "metrics": {metric.name: self._metric(metric) for metric in self.plan.measures},
+            "gates": [vars(verdict) for verdict in self.verdicts],
+            **{name: record[name] for name in ("weights", "runtime", "libraries", "version")},
+            "machine": {"python": platform.python_version(), "processor": platform.machine()},
+            "commit": commit,
+            "dirty": dirty,
+            "notebook": dict(notebook) if notebook else None,
+            "goldens": [{"prompt": golden.record["prompt"], "seed": golden.record["seed"]} for golden in self.goldens],
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(judged))
+        return plain
+
+    def _metric(self, metric: Metric) -> dict[str, Any]:
+        values, before = self.values[metric.name], self.served_values.get(metric.name)
+        by = [prompt for prompt, _ in self.plan.pairs]
+        return {
+            "better": metric.better,
+            "source": metric.source,
+            "candidate": _estimate(values, by),
+            "served": None if before is None else _estimate(before, by),
+            "difference": None if before is None or len(self.plan.prompts) < 2 else vars(paired(values, before, by=by)),
+            "values": [float(f"{value:.7g}") for value in values],
+        }
+
+
+def _estimate(values: np.ndarray, by: Sequence[str]) -> dict[str, Any]:
+    """Mean and interval over prompts; of one prompt the mean alone."""
+    if len(set(by)) > 1:
+        return vars(interval(values, by=by))
+    return {"mean": float(values.mean()), "low": None, "high": None, "count": 1}
+
+
+def run(
+    candidate: GenerationConfig, slot: Path | str, plan: Plan | None = None, profile: RuntimeProfile | None = None
+) -> Trial:
+    """Draw `candidate` and what `slot` holds for every prompt and seed of the plan, and measure both.
+
+    A slot that holds nothing yet gives a trial of the candidate alone. Where both take the same models, they share one
+    engine and its calls.
+    """
+    plan = plan or Plan()
+    plan = plan if plan.clip else dataclasses.replace(plan, clip=clip_of(candidate.model))
+    before = served(slot)
+    _check_gates(plan, before)
+    configs = [candidate] if before is None else [candidate, before]
+    drawn = draw([Job(config, prompt, seed) for config in configs for prompt, seed in plan.pairs], profile)
+    mine, theirs = drawn[: len(plan.pairs)], drawn[len(plan.pairs) :]
+    return Trial(plan, candidate, tuple(mine), before, tuple(theirs), measure(plan, mine), measure(plan, theirs))
+
+
+def _check_gates(plan: Plan, before: GenerationConfig | None) -> None:
+    """A gate that cannot be judged is refused before anything is drawn."""
+    zeros = np.zeros(len(plan.pairs))
+    metrics = {metric.name: metric for metric in plan.measures}
+    for gate in plan.gates:
+        gate.judge(metrics[gate.metric], zeros, None if before is None else zeros, [prompt for prompt, _ in plan.pairs])
+
+
+def clip_of(model: ModelRef) -> str:
+    """The CLIP model to score a model's pictures with: one trained beside it, as nano's, else OpenAI's, whose text
+    half is SDXL's first text encoder."""
+    places = [Path(model.base) / "clip", Path(model.base).parent / "clip"]
+    beside = next((str(place) for place in places if place.is_dir()), "openai/clip-vit-large-patch14")
+    return "nano" if model.base == "nano" else beside
+
+
+def measure(plan: Plan, pictures: Sequence[Picture]) -> dict[str, np.ndarray]:
+    """The plan's metrics: a value a picture, by name; empty without pictures."""
+    return {metric.name: metric(pictures) for metric in plan.measures} if pictures else {}
+
+
+def draw(jobs: Sequence[Job], profile: RuntimeProfile | None = None) -> list[Picture]:
+    """The pictures of many jobs, in their order, with one engine for each set of models."""
+    pictures: dict[int, Picture] = {}
+    for model in dict.fromkeys(job.config.model for job in jobs):
+        mine = [index for index, job in enumerate(jobs) if job.config.model == model]
+        with Engine.load(jobs[mine[0]].config, profile, max_queue=len(mine)) as engine:
+            tickets = [engine.submit(jobs[index]) for index in mine]
+            pictures |= {index: ticket.result() for index, ticket in zip(mine, tickets, strict=True)}
+    return [pictures[index] for index in range(len(jobs))]
+
+
+def candidate_of(path: Path | str) -> GenerationConfig:
+    """The configuration in a `config.toml`, or the one a picture was drawn with. Raises `ConfigError`, or
+    `PictureError` for a picture that is not ours."""
+    path = Path(path)
+    if path.suffix == ".png":
+        record = read_record(path)
+        if "source" in record:
+            rule = "a picture drawn from words; this one was refined from another picture"
+            raise ConfigError("candidate", str(path), rule, "runs/cat.png")
+        return GenerationConfig.from_dict(record["config"])
+    return GenerationConfig.from_toml(path)

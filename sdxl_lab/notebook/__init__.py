@@ -1,0 +1,1 @@
+"""The explore panel, and notebooks run without hands."""

@@ -1,0 +1,310 @@
+"""Exploring by hand: a panel on an engine, in a notebook. How it looks is `widgets.py`'s, what its controls mean
+`form.py`'s.
+
+Handlers only submit to the engine or cancel a ticket; one thread watches what is being drawn and sets the widgets'
+values. Nothing is printed, so a running cell neither blocks the panel nor gets its text. Every button has a method, so
+that cells and tests do what hands do.
+"""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from sdxl_lab.config import ConfigError, GenerationConfig
+from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.engine import Cancelled, Engine, Ticket
+from sdxl_lab.notebook.form import FormError, differences, job_of, next_seed, values_of
+from sdxl_lab.notebook.widgets import Drawn, Panel
+
+PERIOD = 0.1  # seconds between two looks at what is being drawn
+
+
+class Asked(NamedTuple):
+    """A picture asked for. `over` is set once its end is on the panel."""
+
+    number: int
+    ticket: Ticket
+    over: threading.Event
+
+
+class Explorer:
+    """A panel on an engine: `Explorer(engine, config)` as a cell's last line shows it.
+
+    Every button has a method: `generate`, `stop`, `use`, `compare`, `save`. `history` holds the pictures drawn,
+    `config` and `job` what the controls say, `candidate` what was settled on. `folder` is where candidates are saved.
+    The engine stays the caller's; `close` ends the panel.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: GenerationConfig,
+        prompt: str = "A cat in a hat",
+        seed: int = 7,
+        folder: Path | str = "runs/explore",
+    ) -> None:
+        self.engine, self.folder = engine, Path(folder)
+        self.shown: Drawn | None = None
+        self._start = config
+        self._saved: GenerationConfig | None = None
+        self._count = 0
+        self._last_seed: int | None = None
+        self._history: list[Drawn] = []
+        self._asked: list[Asked] = []
+        self._lock = threading.RLock()
+        self._watcher: threading.Thread | None = None
+        self._chosen: dict[str, Drawn] = {}
+        self._filling = False
+        self.panel = Panel()
+        self._connect()
+        self.use(Job(config, prompt, seed))
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        return self.panel.view._repr_mimebundle_(**options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop what this panel is drawing and take it out of the notebook; the engine and `history` stay."""
+        self.stop()
+        watcher = self._watcher
+        if watcher is not None:
+            watcher.join()
+        self.panel.close()
+
+    # --- what the controls say ---------------------------------------------------------------------------------------
+
+    @property
+    def job(self) -> Job:
+        """What the controls ask for. Raises `FormError` where they hold what the configuration refuses."""
+        return job_of(self.panel.values(), self._start)
+
+    @property
+    def config(self) -> GenerationConfig:
+        """The configuration that the controls show. Raises `FormError`."""
+        return self.job.config
+
+    def use(self, drawn: Drawn | Job | None = None) -> None:
+        """Fill the controls with a picture's settings (default: those of the picture shown)."""
+        drawn = drawn or self.shown
+        if drawn is None:
+            return
+        job = drawn.job if isinstance(drawn, Drawn) else drawn
+        self._start = job.config
+        self._filling = True
+        try:
+            self.panel.fill(values_of(job))
+        finally:
+            self._filling = False
+        self._check()
+
+    def _check(self, *_: object) -> None:
+        """Tell beside each control what is wrong with it, and which configuration they make together."""
+        if self._filling:
+            return
+        self.panel.switch()
+        try:
+            self.panel.tell({}, f"config {self.job.config.digest}")
+        except FormError as error:
+            self.panel.tell(error.errors, "")
+
+    # --- drawing -----------------------------------------------------------------------------------------------------
+
+    @property
+    def history(self) -> list[Drawn]:
+        """The pictures drawn with this panel, those that were done first at the beginning."""
+        with self._lock:
+            return [*self._history, *(_drawn(asked) for asked in self._asked if asked.ticket.state == "done")]
+
+    def generate(self, **changes: Any) -> Ticket:
+        """Queue a picture of the controls' settings, with some `changes`: prompt, seed, or fields of the configuration.
+        The controls stay as they are.
+
+        Raises `FormError` or `ConfigError` for bad settings, and what `Engine.submit` raises.
+        """
+        return self._submit(self._changed(changes)).ticket
+
+    def draw(self, **changes: Any) -> Drawn:
+        """`generate`, and wait until the picture is shown; interrupting the cell stops it."""
+        asked = self._submit(self._changed(changes))
+        try:
+            asked.ticket.result()
+            asked.over.wait()
+        except BaseException:
+            asked.ticket.cancel()
+            raise
+        return _drawn(asked)
+
+    def _changed(self, changes: dict[str, Any]) -> Job:
+        job = self.job
+        prompt, seed = changes.pop("prompt", job.prompt), changes.pop("seed", job.seed)
+        return Job(job.config.with_(**changes), prompt, seed)
+
+    def stop(self) -> None:
+        """Cancel what this panel is drawing or has queued: it ends at the engine's next step."""
+        with self._lock:
+            for asked in self._asked:
+                asked.ticket.cancel()
+
+    def _submit(self, job: Job) -> Asked:
+        with self._lock:
+            self._count += 1
+            asked = Asked(self._count, self.engine.submit(job), threading.Event())
+            self._last_seed = job.seed
+            self._asked.append(asked)
+            if self._watcher is None:
+                self._watcher = threading.Thread(target=self._watch, name="explore", daemon=True)
+                self._watcher.start()
+        return asked
+
+    def _watch(self) -> None:
+        """Show what is being drawn until nothing is. Runs in the watcher's thread."""
+        pause = threading.Event()
+        while True:
+            with self._lock:
+                ended = [asked for asked in self._asked if asked.ticket.future.done()]
+                self._history += [_drawn(asked) for asked in ended if asked.ticket.state == "done"]
+                self._asked = [asked for asked in self._asked if asked not in ended]
+                under_way = [asked.ticket for asked in self._asked]
+            try:
+                for asked in ended:
+                    self._show_end(asked)
+                if under_way:
+                    self.panel.show_progress(under_way)
+            except Exception as error:
+                self.panel.say(f"The panel could not show a picture: {error!r}", failed=True)
+            for asked in ended:
+                asked.over.set()
+            with self._lock:
+                if not self._asked:
+                    self._watcher = None
+                    return
+            pause.wait(PERIOD)
+
+    def _show_end(self, asked: Asked) -> None:
+        ticket = asked.ticket
+        if ticket.state == "done":
+            drawn = _drawn(asked)
+            self.panel.show_done(ticket)
+            self.show(drawn)
+            self.panel.add_card(drawn, self._card_actions(drawn))
+            return
+        error = ticket.future.exception()
+        self.panel.show_stopped(None if isinstance(error, Cancelled) else str(error) or repr(error))
+        if isinstance(error, ConfigError) and error.field in self.panel.controls:
+            self.panel.tell({error.field: str(error)}, "")
+
+    # --- looking -----------------------------------------------------------------------------------------------------
+
+    def show(self, drawn: Drawn) -> None:
+        """Put a picture of the history on the panel, with its settings."""
+        self.shown = drawn
+        self.panel.show(drawn)
+
+    def compare(self, first: Drawn, second: Drawn) -> dict[str, tuple[Any, Any]]:
+        """Show two pictures side by side and what differs; the settings that differ, as (first's, second's)."""
+        self._chosen = {"A": first, "B": second}
+        different = differences(first.job, second.job)
+        self.panel.show_comparison(first, second, different)
+        return different
+
+    def _choose(self, letter: str, drawn: Drawn) -> None:
+        self._chosen[letter] = drawn
+        if len(self._chosen) == 2:
+            self.compare(self._chosen["A"], self._chosen["B"])
+        else:
+            self.panel.say_compare(f"#{drawn.number} is {letter}: choose the other picture of the comparison.")
+
+    # --- the candidate -----------------------------------------------------------------------------------------------
+
+    @property
+    def candidate(self) -> GenerationConfig:
+        """The configuration saved last; until then that of the picture shown; until one is drawn, the controls'."""
+        if self._saved is not None:
+            return self._saved
+        return self.shown.config if self.shown is not None else self.config
+
+    def save(self, drawn: Drawn | None = None, name: str | None = None) -> Path:
+        """Write the configuration of a picture (default: the one shown) to `folder/NAME.toml` as the candidate.
+
+        Raises `FileExistsError` where the file holds another configuration: nothing is overwritten.
+        """
+        drawn = drawn or self.shown
+        if drawn is None:
+            raise ValueError("a candidate must be the configuration of a picture; draw one first")
+        name = name or self.panel.name.value.strip()
+        if not name or Path(name).name != name or name.startswith("."):
+            raise ValueError(
+                f"a candidate's name must be a file's name without folders; received {name!r}. Example: candidate"
+            )
+        path = self.folder / f"{name.removesuffix('.toml')}.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("x") as file:
+                file.write(drawn.config.to_toml())
+        except FileExistsError:
+            if path.read_text() != drawn.config.to_toml():
+                raise FileExistsError(f"{path} holds another configuration, which stays; choose another name") from None
+        self._saved = drawn.config
+        return path
+
+    # --- buttons -----------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        panel = self.panel
+        for control in panel.controls.values():
+            control.observe(self._check, "value")
+        panel.generate.on_click(self._guarded(self._on_generate))
+        panel.stop.on_click(self._guarded(self._on_stop))
+        panel.use.on_click(self._guarded(self.use))
+        panel.save.on_click(self._guarded(self._on_save))
+
+    def _card_actions(self, drawn: Drawn) -> dict[str, Callable[[object], None]]:
+        return {
+            "Show": self._guarded(lambda: self.show(drawn)),
+            "A": self._guarded(lambda: self._choose("A", drawn)),
+            "B": self._guarded(lambda: self._choose("B", drawn)),
+        }
+
+    def _guarded(self, action: Callable[[], object]) -> Callable[[object], None]:
+        """A handler whose error stands below the buttons: what a handler raises is seen nowhere else."""
+
+        def handler(_: object) -> None:
+            try:
+                action()
+            except FormError as error:
+                self.panel.tell(error.errors, "")
+            except Exception as error:
+                self.panel.tell({"button": str(error) or repr(error)}, "")
+
+        return handler
+
+    def _on_generate(self) -> None:
+        controls, job = self.panel.controls, self.job
+        seed = next_seed(controls["policy"].value, job.seed, self._last_seed)
+        controls["seed"].value = str(seed)
+        self._submit(Job(job.config, job.prompt, seed))
+        self._check()
+
+    def _on_stop(self) -> None:
+        with self._lock:
+            count = len(self._asked)
+        self.stop()
+        self.panel.say("Stopping ..." if count else "Nothing is being drawn.")
+
+    def _on_save(self) -> None:
+        try:
+            path = self.save()
+        except (ValueError, OSError) as error:
+            self.panel.say_saved(str(error), failed=True)
+            return
+        self.panel.say_saved(f"Saved {path} ({self.candidate.digest})")
+
+
+def _drawn(asked: Asked) -> Drawn:
+    return Drawn(asked.number, asked.ticket.job, asked.ticket.result())

@@ -1,0 +1,369 @@
+"""The explore panel's widgets: how it looks, what a control shows. The only importer of ipywidgets.
+
+Widgets are set by value, from any thread, and never through an `Output`. What they do is `explore.py`'s.
+"""
+
+import html
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ipywidgets as ipy
+from PIL import Image
+
+from sdxl_lab.config import SCHEDULERS, GenerationConfig
+from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.engine import Ticket
+from sdxl_lab.images import Picture, magnified_difference
+from sdxl_lab.notebook.form import SEED_POLICIES
+
+SHOWN = 24  # pictures in the history strip
+THUMBNAIL = 136  # pixels
+STYLE = """<style>
+.sdxl-explore { max-width: 870px; }
+.sdxl-explore p { margin: 0; line-height: 1.45; overflow-wrap: anywhere; }
+.sdxl-explore .jupyter-button { width: auto; }
+.sdxl-field .widget-inline-hbox:not(.widget-checkbox) { flex-direction: column; height: auto; align-items: stretch; }
+.sdxl-field .widget-inline-hbox > * { flex: none; }
+.sdxl-field .widget-label { width: auto; max-width: none; height: 20px; line-height: 20px; text-align: left;
+  font-size: 12px; color: var(--jp-ui-font-color2, #666); }
+.sdxl-field .widget-checkbox { height: 28px; align-items: center; margin-top: 6px; }
+.sdxl-field .widget-checkbox .widget-label-basic { width: auto; height: auto; line-height: 20px; align-items: center; }
+.sdxl-field .widget-checkbox input { margin: 0 6px 0 2px; align-self: center; }
+.sdxl-field input:not([type=checkbox]), .sdxl-field select { height: 28px; }
+.sdxl-field textarea { height: auto; line-height: 1.4; padding: 4px 8px; font-family: inherit; }
+.sdxl-quiet { color: var(--jp-ui-font-color2, #666); font-size: 12px; }
+.sdxl-wrong { color: var(--jp-error-color1, #c62828); font-size: 12px; }
+.sdxl-explore h4 { margin: 14px 2px 4px; font-size: 13px; font-weight: 600; line-height: 1.4; }
+.sdxl-picture { margin: 2px; aspect-ratio: 1; border-radius: 4px; overflow: hidden;
+  background: var(--jp-layout-color2, #eee); }
+.sdxl-picture img { width: 100%; height: 100%; object-fit: contain; margin: 0; }
+.sdxl-card { border: 1px solid var(--jp-border-color2, #ccc); border-radius: 4px; }
+.sdxl-card .jupyter-button { padding: 0 4px; min-width: 0; }
+.sdxl-explore table { border-collapse: collapse; line-height: 1.5; }
+.sdxl-explore td, .sdxl-explore th { padding: 1px 16px 1px 0; text-align: left; vertical-align: top; }
+</style>"""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture of the history, under the number that the panel shows."""
+
+    number: int
+    job: Job
+    picture: Picture
+
+    @property
+    def config(self) -> GenerationConfig:
+        return self.job.config
+
+    @property
+    def prompt(self) -> str:
+        return self.job.prompt
+
+    @property
+    def seed(self) -> int:
+        return self.job.seed
+
+    @property
+    def image(self) -> Image.Image:
+        return self.picture.image
+
+    def _repr_png_(self) -> bytes:
+        return self.picture.png()
+
+
+class Panel:
+    """The widgets. `controls` are those with a value, by name; buttons are attributes."""
+
+    def __init__(self) -> None:
+        auto = {"layout": {"width": "auto"}, "style": {"description_width": "initial"}}
+        text = auto | {"continuous_update": False}
+        self.controls: dict[str, Any] = {
+            "prompt": ipy.Textarea(description="Prompt", rows=3, **text),
+            "negative_prompt": ipy.Textarea(description="Negative prompt", rows=2, **text),
+            "scheduler": ipy.Dropdown(description="Scheduler", options=SCHEDULERS, **auto),
+            "steps": ipy.IntText(description="Steps", **auto),
+            "guidance_scale": ipy.FloatText(description="Guidance scale", step=0.5, **auto),
+            "guidance_rescale": ipy.FloatText(description="Guidance rescale", step=0.05, **auto),
+            "interval": ipy.Checkbox(description="Guidance only between noise levels", indent=False, **auto),
+            "interval_low": ipy.FloatText(description="Lowest sigma", step=0.1, **auto),
+            "interval_high": ipy.FloatText(description="Highest sigma", step=0.1, **auto),
+            "width": ipy.IntText(description="Width", step=8, **auto),
+            "height": ipy.IntText(description="Height", step=8, **auto),
+            "seed": ipy.Text(description="Seed", **text),
+            "policy": ipy.Dropdown(description="Next picture's seed", options=SEED_POLICIES, **auto),
+            "refiner": ipy.Checkbox(description="Refiner", indent=False, **auto),
+            "handover": ipy.FloatText(description="Hand-over", step=0.05, **auto),
+            "aesthetic_score": ipy.FloatText(description="Aesthetic score", step=0.5, **auto),
+            "negative_aesthetic_score": ipy.FloatText(description="Negative score", step=0.5, **auto),
+        }
+        self.wrong = {name: ipy.HTML(layout={"display": "none"}) for name in self.controls}
+        self.generate = _button("Generate", "Queue a picture with these settings", "primary")
+        self.stop = _button("Stop", "Stop what is being drawn and what is queued", "warning")
+        self.use = _button("Use these settings", "Fill the controls with the settings of the picture shown")
+        self.save = _button("Save as candidate", "Write the configuration of the picture shown to a file")
+        self.name = ipy.Text("candidate", description="Candidate's name", **text)
+        self.digest, self.status, self.caption, self.saved = (ipy.HTML() for _ in range(4))
+        self.picture = ipy.Image(value=_png(Image.new("RGBA", (1, 1))), format="png")
+        self.bar = ipy.FloatProgress(value=0, max=1, layout={"width": "auto"})
+        self.strip = ipy.HBox(layout={"overflow": "auto"})
+        self.comparison = ipy.VBox()
+        self.strip_part = ipy.VBox([ipy.HTML("<h4>History</h4>"), self.strip], layout={"display": "none"})
+        self.comparison_part = ipy.VBox([ipy.HTML("<h4>Comparison</h4>"), self.comparison], layout={"display": "none"})
+        self.rows = {
+            "interval": self._row("interval_low", "interval_high"),
+            "refiner": self._row("handover", "aesthetic_score", "negative_aesthetic_score"),
+        }
+        self.view = self._laid_out()
+        _route_by_header(self.view)
+
+    def _laid_out(self) -> ipy.VBox:
+        buttons = ipy.HBox([_grow(self.generate), _grow(self.stop)], layout={"margin": "10px 0 2px", "grid_gap": "8px"})
+        left = ipy.VBox(
+            [
+                self._field("prompt"),
+                self._field("negative_prompt"),
+                self._row("scheduler", "steps"),
+                self._row("guidance_scale", "guidance_rescale"),
+                self._field("interval"),
+                self.rows["interval"],
+                self._row("width", "height"),
+                self._row("seed", "policy"),
+                self._field("refiner"),
+                self.rows["refiner"],
+                buttons,
+                self.digest,
+            ],
+            layout={"flex": "0 0 360px", "width": "360px"},
+        )
+        name = ipy.VBox([self.name], layout={"flex": "1 1 100px", "min_width": "0"})
+        name.add_class("sdxl-field")
+        right = ipy.VBox(
+            [
+                _framed(self.picture),
+                self.bar,
+                self.status,
+                self.caption,
+                ipy.HBox([name, self.save, self.use], layout={"align_items": "flex-end", "margin": "6px 0 0"}),
+                self.saved,
+            ],
+            layout={"flex": "1 1 320px", "min_width": "0", "max_width": "480px"},
+        )
+        columns = ipy.HBox([left, right], layout={"grid_gap": "12px 28px", "flex_flow": "row wrap"})
+        view = ipy.VBox([ipy.HTML(STYLE, layout={"display": "none"}), columns, self.strip_part, self.comparison_part])
+        view.add_class("sdxl-explore")
+        return view
+
+    def _field(self, name: str) -> ipy.VBox:
+        """A control with room for what is wrong with it."""
+        box = ipy.VBox([self.controls[name], self.wrong[name]])
+        box.add_class("sdxl-field")
+        return box
+
+    def _row(self, *names: str) -> ipy.HBox:
+        row = ipy.HBox([self._field(name) for name in names], layout={"grid_gap": "8px"})
+        for field in row.children:
+            field.layout.flex, field.layout.min_width = "1 1 0", "0"
+        return row
+
+    def close(self) -> None:
+        _close(self.view)
+
+    # --- the controls ------------------------------------------------------------------------------------------------
+
+    def values(self) -> dict[str, Any]:
+        return {name: control.value for name, control in self.controls.items()}
+
+    def fill(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            self.controls[name].value = value
+
+    def switch(self) -> None:
+        """Show the controls of what is switched on."""
+        for name, row in self.rows.items():
+            _reveal(row, self.controls[name].value)
+
+    def tell(self, errors: Mapping[str, str], digest: str) -> None:
+        """Put each error beside its control, and the others below the buttons with the digest."""
+        for name, wrong in self.wrong.items():
+            wrong.value = _line(errors[name], "sdxl-wrong") if name in errors else ""
+            _reveal(wrong, name in errors)
+        rest = [text for name, text in errors.items() if name not in self.wrong]
+        self.digest.value = _line(" ".join(rest), "sdxl-wrong") if rest else _line(digest, "sdxl-quiet")
+
+    # --- what is being drawn -----------------------------------------------------------------------------------------
+
+    def show_progress(self, tickets: Sequence[Ticket]) -> None:
+        """Step, time left and preview of the first picture under way."""
+        ticket = next((ticket for ticket in tickets if ticket.state == "running"), tickets[0])
+        calls, total = ticket.progress
+        more = f"; {len(tickets) - 1} more" if len(tickets) > 1 else ""
+        if not total:
+            self.say(f"Waiting in the engine's queue, place {ticket.position}{more}")
+            return
+        if calls and (calls, total) != (self.bar.value, self.bar.max):
+            preview = ticket.preview()
+            if preview is not None:
+                self.picture.value = _png(preview)
+        self.bar.bar_style = ""
+        self.bar.max, self.bar.value = total, calls
+        eta = ticket.eta
+        left = f", {_duration(eta)} left" if eta is not None and eta >= 1 else ""
+        self.say(f"{f'Step {calls} of {total}' if calls < total else 'Decoding'}{left}{more}")
+
+    def show_done(self, ticket: Ticket) -> None:
+        self.bar.value, self.bar.bar_style = self.bar.max, "success"
+        self.say(f"Done in {ticket.result().timings['total_ms'] / 1000:.1f} s")
+
+    def show_stopped(self, reason: str | None) -> None:
+        """Stopped by hand, or failed for a reason."""
+        self.bar.bar_style = "warning" if reason is None else "danger"
+        self.say(reason or "Stopped", failed=reason is not None)
+
+    def say(self, text: str, failed: bool = False) -> None:
+        self.status.value = _line(text, "sdxl-wrong" if failed else "")
+
+    # --- what was drawn ----------------------------------------------------------------------------------------------
+
+    def show(self, drawn: Drawn) -> None:
+        self.picture.value = drawn.picture.png()
+        lines = [f"#{drawn.number}: {drawn.prompt}", ", ".join(_settings(drawn)), f"config {drawn.config.digest}"]
+        self.caption.value = "".join(_line(line, "sdxl-quiet") for line in lines)
+
+    def add_card(self, drawn: Drawn, actions: Mapping[str, Callable[[object], None]]) -> None:
+        """Put a picture in front of the history strip; the oldest leaves when there are `SHOWN`."""
+        small = drawn.image.copy()
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        lines = "".join(_line(text, "sdxl-quiet") for text in [f"#{drawn.number}", *_settings(drawn)])
+        buttons = []
+        for name, action in actions.items():
+            button = _button(name, f"{name} #{drawn.number}")
+            button.on_click(action)
+            buttons.append(_grow(button))
+        card = ipy.VBox(
+            [_framed(ipy.Image(value=_png(small))), ipy.HTML(lines, layout={"flex": "1 0 auto"}), ipy.HBox(buttons)],
+            layout={"flex": f"0 0 {THUMBNAIL + 16}px", "padding": "6px", "margin": "2px 4px"},
+        )
+        card.add_class("sdxl-card")
+        _route_by_header(card)
+        kept, gone = self.strip.children[: SHOWN - 1], self.strip.children[SHOWN - 1 :]
+        self.strip.children = (card, *kept)
+        _reveal(self.strip_part, True)
+        for old in gone:
+            _close(old)
+
+    def show_comparison(self, first: Drawn, second: Drawn, different: Mapping[str, tuple[Any, Any]]) -> None:
+        """Two pictures, the difference of their pixels where they have the same size, and the settings that differ."""
+        pictures = [(first.image, f"A: #{first.number}"), (second.image, f"B: #{second.number}")]
+        if first.image.size == second.image.size:
+            difference, gain = magnified_difference(first.image, second.image)
+            largest = f"largest {1 / gain:.3f}, shown ×{gain:.1f}" if gain != 1 or difference.getbbox() else "none"
+            pictures.append((difference, f"Difference: {largest}"))
+        columns = [
+            ipy.VBox(
+                [_framed(ipy.Image(value=_png(image))), ipy.HTML(_line(title, "sdxl-quiet"))],
+                layout={"flex": "0 1 250px", "min_width": "120px"},
+            )
+            for image, title in pictures
+        ]
+        rows = "".join(
+            f"<tr><td>{html.escape(name)}</td><td>{_shown(a)}</td><td>{_shown(b)}</td></tr>"
+            for name, (a, b) in different.items()
+        )
+        table = (
+            f"<table><tr><th>differs</th><th>A</th><th>B</th></tr>{rows}</table>" if rows else _line("Same settings")
+        )
+        self._compare(ipy.HBox(columns, layout={"grid_gap": "12px"}), ipy.HTML(table))
+
+    def say_compare(self, text: str) -> None:
+        self._compare(ipy.HTML(_line(text)))
+
+    def _compare(self, *parts: ipy.Widget) -> None:
+        old, self.comparison.children = self.comparison.children, parts
+        _reveal(self.comparison_part, True)
+        for part in old:
+            _close(part)
+
+    def say_saved(self, text: str, failed: bool = False) -> None:
+        self.saved.value = _line(text, "sdxl-wrong" if failed else "")
+
+
+def _button(text: str, tooltip: str, style: str = "") -> ipy.Button:
+    return ipy.Button(description=text, tooltip=tooltip, button_style=style, layout={"width": "auto"})
+
+
+def _grow(widget: ipy.Widget) -> ipy.Widget:
+    widget.layout.flex = "1 1 auto"
+    return widget
+
+
+def _framed(image: ipy.Image) -> ipy.Box:
+    """A square that a picture of any size is fitted into, so that nothing jumps."""
+    frame = ipy.Box([image], layout={"width": "auto"})
+    frame.add_class("sdxl-picture")
+    return frame
+
+
+def _reveal(widget: ipy.Widget, visible: bool) -> None:
+    widget.layout.display = None if visible else "none"
+
+
+def _line(text: str, style: str = "") -> str:
+    return f'<p class="{style}">{html.escape(text)}</p>'
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _shown(value: object) -> str:
+    return "–" if value is None else html.escape(str(value))
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _settings(drawn: Drawn) -> list[str]:
+    """What one wants to know of a picture at a glance."""
+    config = drawn.config
+    guidance = f"guidance {config.guidance_scale:g}"
+    if config.guidance_rescale:
+        guidance += f", rescale {config.guidance_rescale:g}"
+    if config.guidance_interval:
+        guidance += " in {:g}–{:g}".format(*config.guidance_interval)
+    size = f"{config.width}×{config.height}, seed {drawn.seed}"
+    lines = [config.scheduler, f"{config.steps} steps, {guidance}", size]
+    if config.refiner:
+        scores = f"{config.refiner.aesthetic_score:g}/{config.refiner.negative_aesthetic_score:g}"
+        lines.append(f"refiner at {config.refiner.handover:g}, {scores}")
+    return lines
+
+
+def _parts(widget: ipy.Widget) -> Iterator[ipy.Widget]:
+    """A widget and all that it is made of."""
+    for child in getattr(widget, "children", ()):
+        yield from _parts(child)
+    yield from (getattr(widget, name) for name in ("layout", "style") if getattr(widget, name, None) is not None)
+    yield widget
+
+
+def _close(widget: ipy.Widget) -> None:
+    for part in _parts(widget):
+        part.close()
+
+
+def _route_by_header(widget: ipy.Widget) -> None:
+    """Let clicks through while a cell runs.
+
+    JupyterLab sends a widget's messages to a subshell, a thread of its own, and says so in their header. ipykernel 7.4
+    overrides that with the shell that last published on the widget's comm, which for a widget made in a cell is the
+    main one, and that waits for the running cell, while other widgets' messages overtake. Without its route the header
+    counts.
+    """
+    for part in _parts(widget):
+        part.comm._reply_subshell_for = None

@@ -1,0 +1,1 @@
+"""From a tuned configuration to a promoted slot, and back."""

@@ -1,0 +1,73 @@
+"""What differs between two configurations: field by field, and as the table that a pull request shows.
+
+Knows no slots and no models: what was measured comes as the plain values of a slot's evidence.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdxl_lab.config import GenerationConfig
+
+
+def changed_fields(before: GenerationConfig, after: GenerationConfig) -> dict[str, tuple[Any, Any]]:
+    """Field by field what differs, nested ones as `refiner.handover`; None where a side has no such field."""
+    return changes(flat(before.to_dict()), flat(after.to_dict()))
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name by name what differs, as (before, after); None where a side lacks the name."""
+    return {
+        name: (before.get(name), after.get(name)) for name in {**before, **after} if before.get(name) != after.get(name)
+    }
+
+
+def flat(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested values under dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        found |= flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
+    return found
+
+
+def difference_table(
+    before: GenerationConfig | None, after: GenerationConfig, judged: Mapping[str, Any] | None = None
+) -> str:
+    """What a pull request says of a promotion, as Markdown: the settings that change, and with `judged` the metrics and
+    the gates."""
+    changed = changes(flat(before.to_dict()) if before else {}, flat(after.to_dict()))
+    parts = [f"### {f'`{before.digest}`' if before else 'a new slot'} → `{after.digest}`"]
+    rows = [(f"`{name}`", _shown(old), _shown(new)) for name, (old, new) in changed.items()]
+    parts.append(_markdown(("setting", "served", "candidate"), rows) if rows else "The settings are the same.")
+    if judged:
+        parts.append(_markdown(("metric", "better", "served", "candidate", "difference [95 %]"), _metric_rows(judged)))
+        drawn = " x ".join(_count(len(judged[names]), names) for names in ("prompts", "seeds"))
+        parts.append(f"{drawn}; intervals are over prompts.")
+        verdicts = [("pass" if g["passed"] else "**fail**", g["gate"], g["figures"]) for g in judged["gates"]]
+        if verdicts:
+            parts.append(_markdown(("", "gate", "figures"), verdicts))
+    return "\n\n".join(parts) + "\n"
+
+
+def _count(number: int, names: str) -> str:
+    return f"{number} {names if number != 1 else names.removesuffix('s')}"
+
+
+def _metric_rows(judged: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    rows = []
+    for name, metric in judged["metrics"].items():
+        difference = metric.get("difference")
+        shown = "" if difference is None else "{mean:+.4g} [{low:+.4g}, {high:+.4g}]".format(**difference)
+        means = [_shown(None if (side := metric.get(key)) is None else side["mean"]) for key in ("served", "candidate")]
+        rows.append((f"`{name}`", metric.get("better") or "", *means, shown))
+    return rows
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

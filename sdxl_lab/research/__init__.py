@@ -1,0 +1,1 @@
+"""Sweeps, studies, their cache and their plots."""

@@ -1,0 +1,351 @@
+"""Cells: pictures with their numbers, each kept under a key that says all that decides its pixels.
+
+What is there under its key is never drawn again, whoever asks: a sweep that was interrupted, another sweep, a study.
+A cell is two files, `KEY.png` and `KEY.json`, each written beside its place and then renamed; the second comes last and
+holds the checksum of the first, so a cell is there whole or not at all. Knows no axes and no tables.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, Self
+
+from sdxl_lab import __version__
+from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile, canonical
+from sdxl_lab.diffusion.denoising import Job, calls_of, rows_of
+from sdxl_lab.diffusion.engine import Engine, EngineStopped, Ticket
+from sdxl_lab.diffusion.models import identity, placement
+from sdxl_lab.evaluation.metrics import Metric
+from sdxl_lab.images import Picture, PictureError, open_picture, read_record
+
+FOLDER = Path("runs/cells")
+LIBRARIES = ("diffusers", "torch", "transformers", "scipy", "torchsde", "invisible-watermark", "opencv-python")
+# How many rows share a call and on how many cores moves a float32 picture by less than 1e-6, far below 8 bits.
+MOVES_PIXELS = ("dtype", "channels_last", "fuse_qkv", "compile")
+BATCH = 64  # pictures that a metric gets at once
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture that is wanted. Raises `ConfigError` when something is out of its range."""
+
+    config: GenerationConfig
+    prompt: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        _ = self.job
+
+    @property
+    def job(self) -> Job:
+        return Job(self.config, self.prompt, self.seed)
+
+    @cached_property
+    def cost(self) -> float:
+        """What drawing it takes, roughly, in UNet rows x pixels: for the forecast alone."""
+        return float(calls_of(self.job) * rows_of(self.job) * self.config.width * self.config.height)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the work stands: cells done of all, those drawn now rather than found, those failed. `eta` is in seconds,
+    None while nothing was drawn."""
+
+    done: int
+    total: int
+    drawn: int
+    failed: int
+    eta: float | None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass
+class _Course:
+    """The counters behind `Progress`."""
+
+    total: int
+    left: float
+    on_progress: OnProgress | None
+    done: int = 0
+    drawn: int = 0
+    failed: int = 0
+    spent: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+
+    def took(self, cell: Cell, failed: bool) -> None:
+        self.done += 1
+        self.drawn += not failed
+        self.failed += failed
+        self.left -= cell.cost
+        self.spent += cell.cost
+        self.tell()
+
+    def tell(self) -> None:
+        if self.on_progress is not None:
+            eta = (time.monotonic() - self.began) / self.spent * self.left if self.spent else None
+            self.on_progress(Progress(self.done, self.total, self.drawn, self.failed, eta))
+
+
+class Cells:
+    """The cells in a folder, and the engine that draws those that are missing. Use it as a context manager.
+
+    `engine` draws where one is given: for cells of its own models. Else one is loaded when the first cell is missing.
+    """
+
+    def __init__(
+        self, folder: Path | str = FOLDER, profile: RuntimeProfile | None = None, engine: Engine | None = None
+    ) -> None:
+        self.folder = Path(folder)
+        self._lent = engine
+        self._own: tuple[ModelRef, Engine] | None = None
+        self.profile = engine.profile if engine else profile or RuntimeProfile()
+        self._weights: dict[ModelRef, dict[str, str]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._own is not None:
+            self._own[1].close()
+            self._own = None
+
+    # --- what is there ---------------------------------------------------------------------------------------------
+
+    def key(self, cell: Cell) -> str:
+        """32 hex digits: sha256 over configuration, prompt, seed, weights, runtime and the versions that move pixels.
+
+        Raises `ModelError` where the weights are not there.
+        """
+        ground = self.ground(cell.config.model)
+        if cell.config.refiner is None:
+            ground["weights"] = {role: value for role, value in ground["weights"].items() if role != "refiner"}
+        decides = {"config": cell.config.digest, "prompt": cell.prompt, "seed": cell.seed, **ground}
+        return hashlib.sha256(canonical(decides).encode()).hexdigest()[:32]
+
+    def ground(self, model: ModelRef) -> dict[str, Any]:
+        """What decides pixels beside what is asked: weights, runtime, versions. Raises `ModelError`."""
+        return {
+            "weights": self._identity(model),
+            "runtime": self._runtime,
+            "libraries": _versions(),
+            "version": __version__,
+        }
+
+    @cached_property
+    def _runtime(self) -> dict[str, Any]:
+        device, dtype = placement(self.profile)
+        settled = self.profile.with_(dtype=str(dtype).removeprefix("torch.")).to_dict()
+        return {"device": device.type, **{name: settled[name] for name in MOVES_PIXELS}}
+
+    def _identity(self, model: ModelRef) -> dict[str, str]:
+        if self._lent is not None:
+            return self._lent.weights
+        if model not in self._weights:
+            self._weights[model] = identity(model)
+        return self._weights[model]
+
+    def __contains__(self, key: str) -> bool:
+        return self._notes(key) is not None
+
+    def picture(self, key: str) -> Picture:
+        """A finished cell's picture. Raises `PictureError` where there is none."""
+        notes = self._notes(key)
+        if notes is None:
+            raise PictureError(f"{self.folder} must hold the cell; received {key!r}, which is missing or half-written")
+        path = self._path(key, "png")
+        return Picture(open_picture(path), read_record(path), notes["timings"])
+
+    def values(self, key: str, metrics: Sequence[Metric], reference: str | None = None) -> dict[str, float]:
+        """What was measured of a finished cell, by the metric's name."""
+        found = (self._notes(key) or {}).get("metrics", {})
+        named = {metric.name: _measured_as(metric, reference) for metric in metrics}
+        return {name: found[measured] for name, measured in named.items() if measured in found}
+
+    def costs(self, key: str) -> dict[str, float]:
+        """What a finished cell took: `unet_calls`, `unet_rows`, and `seconds` of denoising, shared with its batch."""
+        notes = self._notes(key)
+        if notes is None:
+            return {}
+        return {name: notes[name] for name in ("unet_calls", "unet_rows")} | {
+            "seconds": notes["timings"]["denoise_ms"] / 1000
+        }
+
+    def _path(self, key: str, ending: str) -> Path:
+        return self.folder / f"{key}.{ending}"
+
+    def _notes(self, key: str) -> dict[str, Any] | None:
+        """A finished cell's JSON; None where it, or the picture it vouches for, is missing or damaged."""
+        try:
+            notes: dict[str, Any] = json.loads(self._path(key, "json").read_bytes())
+            png = self._path(key, "png").read_bytes()
+            return notes if notes["png"] == hashlib.sha256(png).hexdigest() else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _keep(self, key: str, picture: Picture) -> None:
+        if key in self:  # another process drew it meanwhile, and may have measured it
+            return
+        png = picture.png()
+        _write(self._path(key, "png"), png)
+        notes = {
+            "png": hashlib.sha256(png).hexdigest(),
+            "timings": dict(picture.timings),
+            "unet_calls": sum(picture.record["unet_calls"].values()),
+            "unet_rows": sum(picture.record["unet_rows"].values()),
+            "metrics": {},
+        }
+        _write(self._path(key, "json"), json.dumps(notes).encode())
+
+    # --- what is missing -------------------------------------------------------------------------------------------
+
+    def complete(
+        self,
+        cells: Sequence[Cell],
+        metrics: Sequence[Metric] = (),
+        reference: GenerationConfig | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> dict[str, str]:
+        """Draw what is missing and measure what is not measured; what went wrong, by key.
+
+        Cells are drawn mixed, a bounded number at a time. `reference` is the configuration that metrics which need a
+        reference compare with, at the same prompt and seed. An interrupt leaves every finished cell in place.
+        """
+        wanted = {self.key(cell): cell for cell in cells}
+        beside = {key: _beside(cell, reference) for key, cell in wanted.items()} if reference else {}
+        drawn = wanted | {self.key(cell): cell for cell in beside.values()}
+        missing = {key: cell for key, cell in drawn.items() if key not in self}
+        course = _Course(len(drawn), sum(cell.cost for cell in missing.values()), on_progress)
+        course.done = len(drawn) - len(missing)
+        course.tell()
+        errors: dict[str, str] = {}
+        for model in dict.fromkeys(cell.config.model for cell in missing.values()):
+            group = {key: cell for key, cell in missing.items() if cell.config.model == model}
+            with closing(self._drawn(self._engine(group), group)) as outcomes:
+                for key, failure in outcomes:
+                    course.took(group[key], failure is not None)
+                    if failure is not None:
+                        errors[key] = failure
+        references = {key: self.key(cell) for key, cell in beside.items()}
+        for metric in metrics:
+            errors |= self._measure(metric, [key for key in wanted if key not in errors], references)
+        return {key: error for key, error in errors.items() if key in wanted}
+
+    def _engine(self, group: Mapping[str, Cell]) -> Engine:
+        """The engine lent, or our own for these cells' model; only one is loaded at a time."""
+        if self._lent is not None:
+            return self._lent
+        config = next(iter(group.values())).config
+        if self._own is None or self._own[0] != config.model:
+            self.__exit__()
+            self._own = config.model, Engine.load(config, self.profile)
+        return self._own[1]
+
+    def _drawn(self, engine: Engine, group: Mapping[str, Cell]) -> Generator[tuple[str, str | None]]:
+        """Every cell's key once it is kept or has failed, and why it failed."""
+        running: dict[Future[Picture], tuple[str, Ticket]] = {}
+
+        def ended(futures: Iterable[Future[Picture]]) -> Iterator[tuple[str, str | None]]:
+            for future in list(futures):
+                key, _ = running.pop(future)
+                yield key, self._outcome(key, future)
+
+        try:
+            for key, cell in group.items():
+                while len(running) >= 2 * engine.profile.rows:
+                    yield from ended(wait(running, return_when=FIRST_COMPLETED).done)
+                try:
+                    ticket = engine.submit(cell.job, priority=-1)  # behind what somebody waits for
+                except ValueError as error:
+                    yield key, _said(error)
+                    continue
+                running[ticket.future] = key, ticket
+            while running:
+                yield from ended(wait(running, return_when=FIRST_COMPLETED).done)
+        finally:
+            for _, ticket in running.values():
+                ticket.cancel()
+            for future, (key, _) in running.items():
+                if future.done() and future.exception() is None:
+                    self._keep(key, future.result())
+
+    def _outcome(self, key: str, future: Future[Picture]) -> str | None:
+        """Keep the picture, or say why there is none. An engine that stopped ends all work."""
+        error = future.exception()
+        if isinstance(error, EngineStopped):
+            raise error
+        if error is not None:
+            return _said(error)
+        self._keep(key, future.result())
+        return None
+
+    def _measure(self, metric: Metric, keys: Sequence[str], references: Mapping[str, str]) -> dict[str, str]:
+        """Measure the cells that lack this number, and keep it with them; what went wrong, by key."""
+        errors: dict[str, str] = {}
+        if metric.needs_reference:
+            for key in [key for key in keys if references.get(key, "") not in self]:
+                errors[key] = f"{metric.name}: the reference picture is missing"
+        lacking = [key for key in keys if key not in errors and not self.values(key, [metric], references.get(key))]
+        for start in range(0, len(lacking), BATCH):
+            part = lacking[start : start + BATCH]
+            try:
+                self._note(metric, part, references)
+            except Exception:
+                for key in part:  # so that only the culprit goes without
+                    try:
+                        self._note(metric, [key], references)
+                    except Exception as error:
+                        errors[key] = f"{metric.name}: {_said(error)}"
+        return errors
+
+    def _note(self, metric: Metric, keys: Sequence[str], references: Mapping[str, str]) -> None:
+        pictures = [self.picture(key) for key in keys]
+        beside = [self.picture(references[key]) for key in keys] if metric.needs_reference else None
+        for key, value in zip(keys, metric(pictures, beside), strict=True):
+            notes = self._notes(key)
+            assert notes is not None
+            notes["metrics"][_measured_as(metric, references.get(key))] = float(value)
+            _write(self._path(key, "json"), json.dumps(notes).encode())
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
+
+
+def _beside(cell: Cell, reference: GenerationConfig) -> Cell:
+    return Cell(reference, cell.prompt, cell.seed)
+
+
+def _measured_as(metric: Metric, reference: str | None) -> str:
+    """The name a number is kept under: with its source, since CLIP scores of different models are different numbers."""
+    return " | ".join([metric.name, metric.source, *([str(reference)] if metric.needs_reference else [])])
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all: beside its place, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(file.name)
+            raise

@@ -1,0 +1,454 @@
+"""Pictures of pictures and of tables: labelled grids, quality against cost, curves.
+
+A table is a sweep's: one row a picture, with its settings, `prompt`, `seed`, numbers and `picture`, the id under which
+`pictures` gives it. Every plot is an image at twice the size at which a README shows it, in colours that the
+colour-blind tell apart (Okabe and Ito 2008) and with a mark of its own for every line. Knows no engine, no files, and
+of a sheet of pictures only what stands where.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import cycle, product
+from typing import Any, TypeVar
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from PIL import Image, ImageDraw
+
+from sdxl_lab.evaluation.metrics import METRICS, Interval, interval
+from sdxl_lab.images import Picture
+from sdxl_lab.research.sheet import FAINT, GAP, INK, PALE, Axis, Panel, fitted, page, typeface
+
+LABEL = 26
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#555555")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+Pictures = Callable[[str], Picture]
+Place = tuple[Any, Any, Any]  # the values of a grid's panel, row and column
+T = TypeVar("T")
+PAIR = ["prompt", "seed"]
+
+
+class PlotError(ValueError):
+    """A table lacks what a plot should show, or says more than it can."""
+
+
+# --- words ---------------------------------------------------------------------------------------------------------
+
+
+NAMES = {"clip_score": "CLIP score", "ssim": "SSIM", "psnr": "PSNR (dB)", "seconds": "seconds a picture"}
+
+
+def words(column: str) -> str:
+    """A column's name as people read it: `refiner.handover` is "refiner handover"."""
+    return NAMES.get(column, column.replace(".", " ").replace("_", " ").replace("unet", "UNet"))
+
+
+def said(value: Any) -> str:
+    """A table's value as people read it: "none" for a missing one, `0.28 to 5.42` for a pair."""
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return "none"
+    if isinstance(value, str) and value.startswith(("[", "{")):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, list | tuple):
+        return " to ".join(said(each) for each in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{words(name)} {said(each)}" for name, each in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+
+def _need(table: pd.DataFrame, *columns: str) -> None:
+    for column in columns:
+        if column not in table.columns:
+            raise PlotError(
+                f"a plot must be of the table's columns ({', '.join(map(str, table.columns))}); received {column!r}"
+            )
+    if table.empty:
+        raise PlotError("a plot must have at least one row; received an empty table")
+
+
+def _values(table: pd.DataFrame, column: str) -> list[Any]:
+    """A column's different values, numbers by size, others as they come; a missing one first."""
+    found = [None if pd.isna(value) else value for value in table[column].unique()]
+    kept = [value for value in found if value is not None]
+    numbers = all(isinstance(value, int | float | np.number) for value in kept)
+    return ([None] if None in found else []) + (sorted(kept) if numbers else kept)
+
+
+def _where(table: pd.DataFrame, settings: Mapping[str, Any]) -> pd.DataFrame:
+    for column, value in settings.items():
+        table = table[table[column].isna() if value is None else table[column] == value]
+    return table
+
+
+# --- grids ---------------------------------------------------------------------------------------------------------
+
+
+def grid(images: Sequence[Image.Image], labels: Sequence[str], columns: int | None = None) -> Image.Image:
+    """Pictures of one size in rows of `columns` (default: one row), each under its label."""
+    if len(images) != len(labels) or not images:
+        raise PlotError(f"a grid must have one label a picture; received {len(images)} pictures, {len(labels)} labels")
+    columns = columns or len(images)
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + LABEL + GAP) + GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), typeface(13)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        x, y = GAP + index % columns * (width + GAP), GAP + index // columns * (height + LABEL + GAP)
+        pen.text((x, y + 4), fitted(label, width, font), fill=INK, font=font)
+        sheet.paste(image, (x, y + LABEL))
+    return sheet
+
+
+def picture_grid(
+    table: pd.DataFrame,
+    pictures: Pictures,
+    across: str,
+    down: str | None = None,
+    panels: str | None = None,
+    *,
+    notes: Sequence[str] = (),
+    side: int = 192,
+    width: int = 1800,
+) -> Image.Image:
+    """Pictures along two axes, or three: one grid a value of `panels`, beside one another as long as `width` pixels
+    allow. An axis is any column: a setting, `prompt` or `seed`; without `down` there is one row.
+
+    Over the whole stands what all pictures share of prompt and seed; under each the numbers named in `notes`. A
+    picture is as large as it was drawn, or smaller so that neither of its sides is above `side`. A cell that failed
+    says why, one that is not in the table stays empty. Raises `PlotError` for a column that is not there, and where the
+    axes leave several pictures in one place.
+    """
+    axes = (panels, down, across)
+    _need(table, *filter(None, axes), "picture", *notes)
+    sheets, rows, columns = (_values(table, axis) if axis else [None] for axis in axes)
+    cells = {place: _cell(table, axes, place, pictures, side) for place in product(sheets, rows, columns)}
+    size = next((cell.size for cell in cells.values() if isinstance(cell, Image.Image)), (side, side))
+    below = {place: _notes(table, axes, place, notes, size[0]) for place in cells}
+    panel = Panel(size, _axis(across, columns), _axis(down, rows) if down else None, max(map(len, below.values())))
+    drawn = [
+        panel.draw(f"{words(panels)}: {said(sheet)}" if panels else "", _of(cells, sheet), _of(below, sheet))
+        for sheet in sheets
+    ]
+    return page(_shared(table, axes), drawn, width)
+
+
+def _axis(column: str, values: Sequence[Any]) -> Axis:
+    return Axis(words(column), values, [said(value) for value in values])
+
+
+def _of(places: Mapping[Place, T], sheet: Any) -> dict[tuple[Any, Any], T]:
+    return {(row, column): what for (at, row, column), what in places.items() if at == sheet}
+
+
+def _at(table: pd.DataFrame, axes: Sequence[str | None], place: Place) -> tuple[dict[str, Any], pd.DataFrame]:
+    """The settings that a place stands for, and the table's rows that have them."""
+    settings = {axis: value for axis, value in zip(axes, place, strict=True) if axis is not None}
+    return settings, _where(table, settings)
+
+
+def _cell(
+    table: pd.DataFrame, axes: Sequence[str | None], place: Place, pictures: Pictures, side: int
+) -> Image.Image | str:
+    """The picture of a place, or why there is none."""
+    settings, found = _at(table, axes, place)
+    if len(found) > 1:
+        others = found.drop(columns=[*settings, "picture"]).astype(str).nunique()
+        raise PlotError(
+            f"a grid must have one picture a place; at {said(settings)} the table has {len(found)}, which differ in "
+            f"{', '.join(others[others > 1].index)}. Make one of these the third axis, or keep one. Example: "
+            "table[table.seed == 0]"
+        )
+    if found.empty:
+        return ""
+    row = found.iloc[0]
+    if pd.isna(row["picture"]):
+        return str(row.get("error") or "failed")
+    image = pictures(row["picture"]).image.convert("RGB")
+    if max(image.size) > side:
+        scale = side / max(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    return image
+
+
+def _notes(
+    table: pd.DataFrame, axes: Sequence[str | None], place: Place, notes: Sequence[str], width: int
+) -> list[str]:
+    """The numbers under a picture, as many on a line as fit."""
+    _, found = _at(table, axes, place)
+    if not notes or found.empty or found.iloc[0][list(notes)].isna().any():
+        return []
+    values = [
+        f"{found.iloc[0][note]:.3g} s" if note == "seconds" else f"{words(note)} {found.iloc[0][note]:.3g}"
+        for note in notes
+    ]
+    together = ", ".join(values)
+    font = typeface(12)
+    return [together] if font.getlength(together) <= width else [fitted(value, width, font) for value in values]
+
+
+def _shared(table: pd.DataFrame, axes: Sequence[str | None]) -> str:
+    """The prompt and the seed, where all pictures have the same."""
+    parts = []
+    for name, form in (("prompt", "“{}”"), ("seed", "seed {}")):
+        if name in table and name not in axes and table[name].nunique() == 1:
+            parts.append(form.format(table[name].iloc[0]))
+    return ", ".join(parts)
+
+
+# --- curves --------------------------------------------------------------------------------------------------------
+
+DOTS = 160  # an inch
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.labelsize": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": PALE,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+def _painted(size: tuple[float, float], columns: int, paint: Callable[[Figure, list[Axes]], None]) -> Image.Image:
+    """A figure of `size` inches with its axes side by side, as a picture; matplotlib's own state is left alone."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, dpi=DOTS, layout="constrained")
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+        paint(figure, list(axes))
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3].copy())
+
+
+def _sure(values: np.ndarray, prompts: Sequence[str]) -> Interval:
+    """The interval over prompts where there are several, else over seeds; a single value is its own."""
+    if len(values) < 2:
+        mean = float(values.mean()) if len(values) else float("nan")
+        return Interval(mean, mean, mean, len(values))
+    return interval(values, by=prompts if len(set(prompts)) > 1 else None)
+
+
+def front(
+    table: pd.DataFrame,
+    by: Sequence[str],
+    quality: str = "clip_score",
+    cost: str = "seconds",
+    better: str | None = None,
+) -> pd.DataFrame:
+    """What `quality_against_cost` shows: a row for each combination of the columns `by`, cheapest first.
+
+    Columns: `by`, `quality` (its mean), `low`, `high`, `cost` (its median: one slow moment of a machine is no cost of a
+    setting), `count`, `front` (whether no other combination is as good for less, or better for the same) and `worse`
+    (whether it is worse than the best by more than chance: the interval of the paired difference keeps off zero).
+    `better` is "higher" or "lower", by default as the metric says.
+
+    Only prompts and seeds that every combination has count, so that all are judged by the same ones; a combination of
+    which no picture is there is left out. The 95 % interval is the one within pairs (Cousineau 2005, corrected by
+    Morey 2008): what prompts and seeds differ in among themselves is taken out. Raises `PlotError`.
+    """
+    _need(table, *by, quality, cost, *PAIR)
+    up = _better(quality, better) == "higher"
+    there = table.dropna(subset=[quality, cost])
+    groups = [
+        (settings, found.set_index(PAIR))
+        for settings in product(*(_values(table, name) for name in by))
+        if len(found := _where(there, dict(zip(by, settings, strict=True))))
+    ]
+    for settings, found in groups:
+        if not found.index.is_unique:
+            raise PlotError(_several(", ".join(by), ", ".join(map(said, settings))))
+    common = groups[0][1].index if groups else pd.Index([])
+    for _, found in groups:
+        common = common.intersection(found.index)
+    if common.empty:
+        raise PlotError(
+            f"a plot must have a prompt and seed with {quality} and {cost} for every {', '.join(by)}; received none"
+        )
+    values = np.array([found.loc[common, quality] for _, found in groups], dtype=np.float64)
+    within = values - values.mean(axis=0) + values.mean()
+    spread = (len(values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else 1.0
+    prompts, means = list(common.get_level_values("prompt")), values.mean(axis=1)
+    best = values[means.argmax() if up else means.argmin()]
+    rows: list[list[Any]] = []
+    for (settings, found), each, steadied in zip(groups, values, within if len(values) > 1 else values, strict=True):
+        mean, sure = float(each.mean()), _sure(steadied, prompts)
+        ends = [mean + (end - sure.mean) * spread for end in (sure.low, sure.high)]
+        worse = len(common) > 1 and _sure(each - best, prompts).decided
+        rows.append([*settings, mean, *ends, float(found.loc[common, cost].median()), len(common), worse])
+    result = pd.DataFrame(rows, columns=[*by, "quality", "low", "high", "cost", "count", "worse"])
+    result = result.sort_values(["cost", "quality"], ascending=[True, not up], ignore_index=True)
+    ranked = result["quality"] if up else -result["quality"]
+    return result.assign(front=ranked > ranked.cummax().shift(fill_value=-np.inf))
+
+
+def _better(metric: str, asked: str | None) -> str:
+    return asked or (METRICS[metric].better if metric in METRICS else None) or "higher"
+
+
+def _several(columns: str, values: str) -> str:
+    return (
+        f"a plot must have one picture a prompt and seed at each {columns}; at {values} there are several. Name what "
+        "they differ in as an axis, too, or keep one"
+    )
+
+
+def quality_against_cost(
+    table: pd.DataFrame,
+    series: str = "scheduler",
+    along: str = "steps",
+    quality: str = "clip_score",
+    cost: str = "seconds",
+    better: str | None = None,
+) -> Image.Image:
+    """A line a value of `series`, a point a value of `along`: the mean `quality` over prompts and seeds with its 95 %
+    interval within pairs, against `cost`. The Pareto front is the black line; what stands on it is named. Raises as
+    `front` does.
+    """
+    found = front(table, [series, along], quality, cost, better)
+    up = _better(quality, better) == "higher"
+
+    def paint(figure: Figure, axes: list[Axes]) -> None:
+        (ax,) = axes
+        for name, colour, mark in zip(_values(table, series), cycle(COLOURS), _marks(), strict=False):
+            line = _where(found, {series: name}).sort_values(along)
+            errors = [line["quality"] - line["low"], line["high"] - line["quality"]]
+            ax.errorbar(line["cost"], line["quality"], errors, fmt="none", ecolor=colour, alpha=0.4, elinewidth=1.5)
+            ax.plot(line["cost"], line["quality"], f"-{mark}", color=colour, label=said(name), lw=1.3, ms=6)
+        best = found[found["front"]]
+        ax.plot(best["cost"], best["quality"], color=INK, lw=2.2, alpha=0.85, label="Pareto front", zorder=4)
+        ax.plot(best["cost"], best["quality"], "o", ms=12, mfc="none", mec=INK, mew=1.5, zorder=5)
+        before, reach = -np.inf, np.ptp(found["cost"])
+        low, high = ends = ax.get_xlim()
+        for _, point in best.iterrows():
+            above = up if point["cost"] - before > 0.25 * reach else not up  # so that names of neighbours keep apart
+            before = point["cost"] if above == up else -np.inf
+            name = f"{said(point[series])}, {said(point[along])}"
+            room = 0.024 * len(name) * (ends[1] - ends[0])
+            low, high = (
+                (min(low, point["cost"] - room), high) if above == up else (low, max(high, point["cost"] + room))
+            )
+            text = ax.annotate(
+                name,
+                (point["cost"], point["quality"]),
+                xytext=(-9 if above == up else 9, 9 if above else -9),
+                textcoords="offset points",
+                ha="right" if above == up else "left",
+                va="bottom" if above else "top",
+                fontsize=9,
+                fontweight="bold",
+                zorder=6,
+            )
+            text.set_in_layout(False)
+            text.set_path_effects([withStroke(linewidth=3, foreground="white", alpha=0.9)])
+        ax.set(xlabel=words(cost), ylabel=words(quality), title=f"{words(quality)} against {words(cost)}")
+        ax.set_xticks([tick for tick in ax.get_xticks() if max(ends[0], 0) <= tick <= ends[1]])
+        ax.set_xlim(low, high)
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", title=words(series), fontsize=9)
+
+    return _painted((9.0, 5.0), 1, paint)
+
+
+def _marks() -> Any:
+    """A mark for each line: the next one every time the colours begin anew, so that no two lines look alike."""
+    return (MARKS[(index + index // len(COLOURS)) % len(MARKS)] for index in range(len(MARKS) * len(COLOURS)))
+
+
+def curves(
+    table: pd.DataFrame,
+    x: str,
+    metrics: Sequence[str],
+    series: str | None = None,
+    *,
+    baseline: pd.DataFrame | None = None,
+    baseline_name: str = "base alone",
+) -> Image.Image:
+    """A panel a metric: its mean along `x` with a band for the 95 % interval over prompts and seeds, a line a value of
+    `series`.
+
+    With `baseline`, a table of the same prompts and seeds, the curves show the paired difference from it, and zero is
+    drawn: a band that keeps off zero is a difference. Rows where `x` is missing are left out. Raises `PlotError`.
+    """
+    _need(table, x, *metrics, *([series] if series else []), *PAIR)
+    table = table[table[x].notna()]
+    names = _values(table, series) if series else [None]
+    lines = {
+        (metric, name): curve(table if series is None else _where(table, {series: name}), x, metric, baseline)
+        for metric in metrics
+        for name in names
+    }
+
+    def paint(figure: Figure, axes: list[Axes]) -> None:
+        for ax, metric in zip(axes, metrics, strict=True):
+            for name, colour, mark in zip(names, COLOURS, MARKS, strict=False):
+                line = lines[metric, name]
+                label = said(name) if series else None
+                ax.fill_between(line[x], line["low"], line["high"], color=colour, alpha=0.15, lw=0)
+                ax.plot(line[x], line["mean"], f"-{mark}", color=colour, lw=1.6, ms=5, label=label)
+            if baseline is not None:
+                ax.axhline(0, color=INK, lw=1, ls="--")
+                ax.annotate(
+                    baseline_name, (1, 0), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                    textcoords="offset points", ha="right", fontsize=8.5, color=FAINT,
+                )  # fmt: skip
+            ax.set(xlabel=words(x), title=words(metric))
+            ax.margins(x=0.04, y=0.12)
+        axes[0].set_ylabel(
+            f"difference from {baseline_name}" if baseline is not None else "mean over prompts and seeds"
+        )
+        if series:
+            handles = axes[0].get_legend_handles_labels()
+            figure.legend(*handles, loc="outside right upper", title=words(series), fontsize=9)
+
+    return _painted((max(5.5, 4.0 * len(metrics)), 3.9), len(metrics), paint)
+
+
+def curve(table: pd.DataFrame, x: str, metric: str, baseline: pd.DataFrame | None = None) -> pd.DataFrame:
+    """A line of `curves` as numbers: `x`, `mean`, `low`, `high`, `count`. With `baseline` of the paired difference.
+
+    Raises `PlotError` where a prompt and seed have several pictures at one `x`, or none in the baseline.
+    """
+    rows = []
+    for value in _values(table, x):
+        found = _where(table, {x: value})
+        if found.duplicated(PAIR).any():
+            raise PlotError(_several(x, said(value)))
+        found = found.dropna(subset=[metric])
+        values = found[metric].to_numpy() if baseline is None else _differences(found, baseline, metric)
+        sure = _sure(values, list(found["prompt"]))
+        rows.append([value, sure.mean, sure.low, sure.high, sure.count])
+    return pd.DataFrame(rows, columns=[x, "mean", "low", "high", "count"])
+
+
+def _differences(found: pd.DataFrame, baseline: pd.DataFrame, metric: str) -> np.ndarray:
+    """From the baseline's picture of the same prompt and seed, row by row."""
+    before = found[PAIR].merge(baseline[[*PAIR, metric]], on=PAIR, how="left", validate="m:1")[metric].to_numpy()
+    if np.isnan(before).any():
+        missing = found.iloc[int(np.flatnonzero(np.isnan(before))[0])]
+        raise PlotError(
+            f"the baseline must have {metric} for every prompt and seed; it lacks {missing['prompt']!r}, seed "
+            f"{missing['seed']}"
+        )
+    differences: np.ndarray = found[metric].to_numpy() - before
+    return differences

@@ -1,0 +1,305 @@
+"""Sweeps: axes over configuration, prompt and seed, made into cells and from cells into a table.
+
+Everything is checked before anything is drawn. What was drawn stays in the cells: a sweep that was stopped goes on
+where it was, a longer one draws only what is new, and the table can always be made again. How a cell is drawn, kept and
+measured it does not know.
+"""
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from sdxl_lab.config import GenerationConfig, Record, RuntimeProfile, canonical
+from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.diffusion.models import placement
+from sdxl_lab.evaluation.metrics import Metric
+from sdxl_lab.research.axes import (
+    LIMIT,
+    NONE,
+    NULLABLE,
+    SweepError,
+    base_config,
+    changed,
+    check_axis,
+    flat,
+    named_metric,
+    overlaid,
+    read_toml,
+    spread,
+)
+from sdxl_lab.research.cache import FOLDER, Cell, Cells, OnProgress
+
+OUT = Path("runs/sweeps")
+PAIRS = ("prompt", "seed")
+
+Axes = Mapping[str, Sequence[Any]]
+
+
+# --- the sweep -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Cells, and beside each the axes' values it stands for. Built by `product` or `from_toml`."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    settings: tuple[dict[str, Any], ...]
+    metrics: tuple[Metric, ...] = ()
+    reference: GenerationConfig | None = None
+
+    @classmethod
+    def product(
+        cls,
+        config: GenerationConfig,
+        axes: Axes,
+        zipped: Sequence[Axes] = (),
+        *,
+        metrics: Sequence[Metric | str] = (),
+        reference: GenerationConfig | None = None,
+        name: str = "sweep",
+        limit: int = LIMIT,
+    ) -> "Sweep":
+        """Every combination of the axes' values over `config`.
+
+        An axis is `prompt` (needed), `seed` (default 0), `config` (whole configurations, or files of them) or any field
+        of the configuration. The axes of one table of `zipped` go together, value by value. Where a combination has no
+        refiner, the refiner's fields do not apply, and its doubles are left out. `reference` is the configuration whose
+        pictures metrics like SSIM compare with. Raises `SweepError`, `ConfigError` or `MetricError`.
+        """
+        groups = _groups(axes, zipped)
+        if not isinstance(limit, int) or limit < 1:
+            raise SweepError(f"limit must be a whole number from 1; received {limit!r}. Example: limit = {LIMIT}")
+        count = math.prod(len(next(iter(group.values()))) for group in groups)
+        if count > limit:
+            sizes = " x ".join(str(len(next(iter(group.values())))) for group in groups)
+            raise SweepError(
+                f"a sweep must have at most {limit} cells; received {sizes} = {count}. Take fewer values, zip axes "
+                f"that belong together, or raise the limit. Example: limit = {count}"
+            )
+        found: dict[str, tuple[Cell, dict[str, Any]]] = {}
+        for combination in _combinations(groups):
+            cell, settings = _cell(config, combination)
+            found.setdefault(canonical(settings), (cell, settings))
+        chosen = tuple(metric if isinstance(metric, Metric) else named_metric(metric) for metric in metrics)
+        for metric in chosen:
+            if metric.needs_reference and reference is None:
+                raise SweepError(
+                    f"the metric {metric.name} must have a reference to compare with; received none. Example: "
+                    "reference = { steps = 100 }"
+                )
+        cells, rows = zip(*found.values(), strict=True)
+        return cls(name, cells, rows, chosen, reference)
+
+    @classmethod
+    def from_toml(cls, path: Path | str) -> "Sweep":
+        """Read a sweep's file; `studies/` has examples. Files it names are relative to it."""
+        path = Path(path)
+        known = {"name", "model", "config", "axes", "zip", "metrics", "clip", "reference", "limit"}
+        content = read_toml(path, known, "sweep")
+        config = base_config(content, path.parent)
+        reference = None
+        if "reference" in content:
+            reference = overlaid(config, content["reference"])
+        metrics = content.get("metrics", [])
+        if not isinstance(metrics, list):
+            raise SweepError(f'metrics must be a list; received {metrics!r}. Example: metrics = ["clip_score"]')
+        axes = flat(content.get("axes", {}))
+        zipped = [flat(table) for table in content.get("zip", [])]
+        for table in (axes, *zipped):
+            if "config" in table:
+                table["config"] = [path.parent / str(file) for file in spread("config", table["config"])]
+        return cls.product(
+            config,
+            axes,
+            zipped,
+            metrics=[named_metric(metric, content.get("clip", "nano")) for metric in metrics],
+            reference=reference,
+            name=str(content.get("name", path.stem)),
+            limit=content.get("limit", LIMIT),
+        )
+
+
+def _groups(axes: Axes, zipped: Sequence[Axes]) -> list[dict[str, list[Any]]]:
+    """The axes as groups that go together: each of `axes` alone, each table of `zipped` as one."""
+    groups = [{name: _axis(name, values)} for name, values in axes.items()]
+    for table in zipped:
+        group = {name: _axis(name, values) for name, values in flat(table).items()}
+        lengths = {name: len(values) for name, values in group.items()}
+        if not group or len(set(lengths.values())) > 1:
+            raise SweepError(
+                f"axes that are zipped must have as many values each; received {lengths}. Example: "
+                'scheduler = ["euler", "heun"], steps = [20, 10]'
+            )
+        groups.append(group)
+    names = [name for group in groups for name in group]
+    for name in names:
+        check_axis(name, ("prompt", "seed", "config"))
+        if names.count(name) > 1:
+            raise SweepError(f"an axis must be given once; received {name!r} {names.count(name)} times")
+    if "prompt" not in names:
+        raise SweepError('a sweep must have prompts; received none. Example: prompt = ["A cat in a hat"]')
+    return groups
+
+
+def _axis(name: str, values: Any) -> list[Any]:
+    """An axis's values; those of `config` read, each with the name that the table shows."""
+    found = spread(name, values)
+    if name != "config":
+        return found
+    return [
+        (value.digest, value)
+        if isinstance(value, GenerationConfig)
+        else (_short(value), GenerationConfig.from_toml(value))
+        for value in found
+    ]
+
+
+def _combinations(groups: list[dict[str, list[Any]]]) -> Iterator[dict[str, Any]]:
+    choices = [[dict(zip(group, values, strict=True)) for values in zip(*group.values())] for group in groups]  # noqa: B905
+    for parts in itertools.product(*choices):
+        yield {name: value for part in parts for name, value in part.items()}
+
+
+def _cell(config: GenerationConfig, combination: Mapping[str, Any]) -> tuple[Cell, dict[str, Any]]:
+    """The cell, and its settings as the table shows them. The fields go over a whole configuration; a record's fields
+    do not apply where the record was taken out."""
+    settings = dict(combination)
+    prompt, seed = settings["prompt"], settings.setdefault("seed", 0)
+    if "config" in settings:
+        settings["config"], config = settings["config"]
+    values = {name: value for name, value in settings.items() if name not in ("config", *PAIRS)}
+    for name in list(values):
+        outer = name.partition(".")[0]
+        if outer != name and values.get(outer, ()) in (None, NONE):
+            del values[name]
+            settings[name] = None
+        else:
+            settings[name] = _shown(values[name], name)
+    return Cell(changed(config, values), prompt, seed), settings
+
+
+def _short(path: Any) -> str:
+    """A configuration's file by a name that tells it from others: `nano/config` for `promoted/nano/config.toml`."""
+    path = Path(path)
+    return f"{path.resolve().parent.name}/{path.stem}" if path.stem == "config" else path.stem
+
+
+def _shown(value: Any, name: str) -> Any:
+    if value is None or (value == NONE and name in NULLABLE):
+        return None
+    if isinstance(value, Record):
+        return canonical(value.to_dict())
+    return json.dumps(value) if isinstance(value, Mapping | list | tuple) else value
+
+
+# --- running it ----------------------------------------------------------------------------------------------------
+
+
+def run(
+    sweep: Sweep,
+    *,
+    out: Path | str | None = None,
+    cells: Path | str = FOLDER,
+    profile: RuntimeProfile | None = None,
+    engine: Engine | None = None,
+    on_progress: OnProgress | None = None,
+) -> pd.DataFrame:
+    """Draw and measure what is missing, and give the table: one row a cell, also written to `out/table.parquet`.
+
+    Columns: the axes, `prompt`, `seed`, `digest`, `settings` (the whole configuration as JSON), the metrics,
+    `unet_calls`, `unet_rows`, `seconds` (denoising, shared with its batch), `picture` (the cell's key) and `error` (why
+    there is no picture or no number).
+
+    Under `accelerate launch` every process draws its share, and each gives the whole table: that of one process, but
+    for a sample here and there that rounds to the next of its 256 values. An interrupt raises `KeyboardInterrupt` and
+    leaves what is finished; run it again to go on.
+    """
+    group, profile = processes(profile, engine)
+    with Cells(cells, profile, engine) as store:
+        keys = {store.key(cell): cell for cell in sweep.cells}
+        # In the order of their keys, which is as good as shuffled: every process gets easy and hard ones alike.
+        shares = sorted(keys) if group.num_processes > 1 else list(keys)
+        with group.split_between_processes(shares) as mine:
+            errors = store.complete([keys[key] for key in mine], sweep.metrics, sweep.reference, on_progress)
+        if group.num_processes > 1:
+            errors = {key: error for part in gather_object([errors]) for key, error in part.items()}
+            _check_shared(store, keys, errors)
+        table = _table(sweep, store, errors)
+    if group.is_main_process:
+        write_table(table, Path(out or OUT / sweep.name) / "table.parquet")
+    return table
+
+
+def _check_shared(store: Cells, keys: Iterable[str], errors: Mapping[str, str]) -> None:
+    """Machines that each draw into a folder of their own would give a table with holes."""
+    lost = [key for key in keys if key not in store and key not in errors]
+    if lost:
+        raise SweepError(
+            f"all processes of a sweep must draw into one folder that every machine sees; {store.folder} lacks "
+            f"{len(lost)} cells that others drew. Example: --cells /mnt/shared/cells"
+        )
+
+
+def processes(profile: RuntimeProfile | None, engine: Engine | None) -> tuple[PartialState, RuntimeProfile]:
+    """This process among those of `accelerate launch`, alone without it, and the profile it draws with: that of the
+    engine where one is lent, else each of many on the GPU that is its own. Nobody gives up waiting for a slower one."""
+    profile = engine.profile if engine else profile or RuntimeProfile()
+    patience = {"timeout": timedelta(days=30)} if "LOCAL_RANK" in os.environ else {}
+    group = PartialState(cpu=placement(profile)[0].type == "cpu", **patience)
+    if engine is None and group.num_processes > 1 and group.device.type == "cuda":
+        profile = profile.with_(device=f"cuda:{group.local_process_index}")
+    return group, profile
+
+
+def _table(sweep: Sweep, store: Cells, errors: Mapping[str, str]) -> pd.DataFrame:
+    rows = []
+    for cell, settings in zip(sweep.cells, sweep.settings, strict=True):
+        key = store.key(cell)
+        row = settings | {"prompt": cell.prompt, "seed": cell.seed, "digest": cell.config.digest}
+        row |= {"settings": canonical(cell.config.to_dict())} | {metric.name: math.nan for metric in sweep.metrics}
+        row |= {"unet_calls": math.nan, "unet_rows": math.nan, "seconds": math.nan}
+        if key in store:
+            reference = store.key(Cell(sweep.reference, cell.prompt, cell.seed)) if sweep.reference else None
+            row |= store.costs(key) | store.values(key, sweep.metrics, reference)
+        rows.append(row | {"picture": key if key in store else None, "error": errors.get(key)})
+    return pd.DataFrame(rows).astype({"picture": "str", "error": "str"})
+
+
+def summary(sweep: Sweep, table: pd.DataFrame) -> pd.DataFrame:
+    """The mean over prompts and seeds for every other combination of the axes."""
+    axes = [name for name in dict.fromkeys(name for row in sweep.settings for name in row) if name not in PAIRS]
+    numbers = [*dict.fromkeys([*(metric.name for metric in sweep.metrics), "unet_rows"])]
+    groups = table.groupby(axes, dropna=False, sort=False) if axes else table.groupby(lambda _: "all")
+    return groups[numbers].mean().assign(cells=groups.size())
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.part")
+    table.to_parquet(beside)
+    beside.replace(path)
+
+
+def read_table(path: Path | str) -> pd.DataFrame:
+    """A sweep's or a study's table, from its file or the folder that holds it. Raises `SweepError`."""
+    path = Path(path)
+    path = path / "table.parquet" if path.is_dir() else path
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise SweepError(
+            f"{path} must be a table that a sweep wrote; {type(error).__name__}: {error}. Nothing is lost: run the "
+            "sweep again, and it is made from the cells without drawing. Example: python -m sdxl_lab sweep FILE.toml"
+        ) from error

@@ -1,0 +1,1 @@
+"""The doors: routes, schemas, errors."""

@@ -1,0 +1,64 @@
+"""What operators ask: what is served, is it alive, is it ready."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import PlainTextResponse, Response
+
+from sdxl_lab import __version__
+from sdxl_lab.config import SCHEDULERS
+from service.api.problems import answers
+from service.jobs.manager import Studio
+
+router = APIRouter(tags=["operation"])
+
+
+@router.get("/config")
+async def config(request: Request) -> dict[str, Any]:
+    """The promoted configuration and what speaks for it; `runtime` and `weights` once they are loaded."""
+    studio: Studio = request.app.state.studio
+    slot, engine = studio.served.slot, studio.served.engine
+    content: dict[str, Any] = {
+        "slot": slot.folder.name,
+        "config": slot.config.to_dict(),
+        "schedulers": SCHEDULERS,
+        "digest": slot.digest,
+        "evidence": slot.evidence,
+        "runtime": engine.profile.to_dict() if engine else None,
+        "weights": engine.weights if engine else None,
+        **studio.served.attestation.to_dict(),
+        "version": __version__,
+    }
+    if slot.evidence is None:
+        content["evidence_note"] = (
+            "this configuration was put here without evidence: nobody has judged its pictures yet"
+        )
+    return content
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """The process answers; it may still be loading."""
+    return {"status": "alive"}
+
+
+@router.get("/readyz", responses=answers("not-ready"))
+async def readyz(request: Request) -> dict[str, Any]:
+    """Whether a picture can be drawn now; 503 says why not. `attested` false comes with the reason."""
+    studio: Studio = request.app.state.studio
+    studio.served.ready_engine()
+    attestation = studio.served.attestation
+    told = {"status": "ready", "attested": attestation.passed}
+    return told if attestation.passed else told | {"attested_reason": attestation.reason}
+
+
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"text/plain": {"example": "sdxl_queue_depth 0.0"}}}},
+)
+async def metrics(request: Request) -> Response:
+    """What Prometheus is told."""
+    studio: Studio = request.app.state.studio
+    content, media_type = studio.metrics.exposition(request.headers.get("accept", ""))
+    return Response(content, headers={"Content-Type": media_type})

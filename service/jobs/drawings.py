@@ -1,0 +1,281 @@
+"""The drawings under way: each is given to the engine, promised if it is to last, followed, and stored.
+
+Knows the engine and the store, and neither HTTP nor where an order comes from. Lives on the event loop, and leaves it
+for everything that takes long.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+from sdxl_lab.images import Picture, encode_png
+from service.api.problems import Stopping, known
+from service.api.schemas import overridden
+from service.deployment import Served, on_loop
+from service.jobs.job import LOOK, CancelledByClient, Drawing, Order
+from service.jobs.leases import STORING, Promises
+from service.jobs.store import JobChanged, Store, StoreRefused, StoreUnreachable, UnknownPicture, Version
+from service.server.logging import note
+from service.server.telemetry import Metrics
+
+if TYPE_CHECKING:
+    from sdxl_lab.diffusion.engine import Ticket
+
+REMEMBERED = 600  # seconds, and at most
+MOST_REMEMBERED = 1000  # pictures that failed or were cancelled; those that are done the store knows
+OUTAGE = 60  # seconds for which a picture that is drawn waits for a store that does not answer
+ANSWER = 2  # seconds for a cancelled picture to leave the engine, and for what becomes of it to be written down
+
+log = logging.getLogger(__name__)
+
+
+class Drawings:
+    """`making`: what is drawn here; `ended`: what failed or was cancelled of late, the last at the end."""
+
+    def __init__(self, served: Served, store: Store, promises: Promises, metrics: Metrics) -> None:
+        self.served, self.store, self.promises, self.metrics = served, store, promises, metrics
+        self.making: dict[uuid.UUID, Drawing] = {}
+        self.ended: dict[uuid.UUID, Drawing] = {}
+        self._locks: WeakValueDictionary[uuid.UUID, asyncio.Lock] = WeakValueDictionary()
+
+    def lock(self, picture: uuid.UUID) -> asyncio.Lock:
+        """To be held by whoever looks whether a picture is drawn here, and begins it if not."""
+        return self._locks.setdefault(picture, asyncio.Lock())
+
+    def stored(self, picture: uuid.UUID) -> Drawing | None:
+        """The stored picture. One without a request beside it was being written when the process was killed. Blocks."""
+        try:
+            record = self.store.record(picture)
+        except UnknownPicture:
+            return None
+        return Drawing.stored(picture, record) if "request" in record else None
+
+    # --- from the order to the engine ------------------------------------------------------------------------------
+
+    async def begin(
+        self,
+        picture: uuid.UUID,
+        order: Order,
+        seed: int | None = None,
+        before: Mapping[str, Any] | None = None,
+        version: Version | None = None,
+    ) -> Drawing:
+        """Give the order to the engine, and promise it if it is to last. `seed` is for an order that has none; `before`
+        is what was promised when it was begun the last time, `version` that of the promise that this one takes the
+        place of. Raises `JobChanged` where another replica did so first."""
+        engine = self.served.ready_engine()
+        from sdxl_lab.diffusion.denoising import Job, Source
+
+        if order.seed is not None:
+            seed = order.seed
+        elif seed is None:
+            seed = secrets.randbelow(2**32)  # JavaScript's numbers hold it
+        origin = order.source
+        source = None
+        if origin is not None:  # a PNG that somebody put into the store does not know under which id
+            source = Source(origin.image, origin.strength, {**origin.record, "id": str(origin.id)})
+        job = Job(order.config, order.prompt, seed, source)
+        asked = {
+            "created": before["created"] if before else round(time.time(), 3),
+            "attempts": before["attempts"] + 1 if before else 1,
+            "id": str(picture),
+            "request": order.fingerprint,
+            "prompt": job.prompt,
+            "seed": job.seed,
+            "config": job.config.to_dict(),
+            "promoted": self.served.slot.digest,
+            "overridden": overridden(self.served.slot.config, job.config),
+            "source": None if origin is None else str(origin.id),
+            "strength": None if origin is None else origin.strength,
+        }
+        drawing = Drawing(picture, asked, order.lasting or order.key is not None)
+        loop = asyncio.get_running_loop()
+
+        def stepped(calls: int, total: int) -> None:
+            on_loop(loop, lambda: drawing.stepped(calls, total))
+
+        drawing.ticket = engine.submit(job, stepped)
+        self._watch(picture, drawing.ticket)
+        self.making[picture] = drawing
+        self.ended.pop(picture, None)
+        accepted = asyncio.Event()
+        drawing.task = asyncio.create_task(self._follow(drawing, drawing.ticket, accepted, version))
+        await accepted.wait()
+        if isinstance(drawing.error, StoreRefused | StoreUnreachable | JobChanged):
+            raise drawing.error
+        return drawing
+
+    def _watch(self, picture: uuid.UUID, ticket: "Ticket") -> None:
+        """Have the picture counted and logged when it is over, in a line that names the request it is for."""
+        note(picture=str(picture))
+        context = copy_context()
+        ticket.future.add_done_callback(lambda _: context.run(self._over, picture, ticket))
+
+    def _over(self, picture: uuid.UUID, ticket: "Ticket") -> None:
+        self.metrics.count(ticket)
+        calls, total = ticket.progress
+        fields: dict[str, Any] = {"picture": str(picture), "state": ticket.state, "steps": calls, "of": total}
+        if ticket.first_step is not None:
+            fields["first_step_ms"] = round(1000 * (ticket.first_step - ticket.submitted), 1)
+        if ticket.state == "done":
+            fields |= ticket.future.result().timings
+        log.info("picture %s", ticket.state, extra={"fields": fields})
+
+    # --- from the engine to the store ------------------------------------------------------------------------------
+
+    async def _follow(
+        self, drawing: Drawing, ticket: "Ticket", accepted: asyncio.Event, version: Version | None
+    ) -> None:
+        """From the acceptance to the end, whatever it is."""
+        outcome: Mapping[str, Any] | Exception
+        try:
+            if drawing.lasting:
+                await asyncio.to_thread(self.promises.take, drawing.id, drawing.asked, version)
+            accepted.set()
+            if drawing.why is not None:  # meanwhile
+                raise drawing.why
+            drawing.busy = False
+            picture = await _picture(ticket)
+            drawing.busy = True
+            if isinstance(drawing.why, CancelledByClient):  # after its last step
+                raise drawing.why
+            outcome = await self._store(drawing, picture)
+        except asyncio.CancelledError:
+            outcome = drawing.why or Stopping("the service stops before the picture is done")
+        except Exception as error:
+            outcome = drawing.why or error
+        drawing.busy = True
+        ticket.cancel()
+        if isinstance(outcome, StoreRefused):
+            log.error("the store refuses the picture %s: %s", drawing.id, outcome.__cause__ or outcome)
+        elif isinstance(outcome, Exception) and known(outcome) is None and accepted.is_set():
+            log.error("the picture %s failed", drawing.id, exc_info=outcome)
+        if drawing.lasting and accepted.is_set():
+            await asyncio.to_thread(self._settle, drawing, outcome)
+        drawing.end(outcome)
+        accepted.set()
+        del self.making[drawing.id]
+        if isinstance(outcome, Exception) and not isinstance(outcome, JobChanged):
+            self.ended[drawing.id] = drawing
+            self._forget()
+
+    async def _store(self, drawing: Drawing, picture: Picture) -> Mapping[str, Any]:
+        """Store it, and where the store does not answer, try again for a while: it took long to draw."""
+        ends = time.monotonic() + OUTAGE
+        while True:
+            try:
+                return await asyncio.to_thread(self._store_once, drawing, picture)
+            except StoreUnreachable:
+                if self.served.closing or time.monotonic() > ends:
+                    raise
+            if drawing.why is not None:
+                raise drawing.why
+            await asyncio.sleep(LOOK)
+
+    def _store_once(self, drawing: Drawing, picture: Picture) -> Mapping[str, Any]:
+        """Store it, unless it was cancelled from another replica, or another replica took it over and was faster."""
+        if drawing.lasting and self.promises.shared:
+            told = self.promises.renew(drawing.id, STORING)
+            if told == "cancelled":
+                drawing.cancel(CancelledByClient())
+                assert drawing.why is not None
+                raise drawing.why
+            if told != "held":
+                before = self.stored(drawing.id)
+                if before is not None:
+                    return before.asked
+        return self._put(drawing, picture)
+
+    def _put(self, drawing: Drawing, picture: Picture) -> dict[str, Any]:
+        """Store the picture. What differs between two drawings of the same one stands beside it, not in it."""
+        assert self.served.counter is not None
+        asked = drawing.asked
+        record = {**picture.record, **{name: asked[name] for name in ("id", "promoted", "overridden")}}
+        texts = {"prompt": asked["prompt"], "negative_prompt": asked["config"].get("negative_prompt", "")}
+        beside = {
+            "timings": dict(picture.timings),
+            "warnings": self.served.counter.warnings(texts),
+            "request": asked["request"],
+        }
+        return self.store.put(drawing.id, encode_png(picture.image, record), record | beside)
+
+    def _settle(self, drawing: Drawing, outcome: Mapping[str, Any] | Exception) -> None:
+        """Write down how a lasting picture ended; where the store refuses, it stays promised."""
+        try:
+            if not isinstance(outcome, Exception):
+                self.promises.keep(drawing.id)
+            elif isinstance(outcome, Stopping):
+                self.promises.give_back(drawing.id)
+            elif isinstance(outcome, CancelledByClient):
+                with contextlib.suppress(UnknownPicture):
+                    self.promises.cancel(drawing.id)
+            elif not isinstance(outcome, StoreRefused | StoreUnreachable):
+                self.promises.fail(drawing.id)
+        except (StoreRefused, StoreUnreachable) as error:
+            log.error("the store refuses the end of the picture %s: %s", drawing.id, error.__cause__ or error)
+        finally:
+            self.promises.let_go(drawing.id)
+
+    def _forget(self) -> None:
+        bound = time.monotonic() - REMEMBERED
+        while self.ended:
+            oldest = next(iter(self.ended.values()))
+            if len(self.ended) <= MOST_REMEMBERED and (oldest.ended or 0) > bound:
+                return
+            del self.ended[oldest.id]
+
+    # --- before their time -----------------------------------------------------------------------------------------
+
+    async def cancel(self, drawing: Drawing) -> str:
+        """Cancel it, and wait until it is. Returns the state that it has then."""
+        drawing.cancel(CancelledByClient())
+        await _wait_for([drawing], ANSWER)
+        if drawing.busy and not drawing.over:  # being stored: only then it is known what came first
+            await _wait_for([drawing], OUTAGE)
+        return drawing.state
+
+    async def drain(self, seconds: float, answer: float = ANSWER) -> None:
+        """Tell those who have not begun, give the others so many seconds, then tell them too.
+
+        Whoever is told gets `Stopping`; a lasting picture stays recorded as queued, for the next start. Returns when
+        everybody is told, at the latest `answer` seconds later, whether or not the engine and the store are done.
+        """
+        stopping = Stopping("the service stops before the picture is done; ask again")
+        for drawing in list(self.making.values()):
+            if drawing.state == "queued":
+                _abandon(drawing, stopping)
+        await _wait_for(list(self.making.values()), seconds)
+        left = [drawing for drawing in self.making.values() if not drawing.over]
+        for drawing in left:
+            _abandon(drawing, stopping)
+        await _wait_for(left, answer)
+        for drawing in left:
+            if not drawing.over:  # its store does not answer; what is written in the end is found under its id
+                drawing.end(stopping)
+
+
+def _abandon(drawing: Drawing, why: Exception) -> None:
+    drawing.cancel(why)
+    if drawing.task is not None and not drawing.busy:
+        drawing.task.cancel()  # the engine may be stuck: nobody waits for it
+
+
+async def _wait_for(drawings: Sequence[Drawing], seconds: float) -> None:
+    tasks = [drawing.task for drawing in drawings if drawing.task is not None]
+    if tasks:
+        await asyncio.wait(tasks, timeout=seconds)
+
+
+async def _picture(ticket: "Ticket") -> Picture:
+    """The ticket's picture, shielded: cancelling the future itself would pull it from under the engine."""
+    future = asyncio.wrap_future(ticket.future)
+    # Whoever is cancelled asks no more; asyncio would log the exception as one that nobody retrieved.
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return await asyncio.shield(future)

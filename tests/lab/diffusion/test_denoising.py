@@ -1,0 +1,408 @@
+"""Parity is the law: the engine's pictures against those that diffusers' own pipelines draw, each alone.
+
+The engine draws all pictures together, with different schedulers, prompts, seeds, step counts and guidance; they are
+compared as floats, before they are rounded to 8 bits. What the reference does is written here from diffusers'
+documentation, never taken from the code under test.
+"""
+
+import dataclasses
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from PIL import Image
+
+from sdxl_lab.config import ConfigError, GenerationConfig, Limits, ModelRef, RefinerConfig, RuntimeProfile
+from sdxl_lab.diffusion import schedulers
+from sdxl_lab.diffusion.denoising import Job, Source
+from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.diffusion.models import NANO, load
+
+log = logging.getLogger(__name__)  # shown by --log-cli-level=INFO
+
+TOLERANCE = 1e-3
+
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+KARRAS = {"use_karras_sigmas": True}
+DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", KARRAS),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", SDE),
+    "dpmpp_2m_sde_karras": ("DPMSolverMultistepScheduler", SDE | KARRAS),
+    "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "kdpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+}
+NAMES = list(DIFFUSERS)
+PROMPTS = ["a red cat on a blue background", "a small green house", "An unheard-of zeppelin, 日本", "black star"]
+# Lively ones make differences seen; trained ones are what is served.
+WEIGHTS = ["lively", pytest.param("nano", marks=pytest.mark.slow)]
+
+
+@dataclass(frozen=True)
+class Pipelines:
+    """diffusers' two pipelines, as anybody would load and call them."""
+
+    base: StableDiffusionXLPipeline
+    refiner: StableDiffusionXLImg2ImgPipeline
+    scheduler_config: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Pipelines":
+        options = {"variant": "fp16", "dtype": torch.float32, "add_watermarker": False}
+        base = StableDiffusionXLPipeline.from_pretrained(folder / "base", **options)
+        shared = {"text_encoder_2": base.text_encoder_2, "tokenizer_2": base.tokenizer_2, "vae": base.vae}
+        refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder / "refiner", **shared, **options)
+        for pipe in (base, refiner):
+            pipe.set_progress_bar_config(disable=True)
+        config = json.loads((folder / "base" / "scheduler" / "scheduler_config.json").read_text())
+        return cls(base, refiner, config)
+
+    def scheduler(self, job: Job) -> diffusers.SchedulerMixin:
+        name, options = DIFFUSERS[job.config.scheduler]
+        if name == "DPMSolverSDEScheduler":
+            options = {"noise_sampler_seed": job.seed}
+        return getattr(diffusers, name).from_config(self.scheduler_config, **options)
+
+    def draw(self, job: Job) -> np.ndarray:
+        """The picture, float32 (height, width, 3) in [0, 1]."""
+        config, scores = job.config, job.config.refiner or RefinerConfig()
+        settings = {
+            "prompt": job.prompt,
+            "negative_prompt": config.negative_prompt,
+            "num_inference_steps": config.steps,
+            "guidance_scale": config.guidance_scale,
+            "guidance_rescale": config.guidance_rescale,
+            "original_size": config.original_size,
+            "crops_coords_top_left": config.crop,
+            "target_size": config.target_size,
+            "generator": torch.Generator("cpu").manual_seed(job.seed),
+        }
+        refining = settings | {
+            "aesthetic_score": scores.aesthetic_score,
+            "negative_aesthetic_score": scores.negative_aesthetic_score,
+            "output_type": "np",
+        }
+        self.base.scheduler, self.refiner.scheduler = self.scheduler(job), self.scheduler(job)
+        if job.source is not None:
+            return self.refiner(image=job.source.image, strength=job.source.strength, **refining).images[0]
+        settings |= {"width": config.width, "height": config.height}
+        if config.refiner is None:
+            return self.base(**settings, output_type="np").images[0]
+        handover = config.refiner.handover
+        latents = self.base(**settings, denoising_end=handover, output_type="latent").images
+        return self.refiner(image=latents, denoising_start=handover, **refining).images[0]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One set of weights, in the engine and in the pipelines, and the configuration its jobs start from."""
+
+    engine: Engine
+    pipelines: Pipelines
+    config: GenerationConfig
+
+    def together(self, jobs: list[Job]) -> list[np.ndarray]:
+        """The engine's pictures before rounding. They all start in the same tick."""
+        gate = threading.Event()
+        blocker = self.engine.submit(Job(self.config.with_(steps=2), "gate", 0), on_step=lambda *_: gate.wait(60))
+        tickets = [self.engine.submit(job) for job in jobs]
+        gate.set()
+        blocker.result(60)
+        for ticket in tickets:
+            ticket.result(240)
+        return [self.engine.models.decode(ticket.trajectory.latents)[0] for ticket in tickets]
+
+
+def difference(first: np.ndarray, second: np.ndarray) -> float:
+    assert first.shape == second.shape
+    return float(np.abs(first - second).max())
+
+
+@pytest.fixture(scope="module", params=WEIGHTS)
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    folder = NANO if request.param == "nano" else request.getfixturevalue("lively_model")
+    ref = ModelRef(base=str(folder / "base"), refiner=str(folder / "refiner"))
+    profile = RuntimeProfile(device="cpu", dtype="float32", rows=256)
+    config = GenerationConfig(model=ref, steps=4, width=64, height=64, limits=Limits(side=(64, 512)))
+    with Engine(load(ref, profile), profile, {}) as engine:
+        yield Bench(engine, Pipelines.load(folder), config)
+
+
+# --- every scheduler, in one batch -----------------------------------------------------------------------------------
+
+
+def mixed_jobs(config: GenerationConfig) -> dict[tuple[str, bool], Job]:
+    """For every scheduler a job without and one with hand-over; no two have the same settings."""
+    jobs = {}
+    for index, name in enumerate(NAMES):
+        settings = config.with_(
+            scheduler=name,
+            steps=3 + index % 6,
+            guidance_scale=(5.0, 1.0, 7.5, 2.0, 11.0)[index % 5],
+            guidance_rescale=(0.0, 0.0, 0.7)[index % 3],
+            negative_prompt=(None, "blurry, yellow", "")[index // 3 % 3],
+        )
+        jobs[name, False] = Job(settings, PROMPTS[index % 4], 100 + index)
+        refiner = RefinerConfig((0.5, 0.4, 0.55)[index % 3], aesthetic_score=5 + index % 3)
+        settings = settings.with_(refiner=refiner, steps=4 + index % 4, guidance_scale=(3.0, 8.0, 1.0)[index % 3])
+        jobs[name, True] = Job(settings, PROMPTS[(index + 1) % 4], 200 + index)
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def mixed(bench: Bench) -> dict[tuple[str, bool], tuple[Job, np.ndarray]]:
+    jobs = mixed_jobs(bench.config)
+    return dict(zip(jobs, zip(jobs.values(), bench.together(list(jobs.values())), strict=True), strict=True))
+
+
+def test_the_reference_knows_every_scheduler_on_offer():
+    assert list(schedulers.TABLE) == NAMES
+
+
+@pytest.mark.parametrize("refined", [False, True], ids=["base", "refiner"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_picture_in_a_mixed_batch_is_that_of_the_pipeline_alone(bench, mixed, name, refined):
+    job, picture = mixed[name, refined]
+    found = difference(picture, bench.pipelines.draw(job))
+    log.info("difference %.1e", found)
+    assert found <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def refined(bench: Bench) -> dict[str, tuple[Job, np.ndarray]]:
+    """For every scheduler a picture gone over by the refiner; every third has nearly all of the schedule again."""
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (9, 7, 3), dtype=np.uint8)).resize((96, 64))
+    jobs = []
+    for index, name in enumerate(NAMES):
+        settings = bench.config.with_(scheduler=name, negative_prompt=(None, "blurry")[index % 2])
+        if index % 3 == 0:
+            settings = settings.with_(guidance_rescale=0.7, guidance_scale=(1.0, 7.0)[index % 2])
+        source = Source(image, 0.99 if index % 3 == 0 else 0.5, {})
+        jobs.append(Job(settings, PROMPTS[index % 4], 300 + index, source))
+    return dict(zip(NAMES, zip(jobs, bench.together(jobs), strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_refined_picture_in_a_mixed_batch_is_that_of_the_img2img_pipeline(bench, refined, name):
+    job, picture = refined[name]
+    found = difference(picture, bench.pipelines.draw(job))
+    log.info("difference %.1e", found)
+    assert found <= TOLERANCE
+
+
+SHAPES = [
+    {"width": 128, "height": 64},
+    {"width": 72, "height": 136},
+    {"original_size": (37, 500)},
+    {"crop": (16, 40)},
+    {"target_size": (512, 96)},
+    {"width": 96, "height": 64, "original_size": (900, 700), "crop": (300, 8), "target_size": (64, 96)},
+]
+
+
+@pytest.mark.parametrize("handover", [None, 0.5])
+def test_sizes_and_micro_conditioning_are_those_of_the_pipeline(bench, handover):
+    refiner = None if handover is None else RefinerConfig(handover)
+    jobs = [Job(bench.config.with_(refiner=refiner, **shape), PROMPTS[0], 9) for shape in SHAPES]
+    found = [
+        difference(picture, bench.pipelines.draw(job)) for job, picture in zip(jobs, bench.together(jobs), strict=True)
+    ]
+    log.info("difference %.1e", max(found))
+    assert max(found) <= TOLERANCE
+
+
+# --- what the pipelines do not have ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def drawn_with_interval(pipelines: Pipelines, job: Job) -> np.ndarray:
+    """A plain Euler loop over the base, guided inside the interval of noise levels only."""
+    pipe, config = pipelines.base, job.config
+    scheduler = pipelines.scheduler(job)
+    scheduler.set_timesteps(config.steps)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # SDXL's, scaled linear
+    bar = torch.cumprod(1 - betas, 0)
+    level = ((1 - bar) / bar).sqrt()
+    hidden, negative, pooled, negative_pooled = pipe.encode_prompt(job.prompt, negative_prompt=config.negative_prompt)
+    size = (config.height, config.width)
+    ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32)
+    noise = torch.randn(1, 4, config.height // 8, config.width // 8, generator=torch.Generator().manual_seed(job.seed))
+    latents = noise * scheduler.init_noise_sigma
+
+    def predict(scaled: torch.Tensor, t: torch.Tensor, text: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        return pipe.unet(scaled, t, text, added_cond_kwargs={"text_embeds": pool, "time_ids": ids}).sample
+
+    low, high = config.guidance_interval
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(latents, t)
+        answer = predict(scaled, t, hidden, pooled)
+        if low <= level[int(t)] <= high:
+            unguided = predict(scaled, t, negative, negative_pooled)
+            answer = unguided + config.guidance_scale * (answer - unguided)
+        latents = scheduler.step(answer, t, latents).prev_sample
+    decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    return pipe.image_processor.postprocess(decoded, output_type="np")[0]
+
+
+@pytest.mark.parametrize(("interval", "rows"), [((0.5, 5.0), 13), ((0.0, 1000.0), 16), ((20.0, 30.0), 8)])
+def test_guidance_applies_inside_its_interval_only_and_costs_a_row_there_only(bench, monkeypatch, interval, rows):
+    job = Job(bench.config.with_(steps=8, guidance_interval=interval), PROMPTS[0], 11)
+    counted = []
+    predict = bench.engine._predict
+    monkeypatch.setattr(bench.engine, "_predict", lambda name, inputs: counted.append(inputs) or predict(name, inputs))
+    ticket = bench.engine.submit(job)
+    ticket.result(60)
+    picture = bench.engine.models.decode(ticket.trajectory.latents)[0]
+    assert sum(len(each.timesteps) for inputs in counted for each in inputs) == rows
+    assert difference(picture, drawn_with_interval(bench.pipelines, job)) <= TOLERANCE
+
+
+def test_an_interval_of_all_noise_levels_is_plain_guidance(bench):
+    job = Job(bench.config, PROMPTS[0], 12)
+    everywhere = replace(job, config=job.config.with_(guidance_interval=(0, 1000)))
+    one, other = bench.together([job, everywhere])
+    # The same rows at other places in the batch: only their rounding differs, by 1.7e-5 at most where it was measured.
+    assert difference(one, other) <= TOLERANCE / 10
+
+
+# --- would the comparison notice? ------------------------------------------------------------------------------------
+
+MUTATIONS: dict[str, dict[str, Any]] = {
+    "scheduler": {"scheduler": "dpmpp_2m"},
+    "steps": {"steps": 7},
+    "guidance_scale": {"guidance_scale": 5.5},
+    "guidance_rescale": {"guidance_rescale": 0.3},
+    "guidance_interval": {"guidance_interval": (0.0, 5.0)},
+    "original_size": {"original_size": (64, 128)},
+    "crop": {"crop": (0, 16)},
+    "target_size": {"target_size": (64, 128)},
+    "negative_prompt": {"negative_prompt": "blue"},
+    "width": {"width": 72},
+    "height": {"height": 72},
+    "refiner": {"refiner": None},
+}
+REFINER_MUTATIONS = {"handover": 0.7, "aesthetic_score": 4.0, "negative_aesthetic_score": 6.0}
+MOVES_NO_LATENTS = {"model", "watermark", "limits"}  # what they do is tested in test_models.py and test_engine.py
+
+
+def test_the_mutations_reach_every_field():
+    fields = {field.name for field in dataclasses.fields(GenerationConfig)}
+    assert fields == set(MUTATIONS) | MOVES_NO_LATENTS
+    assert {field.name for field in dataclasses.fields(RefinerConfig)} == set(REFINER_MUTATIONS)
+
+
+@pytest.fixture(scope="module")
+def original(bench: Bench) -> Job:
+    return Job(bench.config.with_(steps=6, refiner=RefinerConfig(handover=0.5)), PROMPTS[0], 42)
+
+
+@pytest.fixture(scope="module")
+def expected(bench: Bench, original: Job) -> np.ndarray:
+    return bench.pipelines.draw(original)
+
+
+def cut(picture: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """The part that two pictures of different size share."""
+    return picture[: like.shape[0], : like.shape[1]]
+
+
+def test_the_unchanged_job_is_green(bench, original, expected):
+    assert difference(bench.together([original])[0], expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("field", MUTATIONS)
+def test_the_comparison_turns_red_when_a_field_changes(bench, original, expected, field):
+    job = replace(original, config=original.config.with_(**MUTATIONS[field]))
+    found = difference(cut(bench.together([job])[0], expected), expected)
+    log.info("difference %.1e", found)
+    assert found > TOLERANCE
+
+
+@pytest.mark.parametrize("field", REFINER_MUTATIONS)
+def test_the_comparison_turns_red_when_a_field_of_the_refiner_changes(bench, original, expected, field):
+    refiner = replace(original.config.refiner, **{field: REFINER_MUTATIONS[field]})
+    job = replace(original, config=original.config.with_(refiner=refiner))
+    found = difference(bench.together([job])[0], expected)
+    log.info("difference %.1e", found)
+    assert found > TOLERANCE
+
+
+@pytest.mark.parametrize("change", [{"seed": 43}, {"prompt": "a red dog on a blue background"}], ids=["seed", "prompt"])
+def test_the_comparison_turns_red_when_seed_or_prompt_change(bench, original, expected, change):
+    found = difference(bench.together([replace(original, **change)])[0], expected)
+    log.info("difference %.1e", found)
+    assert found > TOLERANCE
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.9])
+def test_the_comparison_turns_red_when_the_strength_changes(bench, strength):
+    image = Image.new("RGB", (64, 64), "orange")
+    job = Job(bench.config.with_(steps=10), PROMPTS[0], 1, Source(image, 0.7, {}))
+    changed = replace(job, source=replace(job.source, strength=strength))
+    assert difference(bench.together([changed])[0], bench.pipelines.draw(job)) > TOLERANCE
+
+
+# --- jobs that are refused -------------------------------------------------------------------------------------------
+
+BAD_JOBS = [
+    ({"prompt": ""}, "; received '0 characters'. Example: prompt = \"A cat in a hat\""),
+    ({"prompt": "x" * 2001}, "received '2001 characters'"),
+    ({"seed": -1}, "seed must be a whole number from 0 to 9223372036854775807; received -1. Example: seed = 7"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), BAD_JOBS, ids=[said[:30] for _, said in BAD_JOBS])
+def test_a_job_out_of_range_is_refused_before_any_work(change, said):
+    with pytest.raises(ConfigError) as caught:
+        Job(**({"config": GenerationConfig(), "prompt": "A cat in a hat", "seed": 1} | change))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("strength", [0, -0.1, 1.01, "much", float("nan"), None])
+def test_a_strength_outside_its_range_is_refused(strength):
+    with pytest.raises(ConfigError, match=r"strength must be a number above 0, at most 1; .* Example: strength = 0\.3"):
+        Job(GenerationConfig(), "a cat", 1, Source(Image.new("RGB", (64, 64)), strength, {}))
+
+
+def test_a_strength_that_leaves_no_step_is_refused():
+    with pytest.raises(ConfigError, match=r"strength must be at least 1/steps, here 0\.04.*received 0\.03"):
+        Job(GenerationConfig(steps=25), "a cat", 1, Source(Image.new("RGB", (64, 64)), 0.03, {}))
+
+
+def test_refining_with_a_model_without_refiner_is_refused():
+    config = GenerationConfig(model=ModelRef(refiner=None))
+    with pytest.raises(
+        ConfigError,
+        match=r"model must be one with a refiner, since refining was asked; received 'nano'. Example: model = \"nano\"",
+    ):
+        Job(config, "a cat", 1, Source(Image.new("RGB", (64, 64)), 0.5, {}))
+
+
+@pytest.mark.parametrize(("handover", "lacking"), [(0.01, "base"), (0.999, "refiner")])
+def test_a_hand_over_that_leaves_a_stage_without_a_step_is_refused(bench, handover, lacking):
+    job = Job(bench.config.with_(scheduler="dpmpp_2m", refiner=RefinerConfig(handover)), "a cat", 1)
+    if lacking == "base":
+        job = replace(job, config=job.config.with_(scheduler="lcm", refiner=RefinerConfig(0.0001)))
+    with pytest.raises(ConfigError, match=rf"enough that both base and refiner get one \({lacking} has none\)"):
+        bench.engine.submit(job).result(60)

@@ -1,0 +1,295 @@
+"""Checkpoints: a good one loads as diffusers loads it, a bad one is refused with rule, value and example."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile
+from sdxl_lab.diffusion import models
+from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.diffusion.models import ModelError, identity, load, placement
+
+CPU = RuntimeProfile(device="cpu", dtype="float32")
+
+
+def ref(folder: Path, **more: str | None) -> ModelRef:
+    return ModelRef(**({"base": str(folder / "base"), "refiner": str(folder / "refiner")} | more))
+
+
+@pytest.fixture
+def copied(tiny_model, tmp_path):
+    """A copy to break."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def cut(folder: Path) -> None:
+    path = folder / "base/unet/diffusion_pytorch_model.fp16.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def scrambled(folder: Path) -> None:
+    (folder / "base/vae/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"no tensors at all")
+
+
+def lacking(folder: Path) -> None:
+    shutil.rmtree(folder / "base/text_encoder")
+
+
+def of_other_shape(folder: Path) -> None:
+    path = folder / "base/unet/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"in_channels": 9}))
+
+
+def of_another_class(folder: Path) -> None:
+    path = folder / "base/model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "FluxPipeline"}))
+
+
+def without_index(folder: Path) -> None:
+    (folder / "base/model_index.json").unlink()
+
+
+def broken_index(folder: Path) -> None:
+    (folder / "base/model_index.json").write_text("{")
+
+
+def listed_index(folder: Path) -> None:
+    (folder / "base/model_index.json").write_text("[]")
+
+
+def gone(folder: Path) -> None:
+    shutil.rmtree(folder / "base")
+
+
+INDEX_RULE = "the base model must be a folder with the model_index.json of an SDXL pipeline"
+WHOLE_RULE = "the base model must be a complete SDXL checkpoint, to load as StableDiffusionXLPipeline"
+BROKEN = [
+    (cut, WHOLE_RULE, "Unable to load weights from checkpoint file"),
+    (scrambled, WHOLE_RULE, "base/vae/diffusion_pytorch_model.fp16.safetensors"),
+    (lacking, WHOLE_RULE, "no file named model.safetensors"),
+    (of_other_shape, WHOLE_RULE, "conv_in"),
+    (of_another_class, INDEX_RULE, "which holds a FluxPipeline"),
+    (without_index, INDEX_RULE, "FileNotFoundError"),
+    (broken_index, INDEX_RULE, "JSONDecodeError"),
+    (listed_index, INDEX_RULE, "TypeError"),
+    (gone, INDEX_RULE, "FileNotFoundError"),
+]
+
+
+@pytest.mark.parametrize(("breaking", "rule", "reason"), BROKEN, ids=[each.__name__ for each, *_ in BROKEN])
+def test_a_broken_checkpoint_is_refused(copied, breaking, rule, reason):
+    breaking(copied)
+    with pytest.raises(ModelError) as caught:
+        load(ref(copied), CPU)
+    text = str(caught.value)
+    assert text.startswith(rule)
+    assert f"received {str(copied / 'base')!r}" in text
+    assert reason in text, text
+    assert text.endswith("Example: nano")
+
+
+def test_a_broken_refiner_is_refused_as_the_refiner(copied):
+    shutil.rmtree(copied / "refiner")
+    with pytest.raises(ModelError, match=r"the refiner model must be a folder with the model_index\.json of an SDXL"):
+        load(ref(copied), CPU)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "~/nowhere", "nowhere"])
+def test_a_folder_that_is_not_there_is_refused_without_asking_the_network(name):
+    with pytest.raises(ModelError, match=r"the base model must be a folder .* Example: nano"):
+        load(ModelRef(base=name), CPU)
+
+
+def test_a_broken_vae_is_refused(tiny_model, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        ModelError, match=r"the vae must be an AutoencoderKL checkpoint; received .* Example: madebyollin"
+    ):
+        load(ref(tiny_model, vae=str(tmp_path)), CPU)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError, match=r"device must be one this machine has; received 'cuda:1'.* Example: cpu"):
+        placement(RuntimeProfile(device="cuda:1"))
+
+
+PLACES = [
+    (RuntimeProfile(), False, "cpu", torch.float32),
+    (RuntimeProfile(dtype="bfloat16"), False, "cpu", torch.bfloat16),
+    (RuntimeProfile(), True, "cuda", torch.float16),
+    (RuntimeProfile(device="cpu"), True, "cpu", torch.float32),
+    (RuntimeProfile(device="cuda:1", dtype="float32"), True, "cuda:1", torch.float32),
+]
+
+
+@pytest.mark.parametrize(("profile", "cuda", "device", "dtype"), PLACES)
+def test_auto_is_settled_by_the_machine(monkeypatch, profile, cuda, device, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert placement(profile) == (torch.device(device), dtype)
+
+
+# --- good input ------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_what_its_files_say(tiny_models):
+    assert (tiny_models.scale_factor, tiny_models.dtype) == (8, torch.float32)
+    base, refiner = tiny_models.base, tiny_models.refiner
+    assert (base.zero_negative, base.aesthetic, len(base.text_encoders)) == (True, False, 2)
+    assert (refiner.zero_negative, refiner.aesthetic, len(refiner.text_encoders)) == (False, True, 1)
+    assert not any(parameter.requires_grad for parameter in base.unet.parameters())
+    assert not base.unet.training
+
+
+def test_noise_levels_are_those_of_sdxl(tiny_models):
+    sigmas = tiny_models.base.sigmas
+    assert len(sigmas) == 1000
+    assert (sigmas[0], sigmas[-1]) == pytest.approx((0.0292, 14.6146), abs=1e-4)
+    assert (np.diff(sigmas) > 0).all()
+
+
+def test_without_a_negative_prompt_the_base_gets_zeros_and_the_refiner_the_empty_prompt(tiny_models):
+    assert not tiny_models.base.embed_negative(None).hidden.any()
+    assert tiny_models.base.embed_negative("").hidden.any()
+    assert torch.equal(tiny_models.refiner.embed_negative(None).hidden, tiny_models.refiner.embed("").hidden)
+
+
+@pytest.mark.parametrize("prompt", ["x" * 2000, "日本 🐈 é", " ", "a cat " * 300])
+def test_any_text_becomes_an_embedding_of_77_tokens(tiny_models, prompt):
+    found = tiny_models.base.embed(prompt)
+    assert found.hidden.shape[:2] == (1, 77)
+    assert torch.isfinite(found.hidden).all()
+
+
+def test_a_picture_of_another_vae_is_drawn_by_that_vae(tiny_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model / "base" / "vae", tmp_path / "vae")
+    path = tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_out.bias"] += 0.5
+    save_file(weights, path, metadata={"format": "pt"})
+    own, other = (load(ref(tiny_model, refiner=None, vae=vae), CPU) for vae in (None, str(tmp_path / "vae")))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert np.abs(own.decode(latents) - other.decode(latents)).max() > 0.1
+
+
+def test_a_vae_with_channel_statistics_encodes_and_decodes_as_diffusers_does(tiny_models, tiny_model):
+    """Fine-tuned SDXL VAEs carry them; a pipeline that ignores them draws in the wrong colours."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+
+    base = StableDiffusionXLPipeline.from_pretrained(tiny_model / "base", variant="fp16", dtype=torch.float32)
+    base.vae.register_to_config(latents_mean=[0.5, -0.3, 0.1, 0.0], latents_std=[2.0, 0.5, 1.5, 1.0])
+    mine = models.Models(tiny_models.base, None, base.vae, torch.device("cpu"), torch.float32, tiny_models.latent_rgb)
+    pipe = StableDiffusionXLImg2ImgPipeline(**base.components)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    theirs = pipe.prepare_latents(
+        pipe.image_processor.preprocess(image),
+        None,
+        1,
+        1,
+        torch.float32,
+        torch.device("cpu"),
+        torch.Generator().manual_seed(1),
+        add_noise=False,
+    )
+    assert torch.allclose(mine.encode(image, torch.Generator().manual_seed(1)), theirs, atol=1e-5)
+    mean, deviation = (torch.tensor(v).view(1, 4, 1, 1) for v in ([0.5, -0.3, 0.1, 0.0], [2.0, 0.5, 1.5, 1.0]))
+    with torch.no_grad():
+        decoded = base.vae.decode(theirs * deviation / base.vae.config.scaling_factor + mean).sample
+    expected = pipe.image_processor.postprocess(decoded, output_type="np")
+    assert np.abs(mine.decode(theirs) - expected).max() <= 1e-5
+
+
+@pytest.mark.parametrize(("overflows", "dtype"), [(True, torch.float32), (False, torch.float16)])
+def test_float16_spares_a_vae_that_overflows_in_it(tiny_models, overflows, dtype):
+    vae = copy.deepcopy(tiny_models.vae).to(torch.float16)
+    vae.register_to_config(force_upcast=overflows)
+    assert models._steadied(vae).dtype == dtype
+
+
+def test_on_a_cpu_only_the_unets_are_in_low_precision(copied):
+    loaded = load(ref(copied), RuntimeProfile(device="cpu", dtype="bfloat16"))
+    assert (loaded.dtype, loaded.base.unet.dtype, loaded.refiner.unet.dtype) == (torch.bfloat16,) * 3
+    encoders = [*loaded.base.text_encoders, *loaded.refiner.text_encoders]
+    assert {part.dtype for part in [loaded.vae, *encoders]} == {torch.float32}
+    assert models._dtypes(torch.device("cuda"), torch.float16) == {"default": torch.float16, "unet": torch.float16}
+
+
+def test_weights_in_pickles_are_not_unpickled(copied):
+    """Loading one runs whatever it holds."""
+    path = copied / "base/unet/diffusion_pytorch_model.fp16.safetensors"
+    path.unlink()
+    torch.save({}, path.with_name("diffusion_pytorch_model.bin"))
+    with pytest.raises(ModelError, match=r"the base model must be a complete SDXL checkpoint.*safetensors"):
+        load(ref(copied), CPU)
+
+
+def test_the_folder_that_holds_a_model_names_its_vae(tiny_model):
+    own, named = (load(ref(tiny_model, refiner=None, vae=vae), CPU) for vae in (None, str(tiny_model)))
+    assert all(torch.equal(a, b) for a, b in zip(own.vae.parameters(), named.vae.parameters(), strict=True))
+    assert (
+        identity(ref(tiny_model, vae=str(tiny_model)))["vae"]
+        == identity(ModelRef(str(tiny_model / "base/vae")))["base"]
+    )
+
+
+def test_the_clip_beside_a_model_scores_a_picture(tiny_model):
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+    folder = tiny_model / "clip"
+    clip = CLIPModel.from_pretrained(folder, variant="fp16", dtype=torch.float32)
+    words = CLIPTokenizer.from_pretrained(folder)(["a cat", "a dog"], padding=True, return_tensors="pt")
+    pixels = CLIPImageProcessorPil.from_pretrained(folder)(Image.new("RGB", (64, 64)), return_tensors="pt")
+    with torch.no_grad():
+        assert clip(**words, **pixels).logits_per_image.shape == (1, 2)
+
+
+# --- identity --------------------------------------------------------------------------------------------------------
+
+
+def test_the_identity_names_the_bytes_or_the_revision(copied):
+    before = identity(ref(copied))
+    assert set(before) == {"base", "refiner"}
+    assert all(value.startswith("sha256 ") and len(value) == 71 for value in before.values())
+    (copied / "base/model_index.json").write_text("{}")
+    assert identity(ref(copied)) == before, "only weights count"
+    path = copied / "base/unet/diffusion_pytorch_model.fp16.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert identity(ref(copied))["base"] != before["base"]
+    assert identity(ref(copied))["refiner"] == before["refiner"]
+
+
+def test_the_identity_of_a_hub_model_is_its_revision():
+    found = identity(GenerationConfig.for_model("sdxl").model)
+    assert found["base"] == "revision 462165984030d82259a11f4367a4eed129e94a7b"
+    assert set(found) == {"base", "refiner", "vae"}
+
+
+def test_a_folder_with_base_and_refiner_is_a_model(tiny_model, tiny_config):
+    whole = ModelRef.named(str(tiny_model))
+    assert identity(whole) == identity(tiny_config.model)
+    with Engine.load(tiny_config.with_(model=whole), CPU) as engine:
+        assert engine.models.refiner is not None
+        assert engine.weights == identity(whole)
+
+
+def test_a_vae_with_a_preview_fit_of_its_own_uses_it_and_others_sdxl_s(copied):
+    assert np.array_equal(load(ref(copied)).latent_rgb, np.array(models.SDXL_LATENT_RGB, np.float32))
+    mine = [[row + column / 10 for column in range(3)] for row in range(5)]
+    (copied / "base/vae/latent_rgb.json").write_text(json.dumps(mine))
+    assert np.array_equal(load(ref(copied)).latent_rgb, np.array(mine, np.float32))
+    assert np.array_equal(load(ref(copied, vae=str(copied / "base/vae"))).latent_rgb, np.array(mine, np.float32))
+    assert load(ModelRef.named("nano")).latent_rgb[0, 2] == pytest.approx(0.748, abs=0.001)

@@ -1,0 +1,43 @@
+"""SDXL itself, in size: the true base UNet with random weights takes two of the engine's steps, so that nothing here
+works for the miniature only."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.truesize import TextlessDenoiser, random_unet
+from sdxl_lab.config import GenerationConfig, Limits, RuntimeProfile
+from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.diffusion.models import Models
+
+
+@pytest.fixture(scope="module")
+def unet():
+    needed = 8 * 2**30
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(memory["MemAvailable"].split()[0]) * 1024
+    if free < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free memory for SDXL's UNet; this machine has {free >> 30}")
+    built = random_unet()
+    yield built
+    del built
+    gc.collect()
+
+
+@pytest.mark.slow
+def test_the_true_unet_takes_two_steps_in_the_engine(unet, tiny_models):
+    assert sum(weight.numel() for weight in unet.parameters()) == 2_567_463_684
+    base = TextlessDenoiser(unet, (), (), tiny_models.base.scheduler_config, zero_negative=True, aesthetic=False)
+    models = Models(base, None, tiny_models.vae, torch.device("cpu"), torch.bfloat16, tiny_models.latent_rgb)
+    config = GenerationConfig(width=128, height=128, steps=2, limits=Limits(side=(64, 512)))
+    with Engine(models, RuntimeProfile(device="cpu", dtype="bfloat16"), {"base": "random"}) as engine:
+        asked = [Job(config, "a cat", 1), Job(config.with_(scheduler="dpmpp_2m", guidance_scale=1.0), "a dog", 2)]
+        tickets = [engine.submit(job) for job in asked]
+        for ticket in tickets:
+            picture = ticket.result(280)
+            assert picture.image.size == (128, 128)
+            assert torch.isfinite(ticket.trajectory.latents).all()
+        assert engine.stats().rows == 3, "a guided and an unguided picture shared the call"

@@ -1,0 +1,261 @@
+"""The panel's buttons and the methods behind them, on the random model: no browser, real pictures."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig
+from sdxl_lab.diffusion.engine import Cancelled, Engine
+from sdxl_lab.images import max_difference, open_picture, read_record
+from sdxl_lab.notebook.explorer import Explorer
+from sdxl_lab.notebook.form import FormError
+
+
+@pytest.fixture
+def explorer(start: Callable[..., Any], tiny_config: GenerationConfig, tmp_path: Path) -> Iterator[Explorer]:
+    with Explorer(start(), tiny_config, "a boat", seed=7, folder=tmp_path / "out") as explorer:
+        yield explorer
+
+
+def wait(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def click_generate(explorer: Explorer) -> None:
+    """Click, and wait for the end of it."""
+    explorer.panel.generate.click()
+    wait(lambda: explorer._watcher is None)
+
+
+def set_(explorer: Explorer, **values: object) -> None:
+    for name, value in values.items():
+        explorer.panel.controls[name].value = value
+
+
+def test_generate_draws_what_the_controls_say(explorer: Explorer) -> None:
+    set_(explorer, prompt="a red cat", scheduler="heun", steps=3, seed="12", refiner=True, handover=0.5)
+    click_generate(explorer)
+    (drawn,) = explorer.history
+    assert (drawn.prompt, drawn.seed, drawn.config.scheduler, drawn.config.steps) == ("a red cat", 12, "heun", 3)
+    assert drawn.config.refiner == RefinerConfig(handover=0.5)
+    shown = bytes(explorer.panel.picture.value)
+    assert max_difference(open_picture(shown), drawn.image) == 0
+    assert read_record(shown)["digest"] == drawn.config.digest
+    assert "Done in" in explorer.panel.status.value
+    for text in ("#1: a red cat", "heun, 3 steps, guidance 5", "seed 12", "refiner at 0.5", drawn.config.digest):
+        assert text in explorer.panel.caption.value
+    assert len(explorer.panel.strip.children) == 1
+
+
+def test_several_clicks_queue_up(explorer: Explorer) -> None:
+    set_(explorer, policy="next", steps=30)
+    for _ in range(3):
+        explorer.panel.generate.click()
+    wait(lambda: explorer._watcher is None)
+    assert [(drawn.number, drawn.seed) for drawn in explorer.history] == [(1, 7), (2, 8), (3, 9)]
+    assert explorer.panel.controls["seed"].value == "9"
+    assert len(explorer.panel.strip.children) == 3
+
+
+def test_a_random_seed_is_drawn_for_each_picture_and_shown(explorer: Explorer) -> None:
+    set_(explorer, policy="random")
+    click_generate(explorer)
+    click_generate(explorer)
+    first, second = (drawn.seed for drawn in explorer.history)
+    assert first != second
+    assert explorer.panel.controls["seed"].value == str(second)
+
+
+@pytest.mark.slow
+def test_preview_and_progress_are_seen_on_the_way(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    predict = Engine._predict
+    monkeypatch.setattr(Engine, "_predict", lambda *given: time.sleep(0.03) or predict(*given))  # long enough to look
+    said, pictures = set(), set()
+    explorer.panel.status.observe(lambda change: said.add(change.new), "value")
+    explorer.panel.picture.observe(lambda change: pictures.add(change.new), "value")
+    set_(explorer, steps=60)
+    click_generate(explorer)
+    assert any("of 60" in text for text in said)
+    assert any("s left" in text for text in said)
+    assert len(pictures) >= 3, "previews, then the picture"
+    assert explorer.panel.bar.value == explorer.panel.bar.max == 60
+
+
+def test_stop_ends_what_is_drawn_and_what_is_queued(explorer: Explorer) -> None:
+    explorer.engine.rows = 2  # one picture at a time
+    set_(explorer, steps=1000)
+    explorer.panel.generate.click()
+    explorer.panel.generate.click()
+    wait(lambda: explorer.engine.stats().running)
+    explorer.panel.stop.click()
+    wait(lambda: explorer._watcher is None)
+    assert explorer.history == []
+    assert "Stopped" in explorer.panel.status.value
+    assert explorer.panel.bar.bar_style == "warning"
+    set_(explorer, steps=2)
+    click_generate(explorer)
+    assert len(explorer.history) == 1
+
+
+def test_stop_with_nothing_to_stop_says_so(explorer: Explorer) -> None:
+    explorer.panel.stop.click()
+    assert "Nothing is being drawn" in explorer.panel.status.value
+
+
+def test_a_bad_value_stays_and_is_told_beside_its_control(explorer: Explorer) -> None:
+    set_(explorer, steps=0, prompt="a house", refiner=True, handover=1.5)
+    wrong = explorer.panel.wrong
+    assert "steps must be a whole number from 1 to 1000; received 0" in wrong["steps"].value
+    assert "handover must be a number above 0 and below 1; received 1.5" in wrong["handover"].value
+    assert not wrong["prompt"].value
+    explorer.panel.generate.click()
+    assert explorer._watcher is None
+    assert explorer.history == []
+    assert (explorer.panel.controls["steps"].value, explorer.panel.controls["prompt"].value) == (0, "a house")
+    with pytest.raises(FormError, match="steps must be"):
+        explorer.draw()
+    set_(explorer, steps=2, handover=0.5)
+    assert not any(each.value for each in wrong.values())
+    assert explorer.config.digest in explorer.panel.digest.value
+
+
+def test_what_only_the_engine_can_refuse_is_told_at_the_control_too(explorer: Explorer) -> None:
+    set_(explorer, steps=1, refiner=True, handover=0.99)
+    click_generate(explorer)
+    assert "enough that both base and refiner get one" in explorer.panel.wrong["steps"].value
+    assert "enough that both base and refiner get one" in explorer.panel.status.value
+
+
+def test_a_failing_engine_shows_its_reason(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the card fell off the bus")
+
+    monkeypatch.setattr(explorer.engine, "_pick", broken)
+    click_generate(explorer)
+    assert "the card fell off the bus" in explorer.panel.status.value
+    assert explorer.panel.bar.bar_style == "danger"
+    explorer.panel.generate.click()  # refused at once by the engine that ended
+    assert "the card fell off the bus" in explorer.panel.digest.value
+
+
+def test_a_full_queue_is_told_below_the_buttons(start: Callable[..., Any], tiny_config: GenerationConfig) -> None:
+    with Explorer(start(rows=2, max_queue=1), tiny_config.with_(steps=1000)) as explorer:
+        for _ in range(3):  # one is drawn, one may wait
+            explorer.panel.generate.click()
+        assert "1 pictures are waiting, and no more are taken" in explorer.panel.digest.value
+        explorer.panel.controls["steps"].value = 999
+        assert "pictures are waiting" not in explorer.panel.digest.value
+
+
+def test_these_settings_are_used_again(explorer: Explorer, tiny_config: GenerationConfig) -> None:
+    explorer.draw(scheduler="ddim", guidance_interval=(0.5, 3.0), crop=(8, 8), negative_prompt="", seed=2**63 - 1)
+    explorer.draw()
+    first, second = explorer.history
+    assert second.config == tiny_config
+    buttons(explorer, first.number)["Show"].click()
+    explorer.panel.use.click()
+    assert explorer.job == first.job, "to the last field, those without a control too"
+    click_generate(explorer)
+    assert max_difference(explorer.history[-1].image, first.image) == 0
+
+
+def buttons(explorer: Explorer, number: int) -> dict[str, Any]:
+    """Of a picture's card in the strip."""
+    card = next(card for card in explorer.panel.strip.children if f"#{number}<" in card.children[1].value)
+    return {button.description: button for button in card.children[2].children}
+
+
+def test_two_pictures_are_compared(explorer: Explorer) -> None:
+    explorer.draw()
+    explorer.draw(scheduler="ddim", steps=6)
+    buttons(explorer, 1)["A"].click()
+    assert "#1 is A" in explorer.panel.comparison.children[0].value
+    buttons(explorer, 2)["B"].click()
+    pictures, table = explorer.panel.comparison.children
+    assert len(pictures.children) == 3, "A, B and their difference"
+    for text in ("scheduler</td><td>euler</td><td>ddim", "steps</td><td>4</td><td>6"):
+        assert text in table.value
+    assert "seed" not in table.value
+    assert explorer.compare(*explorer.history) == {"scheduler": ("euler", "ddim"), "steps": (4, 6)}
+
+
+def test_pictures_of_other_sizes_are_compared_without_a_difference(explorer: Explorer) -> None:
+    assert explorer.compare(explorer.draw(), explorer.draw(width=128)) == {"width": (64, 128)}
+    assert len(explorer.panel.comparison.children[0].children) == 2
+
+
+def test_a_candidate_is_saved_and_never_overwritten(explorer: Explorer) -> None:
+    explorer.panel.save.click()
+    assert "draw one first" in explorer.panel.saved.value
+    assert explorer.candidate == explorer.config
+    first = explorer.draw(scheduler="ddim")
+    assert explorer.candidate == first.config
+    explorer.panel.save.click()
+    path = explorer.folder / "candidate.toml"
+    assert str(path) in explorer.panel.saved.value
+    assert GenerationConfig.from_toml(path) == first.config
+    explorer.panel.save.click()
+    assert "Saved" in explorer.panel.saved.value, "the same configuration again is no conflict"
+
+    second = explorer.draw(scheduler="heun")
+    explorer.panel.save.click()
+    assert "holds another configuration" in explorer.panel.saved.value
+    assert GenerationConfig.from_toml(path) == first.config == explorer.candidate
+    explorer.panel.name.value = "second"
+    explorer.panel.save.click()
+    assert GenerationConfig.from_toml(explorer.folder / "second.toml") == second.config == explorer.candidate
+
+
+@pytest.mark.parametrize("name", ["../up", "/etc/candidate", ".hidden", "a/b"])
+def test_a_candidates_name_leads_nowhere_else(explorer: Explorer, name: str) -> None:
+    explorer.draw()
+    with pytest.raises(ValueError, match="must be a file's name without folders"):
+        explorer.save(name=name)
+    assert not explorer.folder.exists()
+
+
+def test_cells_draw_what_the_controls_say_with_changes(explorer: Explorer, tiny_config: GenerationConfig) -> None:
+    drawn = explorer.draw(prompt="a fish", steps=2, seed=5)
+    assert (drawn.prompt, drawn.seed, drawn.config) == ("a fish", 5, tiny_config.with_(steps=2))
+    assert explorer.job.prompt == "a boat", "the controls stay"
+    assert explorer.shown == explorer.history[-1] == drawn
+    with pytest.raises(ConfigError, match="steps must be"):
+        explorer.draw(steps=0)
+    ticket = explorer.generate(steps=1000)
+    explorer.stop()
+    with pytest.raises(Cancelled):
+        ticket.result(60)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_interrupting_a_cell_stops_its_picture(explorer: Explorer) -> None:
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        explorer.draw(steps=1000)
+    wait(lambda: explorer._watcher is None)
+    assert explorer.history == []
+
+
+def test_a_picture_is_in_the_history_as_soon_as_its_ticket_is_done(explorer: Explorer) -> None:
+    for _ in range(5):
+        ticket = explorer.generate()
+        ticket.result()
+        assert explorer.history[-1].job is ticket.job
+
+
+def test_closing_stops_the_drawing_and_ends_the_thread(explorer: Explorer) -> None:
+    ticket = explorer.generate(steps=1000)
+    explorer.close()
+    assert ticket.state == "cancelled"
+    assert not [thread for thread in threading.enumerate() if thread.name == "explore"]
+    assert explorer.engine.healthy
+    explorer.close()  # again does no harm

@@ -1,0 +1,115 @@
+"""The controls' values: to a job and back for every setting, all errors at once, seeds, differences."""
+
+from typing import Any
+
+import pytest
+
+from sdxl_lab.config import MAX_SEED, GenerationConfig, ModelRef, RefinerConfig
+from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.notebook.form import FormError, differences, job_of, next_seed, settings, values_of
+
+PLAIN = GenerationConfig()
+RICH = GenerationConfig(
+    scheduler="dpmpp_2m_karras",
+    steps=31,
+    guidance_scale=6.5,
+    guidance_rescale=0.7,
+    guidance_interval=(0.3, 4.25),
+    width=320,
+    height=264,
+    negative_prompt="blurry",
+    refiner=RefinerConfig(0.7, 6.5, 2.0),
+)
+HIDDEN = PLAIN.with_(original_size=(512, 512), crop=(8, 16), target_size=(264, 320), watermark=True)
+
+
+@pytest.mark.parametrize("config", [PLAIN, RICH, HIDDEN, PLAIN.with_(negative_prompt="")])
+def test_the_controls_give_back_the_job_they_were_filled_from(config: GenerationConfig) -> None:
+    job = Job(config, "A cat in a hat", MAX_SEED)
+    assert job_of(values_of(job), config) == job
+
+
+def test_what_no_control_shows_comes_from_the_start() -> None:
+    assert job_of(values_of(Job(RICH, "a boat", 1)), HIDDEN).config == RICH.with_(
+        original_size=(512, 512), crop=(8, 16), target_size=(264, 320), watermark=True
+    )
+
+
+def test_switched_off_controls_do_not_count() -> None:
+    values = values_of(Job(RICH, "a boat", 1)) | {
+        "interval": False,
+        "interval_low": -1,
+        "refiner": False,
+        "handover": 9,
+    }
+    config = job_of(values, RICH).config
+    assert (config.guidance_interval, config.refiner) == (None, None)
+
+
+BAD = [
+    ({"prompt": ""}, "prompt", "prompt must be text of 1 to 2000 characters"),
+    ({"steps": 0}, "steps", "steps must be a whole number from 1 to 1000; received 0. Example: steps = 25"),
+    ({"scheduler": "lcm", "steps": 51}, "steps", "at most 50 with the scheduler lcm"),
+    ({"guidance_scale": -1.0}, "guidance_scale", "a number from 0 to 100; received -1.0"),
+    ({"width": 250}, "width", "a multiple of 8 from 64 to 4096 (pixels); received 250"),
+    ({"seed": "seven"}, "seed", "seed must be a whole number from 0 to 9223372036854775807; received 'seven'"),
+    ({"seed": "-1"}, "seed", "received -1"),
+    ({"interval": True, "interval_low": 6.0}, "interval", "or left out; received (6.0, 5.42)"),
+    ({"refiner": True, "handover": 1.0}, "handover", "a number above 0 and below 1; received 1.0"),
+    ({"negative_prompt": "x" * 2001}, "negative_prompt", "text of 0 to 2000 characters"),
+]
+
+
+@pytest.mark.parametrize(("changes", "control", "text"), BAD)
+def test_a_bad_value_is_told_at_its_control(changes: dict[str, Any], control: str, text: str) -> None:
+    with pytest.raises(FormError) as caught:
+        job_of(values_of(Job(PLAIN, "A cat in a hat", 7)) | changes, PLAIN)
+    assert list(caught.value.errors) == [control]
+    assert text in caught.value.errors[control]
+
+
+def test_all_errors_come_at_once() -> None:
+    values = values_of(Job(PLAIN, "A cat in a hat", 7)) | {"prompt": "", "steps": 0, "refiner": True, "handover": 2}
+    with pytest.raises(FormError) as caught:
+        job_of(values, PLAIN)
+    assert set(caught.value.errors) == {"prompt", "steps", "handover"}
+
+
+def test_a_refiner_that_the_model_lacks_is_refused() -> None:
+    start = GenerationConfig(model=ModelRef("some/base"))
+    with pytest.raises(FormError, match="has no refiner") as caught:
+        job_of(values_of(Job(start, "a boat", 1)) | {"refiner": True}, start)
+    assert list(caught.value.errors) == ["refiner"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "seed", "last", "expected"),
+    [
+        ("fixed", 7, 7, 7),
+        ("next", 7, None, 7),
+        ("next", 7, 7, 8),
+        ("next", 20, 7, 20),  # typed in since
+        ("next", MAX_SEED, MAX_SEED, 0),
+    ],
+)
+def test_the_next_seed(policy: str, seed: int, last: int | None, expected: int) -> None:
+    assert next_seed(policy, seed, last) == expected
+
+
+def test_random_seeds_differ_and_are_valid() -> None:
+    drawn = {next_seed("random", 7, 7) for _ in range(20)}
+    assert len(drawn) > 15
+    assert all(0 <= seed < 2**32 for seed in drawn)
+
+
+def test_differences_name_only_what_differs() -> None:
+    first, second = Job(PLAIN, "a boat", 1), Job(PLAIN.with_(steps=9, refiner=RefinerConfig()), "a boat", 2)
+    assert differences(first, second) == {
+        "seed": (1, 2),
+        "steps": (25, 9),
+        "refiner.handover": (None, 0.8),
+        "refiner.aesthetic_score": (None, 6.0),
+        "refiner.negative_aesthetic_score": (None, 2.5),
+    }
+    assert differences(first, first) == {}
+    assert settings(first)["model.base"] == "nano"

@@ -1,0 +1,93 @@
+"""The panel by itself: its labels, its strip, its end."""
+
+from collections.abc import Iterator
+
+import ipywidgets
+import pytest
+from PIL import Image
+
+from sdxl_lab.config import GenerationConfig
+from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.images import Picture
+from sdxl_lab.notebook.form import values_of
+from sdxl_lab.notebook.widgets import SHOWN, Drawn, Panel
+
+JOB = Job(GenerationConfig(), 'a <b>"cat"</b>', 7)
+
+
+@pytest.fixture
+def panel() -> Iterator[Panel]:
+    panel = Panel()
+    yield panel
+    panel.close()
+
+
+def drawn(number: int, width: int = 64) -> Drawn:
+    return Drawn(number, JOB, Picture(Image.new("RGB", (width, 64), (number, 0, 0)), {"prompt": ""}, {"total_ms": 1.0}))
+
+
+def test_the_panel_has_a_control_for_every_value_of_the_form(panel: Panel) -> None:
+    assert panel.controls.keys() == values_of(JOB).keys() | {"policy"}
+    panel.fill(values_of(JOB))
+    assert panel.values() == values_of(JOB) | {"policy": "fixed"}
+    assert all(control.description for control in panel.controls.values())
+
+
+def test_controls_of_what_is_switched_off_are_hidden(panel: Panel) -> None:
+    panel.fill(values_of(JOB))
+    panel.switch()
+    assert [row.layout.display for row in panel.rows.values()] == ["none", "none"]
+    panel.controls["refiner"].value = True
+    panel.switch()
+    assert {name: row.layout.display for name, row in panel.rows.items()} == {"interval": "none", "refiner": None}
+
+
+def test_errors_without_a_control_stand_below_the_buttons(panel: Panel) -> None:
+    panel.tell({"watermark": "watermark must be false", "steps": "steps must be 1"}, "config 123")
+    assert "watermark must be false" in panel.digest.value
+    assert "config 123" not in panel.digest.value
+    assert "steps must be 1" in panel.wrong["steps"].value
+
+
+def test_a_prompt_is_text_and_never_markup(panel: Panel) -> None:
+    panel.fill(values_of(JOB))
+    panel.picture.value = b""
+    panel.say(JOB.prompt)
+    assert "<b>" not in panel.status.value
+    panel.tell({"prompt": JOB.prompt}, "")
+    assert "<b>" not in panel.wrong["prompt"].value
+    panel.show_comparison(drawn(1), drawn(2), {"prompt": (JOB.prompt, None)})
+    assert "<b>" not in panel.comparison.children[1].value
+
+
+def test_the_strip_shows_the_latest_first_and_closes_the_oldest(panel: Panel) -> None:
+    for number in range(1, SHOWN + 3):
+        panel.add_card(drawn(number), {"Show": lambda _: None})
+        if number == SHOWN:
+            full = len(ipywidgets.widgets.widget._instances)
+    cards = [card.children[1].value for card in panel.strip.children]
+    assert len(cards) == SHOWN
+    assert f"#{SHOWN + 2}<" in cards[0]
+    assert len(ipywidgets.widgets.widget._instances) == full, "widgets of old cards are closed"
+
+
+def test_equal_pictures_have_no_difference(panel: Panel) -> None:
+    panel.show_comparison(drawn(1), drawn(1), {})
+    pictures, table = panel.comparison.children
+    assert "Difference: none" in pictures.children[2].children[1].value
+    assert "Same settings" in table.value
+
+
+def test_the_difference_says_how_large_it_is(panel: Panel) -> None:
+    panel.show_comparison(drawn(0), drawn(51), {})
+    assert "largest 0.200, shown ×5.0" in panel.comparison.children[0].children[2].children[1].value
+
+
+def test_closing_leaves_no_widget_behind() -> None:
+    before = set(ipywidgets.widgets.widget._instances)
+    panel = Panel()
+    panel.add_card(drawn(1), {"Show": lambda _: None})
+    panel.show_comparison(drawn(1), drawn(2), {})
+    assert len(ipywidgets.widgets.widget._instances) > len(before) + 50
+    panel.close()
+    assert set(ipywidgets.widgets.widget._instances) == before

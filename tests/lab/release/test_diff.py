@@ -1,0 +1,71 @@
+"""What differs between two configurations, and the table that a pull request shows."""
+
+from sdxl_lab.config import GenerationConfig, RefinerConfig
+from sdxl_lab.release.diff import changed_fields, difference_table
+
+BEFORE = GenerationConfig(negative_prompt="a | b\nc")
+AFTER = BEFORE.with_(steps=20, refiner=RefinerConfig(0.7), negative_prompt=None)
+JUDGED = {
+    "prompts": ["a"] * 8,
+    "seeds": [0, 1],
+    "metrics": {
+        "clip_score": {
+            "better": "higher",
+            "served": {"mean": 68.981},
+            "candidate": {"mean": 70.0},
+            "difference": {"mean": 1.019, "low": -0.2, "high": 2.1},
+        },
+        "contrast": {"better": None, "served": None, "candidate": {"mean": 0.5}, "difference": None},
+    },
+    "gates": [
+        {"gate": "clip_score: at most 1 worse", "passed": True, "figures": "improvement 1"},
+        {"gate": "clip_score: better", "passed": False, "figures": "improvement 1"},
+    ],
+}
+
+
+def test_what_differs_is_named_field_by_field():
+    assert changed_fields(BEFORE, BEFORE) == {}
+    assert changed_fields(BEFORE, AFTER) == {
+        "steps": (25, 20),
+        "negative_prompt": ("a | b\nc", None),
+        "refiner.handover": (None, 0.7),
+        "refiner.aesthetic_score": (None, 6.0),
+        "refiner.negative_aesthetic_score": (None, 2.5),
+    }
+
+
+def test_the_table_is_markdown_for_a_pull_request():
+    assert (
+        difference_table(BEFORE, AFTER, JUDGED)
+        == f"""\
+### `{BEFORE.digest}` → `{AFTER.digest}`
+
+| setting | served | candidate |
+| --- | --- | --- |
+| `steps` | 25 | 20 |
+| `negative_prompt` | a \\| b c | – |
+| `refiner.handover` | – | 0.7 |
+| `refiner.aesthetic_score` | – | 6 |
+| `refiner.negative_aesthetic_score` | – | 2.5 |
+
+| metric | better | served | candidate | difference [95 %] |
+| --- | --- | --- | --- | --- |
+| `clip_score` | higher | 68.98 | 70 | +1.019 [-0.2, +2.1] |
+| `contrast` |  | – | 0.5 |  |
+
+8 prompts x 2 seeds; intervals are over prompts.
+
+|  | gate | figures |
+| --- | --- | --- |
+| pass | clip_score: at most 1 worse | improvement 1 |
+| **fail** | clip_score: better | improvement 1 |
+"""
+    )
+
+
+def test_equal_settings_and_a_new_slot_say_so():
+    assert "The settings are the same." in difference_table(BEFORE, BEFORE)
+    fresh = difference_table(None, AFTER)
+    assert fresh.startswith(f"### a new slot → `{AFTER.digest}`")
+    assert "| `steps` | – | 20 |" in fresh
