@@ -10,12 +10,12 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab serve check format test test-fast notebooks bench pictures lock train clean system
+.PHONY: help demo lab serve check format test test-fast notebooks bench images lock train clean system
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/.installed system ## From a prompt to the promoted, served picture; leaves runs/demo/
+demo: .venv/.installed system ## From a prompt to the promoted, served image; leaves runs/demo/
 	$(PY) demo.py
 
 lab: .venv/.installed system ## JupyterLab on the notebooks
@@ -48,7 +48,7 @@ notebooks: .venv/.installed system ## Every notebook to its end; the executed co
 bench: .venv/.installed system ## Benchmarks
 	$(PY) -m bench
 
-pictures: .venv/.installed system ## The documentation's pictures, tables and graphs again; an hour on two cores
+images: .venv/.installed system ## The documentation's images, tables and graphs again; an hour on two cores
 	$(PY) -m docs.generated
 	$(PY) docs/screenshot.py
 	SDXL_SCREENSHOT=docs/explore.png $(PY) -m pytest tests/browser/test_jupyterlab.py -k looks
@@ -76,7 +76,7 @@ clean: ## Remove .venv and caches; never runs/ or images/
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-# OpenCV, which watermarks pictures, needs libGL and GLib; the browser tests need Chromium, those of replicas nginx.
+# OpenCV, which watermarks images, needs libGL and GLib; the browser tests need Chromium, those of replicas nginx.
 system:
 	@lacking=; \
 	if [ "$$(uname -s)" = Linux ]; then \

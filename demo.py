@@ -1,4 +1,4 @@
-"""`make demo`: the whole way of a picture, from a prompt to the promoted configuration to the served pixels.
+"""`make demo`: the whole way of an image, from a prompt to the promoted configuration to the served pixels.
 
 Everything it makes is in `runs/demo/`; what it starts it stops. The exit code says whether all doors agreed.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent
-RUN = Path("runs/demo")  # relative: no path of this machine gets into a picture
+RUN = Path("runs/demo")  # relative: no path of this machine gets into an image
 PROMPT, SEED = "A cat in a hat", 7
 
 Row = tuple[str, str, str]
@@ -38,9 +38,9 @@ def run(*command: str | Path, **environment: str) -> str:
 
 
 def same_pixels(first: Path, second: Path) -> str:
-    from sdxl_lab.images import max_difference, open_picture
+    from sdxl_lab.images import max_difference, open_image
 
-    difference = max_difference(open_picture(ROOT / first), open_picture(ROOT / second))
+    difference = max_difference(open_image(ROOT / first), open_image(ROOT / second))
     if difference:
         raise SystemExit(f"{first} and {second} must have the same pixels; they differ by {difference:.4f}")
     return "same pixels"
@@ -84,13 +84,13 @@ def served() -> list[Row]:
             _, _, address = server.stdout.readline().partition("service: ")
             address = address.partition(" ")[0]
             wait_until_ready(server, address)
-            return served_pictures(address)
+            return served_images(address)
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(60)
 
 
-def served_pictures(address: str) -> list[Row]:
+def served_images(address: str) -> list[Row]:
     rows = []
     generated = curl_json(address, "/generate", {"prompt": PROMPT, "seed": SEED})
     refined = curl_json(address, "/refine", {"id": generated["id"], "strength": 0.3, "seed": SEED})
@@ -131,9 +131,9 @@ def main() -> None:
     (ROOT / RUN).mkdir(parents=True)
     rows: list[Row] = []
     for title, part in (
-        ("drawing from the command line (3 pictures)", command_line),
+        ("drawing from the command line (3 images)", command_line),
         ("running notebooks/01_explore.ipynb, which promotes a configuration", notebook),
-        ("serving what was promoted, and asking for pictures over HTTP", served),
+        ("serving what was promoted, and asking for images over HTTP", served),
     ):
         print(f"... {title}", flush=True)
         rows += part()
@@ -141,7 +141,7 @@ def main() -> None:
     print()
     for door, place, outcome in rows:
         print(f"{door:{widths[0]}}  {place:{widths[1]}}  {outcome}")
-    print(f"\nOne configuration, three doors, the same pixels: {time.monotonic() - began:.0f} s. Pictures: {RUN}/")
+    print(f"\nOne configuration, three doors, the same pixels: {time.monotonic() - began:.0f} s. Images: {RUN}/")
     print("Next: make lab, make serve, and the first hour in README.md")
 
 

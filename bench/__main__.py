@@ -35,7 +35,7 @@ BENCHMARKS: dict[str, Callable[[Size], None]] = {
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all if left out")
-    sizes = {"model": str, "pictures": int, "steps": int, "side": int, "rounds": int, "minutes": float}
+    sizes = {"model": str, "images": int, "steps": int, "side": int, "rounds": int, "minutes": float}
     for field, kind in sizes.items():
         default = getattr(Size, field)
         parser.add_argument(f"--{field}", type=kind, default=default, help=f"default {default}")

@@ -49,7 +49,7 @@ class Pipeline:
         self.pristine = dict(self.pipe.scheduler.config)
 
     def draw(self, batch: Sequence[Asked], output_type: str = "pil") -> Any:
-        """Pictures of one setting; the first request's counts for all."""
+        """Images of one setting; the first request's counts for all."""
         first = batch[0]
         self.pipe.scheduler = schedulers.build(first.scheduler, self.pristine, seed=first.seed)
         return self.pipe(

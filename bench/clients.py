@@ -40,7 +40,7 @@ def request(
 
 
 def post(port: int, body: Body) -> float:
-    """Ask for one picture; the seconds until the answer."""
+    """Ask for one image; the seconds until the answer."""
     began = time.monotonic()
     answer = request(port, "POST", "/generate", body)
     if answer.status != 200:
@@ -49,7 +49,7 @@ def post(port: int, body: Body) -> float:
 
 
 def rate(ports: Sequence[int], bodies: Sequence[Body]) -> float:
-    """Pictures a second with all of them asked for at once, round robin."""
+    """Images a second with all of them asked for at once, round robin."""
     began = time.monotonic()
     with ThreadPoolExecutor(len(bodies)) as pool:
         list(pool.map(lambda index: post(ports[index % len(ports)], bodies[index]), range(len(bodies))))

@@ -1,4 +1,4 @@
-"""Does the CLIP score track what is in the picture? Held against the scene check that shares no code with it."""
+"""Does the CLIP score track what is in the image? Held against the scene check that shares no code with it."""
 
 import random
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from bench.settings import Size, config_of
 from recipes.nano.evaluate import held_out_scenes, verdict
 from recipes.nano.judge import Verdict
 from recipes.nano.scenes import COLOURS, NOUNS, RELATIONS, Scene, caption, render
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.metrics import Metric, clip_score, interval
-from sdxl_lab.images import Picture
+from sdxl_lab.images import GeneratedImage
 
 GUIDANCE = (1.0, 3.0, 6.0)
 PARTS = ("right", "colour", "noun", "relation")
@@ -26,21 +26,21 @@ RENDERINGS = 200
 
 
 def main(size: Size) -> None:
-    """Captions on renderings, where the truth is known; then pictures of good and bad settings, as in a study."""
+    """Captions on renderings, where the truth is known; then images of good and bad settings, as in a study."""
     clip = clip_score("nano" if size.model == "nano" else str(Path(size.model, "clip")))
-    scenes = held_out_scenes(max(RENDERINGS, size.pictures), seed=41)
-    drawn = scenes[: size.pictures]
+    scenes = held_out_scenes(max(RENDERINGS, size.images), seed=41)
+    drawn = scenes[: size.images]
     settings = [(steps, guidance) for steps, guidance in product(_steps(size), GUIDANCE)]
-    pictures = _draw(size, drawn, settings)
-    verdicts = [[verdict(picture, scene) for picture, scene in zip(row, drawn, strict=True)] for row in pictures]
-    scores = clip([picture for row in pictures for picture in row]).reshape(len(settings), len(drawn))
+    images = _draw(size, drawn, settings)
+    verdicts = [[verdict(image, scene) for image, scene in zip(row, drawn, strict=True)] for row in images]
+    scores = clip([image for row in images for image in row]).reshape(len(settings), len(drawn))
 
     lines = {
         f"caption wrong in {part}: the true one wins": _interval(_wins(clip, scenes[:RENDERINGS], part))
         for part in ("background", "colour", "noun", "relation")
     }
     for part in PARTS:
-        lines[f"two pictures: AUC for {part}"] = _area(scores, verdicts, drawn, part)
+        lines[f"two images: AUC for {part}"] = _area(scores, verdicts, drawn, part)
     for part in ("right", "colour", "noun"):
         lines[f"... of one prompt: AUC for {part}"] = _area_within(scores, verdicts, drawn, part)
     share = np.array([[verdict.right for verdict in row] for row in verdicts]).mean(axis=1)
@@ -61,18 +61,18 @@ def _steps(size: Size) -> tuple[int, ...]:
     return tuple(sorted({max(1, size.steps // 5), max(1, size.steps // 2), size.steps}))
 
 
-def _draw(size: Size, scenes: Sequence[Scene], settings: Sequence[tuple[int, float]]) -> list[list[Picture]]:
-    """A row a setting, a picture a scene; the same scene has the same seed in all."""
+def _draw(size: Size, scenes: Sequence[Scene], settings: Sequence[tuple[int, float]]) -> list[list[GeneratedImage]]:
+    """A row a setting, an image a scene; the same scene has the same seed in all."""
     config = config_of(size)
     with Engine.load(config) as engine:
-        tickets = [
+        jobs = [
             [
-                engine.submit(Job(config.with_(steps=steps, guidance_scale=guidance), caption(scene), seed))
+                engine.submit(ImageRequest(config.with_(steps=steps, guidance_scale=guidance), caption(scene), seed))
                 for seed, scene in enumerate(scenes)
             ]
             for steps, guidance in settings
         ]
-        return [[ticket.result() for ticket in row] for row in tickets]
+        return [[job.result() for job in row] for row in jobs]
 
 
 def _wrong(scene: Scene, part: str, rng: random.Random) -> Scene:
@@ -99,27 +99,27 @@ def _wins(clip: Metric, scenes: Sequence[Scene], part: str) -> list[float]:
     told = [scene for scene in scenes if part != "relation" or scene.relation]
     images = [render(scene) for scene in told]
     true, false = (
-        clip([Picture(image, {"prompt": text}, {}) for image, text in zip(images, texts, strict=True)])
+        clip([GeneratedImage(image, {"prompt": text}, {}) for image, text in zip(images, texts, strict=True)])
         for texts in ([caption(scene) for scene in told], [caption(_wrong(scene, part, rng)) for scene in told])
     )
     return [float(value) for value in true > false]
 
 
 def _held_to(verdicts: Verdicts, scenes: Sequence[Scene], part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Which pictures hold to `part`, (settings, scenes told of), and the scenes' places."""
+    """Which images hold to `part`, (settings, scenes told of), and the scenes' places."""
     told = np.array([i for i, scene in enumerate(scenes) if part != "relation" or scene.relation])
     return np.array([[getattr(row[index], part) for index in told] for row in verdicts]), told
 
 
 def _auc(scores: np.ndarray, held: np.ndarray) -> float | None:
-    """How often a picture that holds scores above one that does not (Mann and Whitney's U); None without both."""
+    """How often an image that holds scores above one that does not (Mann and Whitney's U); None without both."""
     if not 0 < held.sum() < held.size:
         return None
     return float(mannwhitneyu(scores[held], scores[~held]).statistic / (held.sum() * (~held).sum()))
 
 
 def _area(scores: np.ndarray, verdicts: Verdicts, scenes: Sequence[Scene], part: str) -> list[float]:
-    """Of any two pictures, with the interval from 500 resamples of the scenes."""
+    """Of any two images, with the interval from 500 resamples of the scenes."""
     held, told = _held_to(verdicts, scenes, part)
     rng = np.random.default_rng(0)
     drawn = [rng.integers(len(told), size=len(told)) for _ in range(500)]
@@ -129,7 +129,7 @@ def _area(scores: np.ndarray, verdicts: Verdicts, scenes: Sequence[Scene], part:
 
 
 def _area_within(scores: np.ndarray, verdicts: Verdicts, scenes: Sequence[Scene], part: str) -> list[float]:
-    """Of two pictures of one prompt and seed under different settings, with the interval over prompts."""
+    """Of two images of one prompt and seed under different settings, with the interval over prompts."""
     held, told = _held_to(verdicts, scenes, part)
     areas = [_auc(scores[:, index], held[:, place]) for place, index in enumerate(told)]
     return _interval([area for area in areas if area is not None])

@@ -25,7 +25,7 @@ from sdxl_lab.config import GenerationConfig
 
 REPLICAS = 3
 LEASE = 5  # seconds: a replica that is killed is missed soon
-BUCKET = "pictures"
+BUCKET = "images"
 
 # A request that could not be sent goes to the next replica. A POST that was sent is never sent again by nginx, which
 # cannot know that it has a key: its client gets a 502, knows, and repeats it.

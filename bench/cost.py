@@ -1,4 +1,4 @@
-"""What one SDXL picture costs on which GPU: arithmetic on assumptions, not measured. Prints Markdown.
+"""What one SDXL image costs on which GPU: arithmetic on assumptions, not measured. Prints Markdown.
 
 Counted: parameters and FLOPs (torch's FlopCounterMode on the real configurations without weights).
 Assumed: what share of its peak a GPU reaches, what it costs, what a batch needs beside the weights.
@@ -16,13 +16,13 @@ PARAMETERS = {  # in billions
     "VAE": 0.084,
 }
 HALF = 2  # bytes a weight, in bfloat16 or float16
-# Estimated, not measured: the largest activations of a UNet call, a guided picture being two rows; the VAE's decoding
-# of one picture in half precision; CUDA's context and libraries. GB.
+# Estimated, not measured: the largest activations of a UNet call, a guided image being two rows; the VAE's decoding
+# of one image in half precision; CUDA's context and libraries. GB.
 A_ROW, DECODING, CONTEXT = 0.7, 3.0, 1.0
 
 STEPS, HANDOVER, GUIDED_ROWS = 30, 0.8, 2  # service/promoted/sdxl: 24 steps of the base, 6 of the refiner
 UTILISATION = 0.40  # of the dense peak, assumed for all; bench/README.md has 0.87 of a matrix product's rate on a CPU
-BUSY = 0.5  # of the paid time in which a picture is being drawn
+BUSY = 0.5  # of the paid time in which an image is being drawn
 PRICES_OF = "November 2026"
 
 
@@ -45,7 +45,7 @@ GPUS = (
 )
 
 
-def picture_tflop() -> float:
+def image_tflop() -> float:
     """UNet calls of both models and one decoding; the text encoders' share is below a hundredth."""
     base = round(STEPS * HANDOVER)
     return GUIDED_ROWS * (base * BASE_ROW + (STEPS - base) * REFINER_ROW) + DECODE
@@ -56,7 +56,7 @@ def weights_gb() -> float:
 
 
 def seconds(gpu: Gpu) -> float:
-    return picture_tflop() / (gpu.peak * UTILISATION)
+    return image_tflop() / (gpu.peak * UTILISATION)
 
 
 def rows_that_fit(gpu: Gpu) -> int:
@@ -69,12 +69,12 @@ def table() -> str:
     lines = [
         f"- Weights: {sizes}; at {HALF} bytes each {weights_gb():.1f} GB.",
         f"- Estimated beside them: {A_ROW} GB a row, {DECODING:.0f} GB to decode, {CONTEXT:.0f} GB for CUDA.",
-        f"- A picture: 1024 x 1024, {STEPS} steps, hand-over at {HANDOVER}, guidance: {GUIDED_ROWS} rows a step of "
-        f"{BASE_ROW} (base) or {REFINER_ROW} TFLOP (refiner), {DECODE} to decode: {picture_tflop():.0f} TFLOP.",
+        f"- An image: 1024 x 1024, {STEPS} steps, hand-over at {HANDOVER}, guidance: {GUIDED_ROWS} rows a step of "
+        f"{BASE_ROW} (base) or {REFINER_ROW} TFLOP (refiner), {DECODE} to decode: {image_tflop():.0f} TFLOP.",
         f"- Assumed: {UTILISATION:.0%} of the dense bfloat16 peak; prices an hour of {PRICES_OF}, which are examples "
         f"to be replaced; GPUs busy {BUSY:.0%} of the time that is paid.",
         "",
-        "| GPU | peak TFLOP/s | memory GB | rows that fit | $ an hour | s a picture | pictures a second "
+        "| GPU | peak TFLOP/s | memory GB | rows that fit | $ an hour | s an image | images a second "
         "| $ for 1000, busy always | $ for 1000, as assumed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]

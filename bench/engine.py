@@ -16,7 +16,7 @@ from bench.measure import Report, alternate, ratios
 from bench.rooms import room
 from bench.settings import FLOAT32, PROMPTS, Size, config_of
 from sdxl_lab.config import SCHEDULERS, GenerationConfig
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Cancelled, Engine
 from sdxl_lab.diffusion.models import Models, load
 from sdxl_lab.images import max_difference
@@ -28,11 +28,11 @@ def seconds(work: Callable[[], object]) -> float:
     return time.monotonic() - began
 
 
-def draw_all(engine: Engine, asked: list[Job]) -> list[Image.Image]:
-    return [ticket.result().image for ticket in [engine.submit(job) for job in asked]]
+def draw_all(engine: Engine, asked: list[ImageRequest]) -> list[Image.Image]:
+    return [job.result().image for job in [engine.submit(request) for request in asked]]
 
 
-def all_at_once(engine: Engine, asked: list[Job]) -> float:
+def all_at_once(engine: Engine, asked: list[ImageRequest]) -> float:
     """Seconds."""
     return seconds(lambda: draw_all(engine, asked))
 
@@ -42,24 +42,24 @@ def one_by_one(pipeline: Pipeline, bodies: list[Asked]) -> float:
     return seconds(lambda: [pipeline.draw([body]) for body in bodies])
 
 
-def asked_of(job: Job) -> Asked:
-    """The same picture, asked of a pipeline."""
+def asked_of(request: ImageRequest) -> Asked:
+    """The same image, asked of a pipeline."""
     names = ("steps", "guidance_scale", "scheduler", "width", "height")
-    return Asked(prompt=job.prompt, seed=job.seed, **{name: getattr(job.config, name) for name in names})
+    return Asked(prompt=request.prompt, seed=request.seed, **{name: getattr(request.config, name) for name in names})
 
 
 def parity(size: Size) -> None:
-    """The largest difference on [0, 1] from the pipeline's picture, every scheduler, all in one mixed batch."""
+    """The largest difference on [0, 1] from the pipeline's image, every scheduler, all in one mixed batch."""
     config, pipeline = config_of(size, steps=min(size.steps, 20)), Pipeline(size.model)
-    asked = [Job(config.with_(scheduler=name), PROMPTS[i % 4], i) for i, name in enumerate(SCHEDULERS)]
+    asked = [ImageRequest(config.with_(scheduler=name), PROMPTS[i % 4], i) for i, name in enumerate(SCHEDULERS)]
     differences = []
     with Engine.load(config, FLOAT32) as engine:
-        tickets = [engine.submit(job) for job in asked]
-        for job, ticket in zip(asked, tickets, strict=True):
-            ticket.result()
-            assert ticket.trajectory is not None
-            mine = engine.models.decode(ticket.trajectory.latents)[0]
-            theirs = pipeline.draw([asked_of(job)], output_type="np")[0]
+        jobs = [engine.submit(request) for request in asked]
+        for request, job in zip(asked, jobs, strict=True):
+            job.result()
+            assert job.trajectory is not None
+            mine = engine.models.decode(job.trajectory.latents)[0]
+            theirs = pipeline.draw([asked_of(request)], output_type="np")[0]
             differences.append(float(np.abs(mine - theirs).max()))
     worst = SCHEDULERS[int(np.argmax(differences))]
     Report(
@@ -72,7 +72,7 @@ def parity(size: Size) -> None:
 
 
 def overhead(size: Size) -> None:
-    """A 25-step picture alone against the bare sum of its model calls, made in a row."""
+    """A 25-step image alone against the bare sum of its model calls, made in a row."""
     config = config_of(size, steps=25)
     with room(load, config.model, FLOAT32) as models, room(Engine.load, config, FLOAT32) as engine:
         measured = alternate(
@@ -80,9 +80,9 @@ def overhead(size: Size) -> None:
         )
     Report(
         "overhead",
-        "Seconds of one picture alone, 25 steps",
+        "Seconds of one image alone, 25 steps",
         {**measured, "engine / bare calls": ratios(measured["engine"], measured["bare calls"])},
-        f"{size.side} px, float32; the engine's time includes the 8-bit picture and its record",
+        f"{size.side} px, float32; the engine's time includes the 8-bit image and its record",
         {"engine / bare calls": "1.03"},
     ).show(size.folder)
 
@@ -106,7 +106,7 @@ def _bare(models: Models, config: GenerationConfig) -> float:
 
 def _whole(engine: Engine, config: GenerationConfig) -> float:
     engine._embeddings.clear()
-    return seconds(lambda: engine.draw(Job(config, PROMPTS[0], 0)))
+    return seconds(lambda: engine.draw(ImageRequest(config, PROMPTS[0], 0)))
 
 
 def grid(size: Size) -> None:
@@ -115,14 +115,16 @@ def grid(size: Size) -> None:
     cells = list(itertools.product(("euler", "dpmpp_2m_karras", "ddim", "unipc"), steps, (3.0, 6.0), (0, 1)))
     config = config_of(size)
 
-    def jobs(interval: tuple[float, float] | None) -> list[Job]:
+    def requests(interval: tuple[float, float] | None) -> list[ImageRequest]:
         changes = [
             {"scheduler": name, "steps": count, "guidance_scale": scale, "guidance_interval": interval}
             for name, count, scale, _ in cells
         ]
-        return [Job(config.with_(**each), PROMPTS[0], cell[3]) for each, cell in zip(changes, cells, strict=True)]
+        return [
+            ImageRequest(config.with_(**each), PROMPTS[0], cell[3]) for each, cell in zip(changes, cells, strict=True)
+        ]
 
-    bodies = [asked_of(job) for job in jobs(None)]
+    bodies = [asked_of(request) for request in requests(None)]
     low = FLOAT32.with_(dtype="bfloat16")
     with (
         room(Pipeline, size.model) as pipeline,
@@ -132,9 +134,11 @@ def grid(size: Size) -> None:
         measured = alternate(
             {
                 "pipeline, cell by cell": lambda: len(cells) / pipeline(one_by_one, bodies),
-                "engine, float32": lambda: len(cells) / plain(all_at_once, jobs(None)),
-                "engine, guidance for sigma 0.28 to 5.42": lambda: len(cells) / plain(all_at_once, jobs((0.28, 5.42))),
-                "engine, bfloat16 UNet": lambda: len(cells) / half(all_at_once, jobs(None)),
+                "engine, float32": lambda: len(cells) / plain(all_at_once, requests(None)),
+                "engine, guidance for sigma 0.28 to 5.42": lambda: (
+                    len(cells) / plain(all_at_once, requests((0.28, 5.42)))
+                ),
+                "engine, bfloat16 UNet": lambda: len(cells) / half(all_at_once, requests(None)),
             },
             max(1, size.rounds - 1),
         )
@@ -162,7 +166,7 @@ RUNTIMES: dict[str, dict[str, Any]] = {
 def runtime(size: Size) -> None:
     """What each option of `RuntimeProfile` brings at saturation, and how far it moves the pixels."""
     config = config_of(size)
-    asked = [Job(config, PROMPTS[seed % 4], seed) for seed in range(size.pictures)]
+    asked = [ImageRequest(config, PROMPTS[seed % 4], seed) for seed in range(size.images)]
     with ExitStack() as stack:
         rooms = {"as it is": stack.enter_context(room(Engine.load, config, FLOAT32))}
         for name, options in RUNTIMES.items():
@@ -177,9 +181,9 @@ def runtime(size: Size) -> None:
     aims = {"bfloat16: largest difference of 255": "2"}
     Report(
         "runtime",
-        "Pictures a second with each option of the runtime profile",
-        {"as it is, pictures a second": rates["as it is"], **lines},
-        f"{size.pictures} in flight, {size.steps} steps, {size.side} px, from float32",
+        "Images a second with each option of the runtime profile",
+        {"as it is, images a second": rates["as it is"], **lines},
+        f"{size.images} in flight, {size.steps} steps, {size.side} px, from float32",
         aims,
     ).show(size.folder)
 
@@ -190,35 +194,35 @@ def cancel(size: Size) -> None:
     ticks = []
     with Engine.load(config, FLOAT32) as engine:
         for seed in range(5):
-            ticket = engine.submit(Job(config, PROMPTS[1], seed))
-            while ticket.progress[0] < 3:
+            job = engine.submit(ImageRequest(config, PROMPTS[1], seed))
+            while job.progress[0] < 3:
                 time.sleep(0.005)
-            before = ticket.progress[0]
-            ticket.cancel()
+            before = job.progress[0]
+            job.cancel()
             try:
-                ticket.result()
+                job.result()
             except Cancelled:
-                ticks.append(float(ticket.progress[0] - before))
+                ticks.append(float(job.progress[0] - before))
     Report("cancel", "UNet calls from cancel to free rows", {"calls": ticks}, f"{size.side} px", {"calls": "1"}).show(
         size.folder
     )
 
 
 def growth(size: Size) -> None:
-    """How the time of a UNet call grows with rows, that of a picture with steps and area; memory."""
+    """How the time of a UNet call grows with rows, that of an image with steps and area; memory."""
     lines: dict[str, list[float]] = {}
     config = config_of(size)
     with Engine.load(config, FLOAT32) as engine:
         for count in (1, 2, 4, 8, 16):
-            asked = [Job(config.with_(steps=6), PROMPTS[0], seed) for seed in range(count)]
+            asked = [ImageRequest(config.with_(steps=6), PROMPTS[0], seed) for seed in range(count)]
             measured = [all_at_once(engine, asked) for _ in range(size.rounds + 1)]
             label = f"{2 * count} rows: ms a row and step"
             lines[label] = [1000 * value / (12 * count) for value in measured[1:]]
         for steps in (5, 10, 20, 40):
-            alone = [Job(config.with_(steps=steps), PROMPTS[0], 0)]
-            lines[f"{steps} steps: ms a picture"] = [1000 * all_at_once(engine, alone) for _ in range(size.rounds)]
+            alone = [ImageRequest(config.with_(steps=steps), PROMPTS[0], 0)]
+            lines[f"{steps} steps: ms an image"] = [1000 * all_at_once(engine, alone) for _ in range(size.rounds)]
         for side in (size.side, size.side * 3 // 2, size.side * 2, size.side * 3):
-            alone = [Job(config.with_(width=side, height=side, steps=6), PROMPTS[0], 0)]
+            alone = [ImageRequest(config.with_(width=side, height=side, steps=6), PROMPTS[0], 0)]
             lines[f"{side} px, 6 steps: ms"] = [1000 * all_at_once(engine, alone) for _ in range(size.rounds)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     lines["peak memory of the process, MiB"] = [peak]

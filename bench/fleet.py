@@ -1,7 +1,7 @@
 """One, two and three replicas of the service behind round robin, on two cores, and what the simulation says of them.
 
 Every replica is a process with a core of its own as far as there are cores. The costs that `simulate.py` needs are
-fitted from UNet calls that a replica counts itself (`/metrics`); then pictures are asked for at random moments, and
+fitted from UNet calls that a replica counts itself (`/metrics`); then images are asked for at random moments, and
 what they took is held against the simulation of the very same moments.
 """
 
@@ -23,7 +23,7 @@ from bench.servers import server
 from bench.settings import Size, body, config_of
 from bench.simulate import Cost, Rule, Work, capacity, fleet, poisson
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
-from sdxl_lab.diffusion.denoising import DenoiserName, Job, Trajectory
+from sdxl_lab.diffusion.denoising import DenoiserName, ImageRequest, Trajectory
 from sdxl_lab.diffusion.models import Embedding, load
 
 ROWS = 16  # the service's own default
@@ -54,14 +54,14 @@ def replica(config: GenerationConfig, cores: Sequence[int], threads: int, rows: 
 
 
 def work_of(config: GenerationConfig) -> Work:
-    """The rows of each of a picture's UNet calls, from the engine's own trajectory."""
+    """The rows of each of an image's UNet calls, from the engine's own trajectory."""
     models = load(config.model, RuntimeProfile(device="cpu"))
 
     def embed(name: DenoiserName, prompt: str | None, negative: bool) -> Embedding:
         denoiser = getattr(models, name)
         return denoiser.embed_negative(prompt) if negative else denoiser.embed(prompt)
 
-    trajectory = Trajectory(models, Job(config, "a red circle", 0), embed)
+    trajectory = Trajectory(models, ImageRequest(config, "a red circle", 0), embed)
     rows = [1 + guides for stage in trajectory.stages for guides in stage.guides]
     return tuple((count, len(list(run))) for count, run in itertools.groupby(rows))
 
@@ -72,7 +72,7 @@ def ticks(port: int) -> np.ndarray:
 
 
 def calibrate(port: int, size: Size, costs: dict[int, list[tuple[float, ...]]]) -> float:
-    """A few pictures at once, for each of `AT_ONCE`: adds what was seen to `costs`."""
+    """A few images at once, for each of `AT_ONCE`: adds what was seen to `costs`."""
     for count in AT_ONCE:
         before, began = ticks(port), time.monotonic()
         rate([port], [body(size, size.steps, seed) for seed in range(count)])
@@ -84,15 +84,15 @@ def calibrate(port: int, size: Size, costs: dict[int, list[tuple[float, ...]]]) 
 
 def fitted(costs: dict[int, list[tuple[float, ...]]]) -> Cost:
     """Lines through the medians: a call's seconds over its rows, and what a batch took apart from its calls over its
-    pictures. Neither slope nor intercept is let below zero."""
+    images. Neither slope nor intercept is let below zero."""
     middles = {count: np.median(np.array(seen), axis=0) for count, seen in costs.items()}
     row, call = np.polyfit([m[0] for m in middles.values()], [m[1] for m in middles.values()], 1)
-    picture, beside = np.polyfit(list(middles), [m[2] for m in middles.values()], 1)
-    return Cost(*(max(0.0, float(value)) for value in (call, row, picture, beside)))
+    image, beside = np.polyfit(list(middles), [m[2] for m in middles.values()], 1)
+    return Cost(*(max(0.0, float(value)) for value in (call, row, image, beside)))
 
 
 def ask_at(ports: Sequence[int], moments: np.ndarray, size: Size) -> np.ndarray:
-    """Seconds of each picture, from the moment at which it was due, round robin."""
+    """Seconds of each image, from the moment at which it was due, round robin."""
     began = time.monotonic() + 0.1
 
     def ask(index: int) -> float:
@@ -121,14 +121,14 @@ def main(size: Size) -> None:
         third, threaded = start(config, cores, 1), start(config, cores, 2)
         interval = start(config.with_(guidance_interval=INTERVAL), cores[:1], 1)
         single = start(config, cores[:1], 1, rows=2)
-        asked = [body(size, size.steps, seed) for seed in range(2 * size.pictures)]
+        asked = [body(size, size.steps, seed) for seed in range(2 * size.images)]
         trials = {
             "1 replica, 1 thread on 1 core": [first],
             "1 replica, 2 threads on 2 cores": [threaded],
             "2 replicas, a thread and a core each": [first, second],
             "3 replicas, a thread each, on 2 cores": [first, second, third],
             "1 replica, 1 core, guidance for sigma 0.28 to 5.42": [interval],
-            "1 replica, 1 core, one picture at a time": [single],
+            "1 replica, 1 core, one image at a time": [single],
         }
         costs: dict[int, list[tuple[float, ...]]] = {}
         rates = alternate(
@@ -150,14 +150,14 @@ def main(size: Size) -> None:
 TITLES = {
     "fleet": "Replicas of the service at saturation, and what the simulation says of them",
     "fleet-costs": "What a replica on one core spends",
-    "fleet-latency": "Pictures asked for at random moments, and the simulation of the same moments",
+    "fleet-latency": "Images asked for at random moments, and the simulation of the same moments",
 }
 
 
 def show(size: Size, parts: dict[str, dict[str, list[float]]], loads: str) -> None:
     """A report for each of `TITLES`."""
     conditions = (
-        f"{2 * size.pictures} pictures at once or {3 * size.pictures} at random moments, {size.steps} steps, "
+        f"{2 * size.images} images at once or {3 * size.images} at random moments, {size.steps} steps, "
         f"{size.side} px; load of the machine before and after (1, 5, 15 min): {loads}"
     )
     for name, lines in parts.items():
@@ -176,27 +176,27 @@ def left_in(folder: Path) -> dict[str, list[float]]:
 def calibration(costs: dict[int, list[tuple[float, ...]]], cost: Cost) -> dict[str, list[float]]:
     lines = {f"{count} at once: ms a call": [1000 * seconds for _, seconds, _ in seen] for count, seen in costs.items()}
     lines |= {f"{count} at once: rows a call": [rows for rows, _, _ in seen] for count, seen in costs.items()}
-    named = {"call": cost.call, "row": cost.row, "picture": cost.picture, "beside": cost.beside}
+    named = {"call": cost.call, "row": cost.row, "image": cost.image, "beside": cost.beside}
     return lines | {f"fitted: ms {name}": [1000 * value] for name, value in named.items()}
 
 
 def against(
     rates: dict[str, list[float]], cost: Cost, guided: Work, sparing: Work, count: int
 ) -> dict[str, list[float]]:
-    """Pictures a second at saturation, what more replicas bring, and the simulation of the same pictures at once."""
+    """Images a second at saturation, what more replicas bring, and the simulation of the same images at once."""
     one, threads, two, three, interval, single = rates.values()
-    lines = {f"{name}: pictures a second": values for name, values in rates.items()}
+    lines = {f"{name}: images a second": values for name, values in rates.items()}
     lines |= {
         "2 replicas / 1": ratios(two, one),
         "3 replicas / 1": ratios(three, one),
         "2 replicas / 1 with 2 threads": ratios(two, threads),
-        "batching: 16 rows / one picture at a time": ratios(one, single),
+        "batching: 16 rows / one image at a time": ratios(one, single),
         "interval / guidance throughout": ratios(interval, one),
     }
     for name, measured, work, rows in (
         ("16 rows", one, guided, ROWS),
         ("interval", interval, sparing, ROWS),
-        ("one picture at a time", single, guided, 2),
+        ("one image at a time", single, guided, 2),
     ):
         ends = fleet(np.zeros(count), [work] * count, cost, Rule(rows)).ends
         lines[f"saturation, {name}: predicted / measured"] = [count / float(ends.max()) / each for each in measured]
@@ -204,13 +204,13 @@ def against(
 
 
 def foretold(ports: Sequence[int], size: Size, cost: Cost, work: Work) -> dict[str, list[float]]:
-    """Seconds until the picture for arrivals at random moments, beside the simulation of the same moments."""
+    """Seconds until the image for arrivals at random moments, beside the simulation of the same moments."""
     most = len(ports) * capacity(work, cost, Rule(ROWS))
     lines: dict[str, list[float]] = {}
     seen: dict[str, list[np.ndarray]] = {"measured": [], "predicted": []}
     for number in range(size.rounds):
         for share in LOADS:
-            moments = poisson(share * most, 3 * size.pictures, 100 * number + int(100 * share))
+            moments = poisson(share * most, 3 * size.images, 100 * number + int(100 * share))
             both = {
                 "measured": ask_at(ports, moments, size),
                 "predicted": fleet(moments, [work] * len(moments), cost, Rule(ROWS), [0.0] * len(ports)).latencies,

@@ -1,4 +1,4 @@
-"""SDXL itself on a GPU: seconds a picture at 1024 px and the share of the bound. Needs CUDA and the weights.
+"""SDXL itself on a GPU: seconds an image at 1024 px and the share of the bound. Needs CUDA and the weights.
 
 The bound: 6.76 TFLOP a UNet row at 1024x1024, two rows a guided step, and 10.47 TFLOP a VAE decode.
 """
@@ -12,10 +12,10 @@ from bench.engine import all_at_once, seconds
 from bench.measure import Report
 from bench.settings import PROMPTS, Size, config_of
 from sdxl_lab.config import RuntimeProfile
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 
-# Published, one picture of 30 steps at 1024 px on an H100: diffusers in float16, and TensorRT.
+# Published, one image of 30 steps at 1024 px on an H100: diffusers in float16, and TensorRT.
 PUBLISHED = {"published, H100, diffusers, 30 steps: s": 2.496, "published, H100, TensorRT, 30 steps: s": 1.471}
 
 
@@ -33,10 +33,10 @@ def main(size: Size) -> None:
         with Engine.load(config, profile) as engine:
             for steps in (20, 30):
                 for count in (1, 8):
-                    asked = [Job(config.with_(steps=steps), PROMPTS[0], seed) for seed in range(count)]
+                    asked = [ImageRequest(config.with_(steps=steps), PROMPTS[0], seed) for seed in range(count)]
                     took = [all_at_once(engine, asked) / count for _ in range(size.rounds + 1)][1:]
                     name = f"{'compiled, ' if compiled else ''}{steps} steps, {count} at once"
-                    lines[f"{name}: s a picture"] = took
+                    lines[f"{name}: s an image"] = took
                     lines[f"{name}: share of the bound"] = [(2 * BASE_ROW * steps + DECODE) / s / product for s in took]
     lines |= {name: [value] for name, value in PUBLISHED.items()}
     Report("gpu", f"SDXL at 1024 px on {torch.cuda.get_device_name()}", lines, "float16").show(size.folder)

@@ -1,4 +1,4 @@
-"""Rounds, medians, reports, plots: what every benchmark here does with its figures. Knows nothing of pictures."""
+"""Rounds, medians, reports, plots: what every benchmark here does with its figures. Knows nothing of images."""
 
 import json
 import os

@@ -23,11 +23,11 @@ from bench.simulate import Cost, Rule, Scaling, Work, called_for, capacity, flee
 
 REPLICAS = (1, 2, 3, 10, 100, 1000)
 LOADS = tuple(tenth / 10 for tenth in range(1, 13))
-SLOW = 2.0  # times the time of a picture alone: where its p99 passes it, there are too few replicas
+SLOW = 2.0  # times the time of an image alone: where its p99 passes it, there are too few replicas
 EAGER, COMPILED = PUBLISHED.values()  # seconds of 30 steps
 STEPS = 30
 RATE = (2 * STEPS * BASE_ROW + DECODE) / COMPILED  # TFLOP/s that an H100 reached
-EACH = 60  # pictures of a replica, at least
+EACH = 60  # images of a replica, at least
 STARTUPS = (60, 180, 600)
 RUNS = 5  # of the same load step, other moments
 AT = 900.0  # when the load steps up
@@ -45,7 +45,7 @@ RULES = {
 
 
 def point(work: Work, cost: Cost, rule: Rule, rate: float, replicas: int, count: int) -> dict[str, float]:
-    """One load: `rate` pictures a second and replica, `count` pictures in all or a little more."""
+    """One load: `rate` images a second and replica, `count` images in all or a little more."""
     played = min(replicas, math.ceil(count / EACH))
     count = max(count, EACH * replicas)
     moments = poisson(rate * replicas, count, replicas)
@@ -62,7 +62,7 @@ def point(work: Work, cost: Cost, rule: Rule, rate: float, replicas: int, count:
 
 
 def target(points: list[dict[str, float]], alone: float) -> float:
-    """Pictures a second and replica at which p99 passes `SLOW` times the time of one alone, between two loads in
+    """Images a second and replica at which p99 passes `SLOW` times the time of one alone, between two loads in
     proportion; 0 if it is above from the first on."""
     before: dict[str, float] = {"rate": 0.0, "p99": alone}
     for each in points:
@@ -86,7 +86,7 @@ def fleets(cost: Cost, work: Work, count: int) -> dict[str, Any]:
 
 
 def ways(cost: Cost, works: dict[str, Work], count: int) -> dict[str, list[dict[str, float]]]:
-    """One replica under each rule, at the same pictures a second, up to 1.2 times what the best of them draws."""
+    """One replica under each rule, at the same images a second, up to 1.2 times what the best of them draws."""
     most = max(capacity(work, cost, rule) for work in works.values() for rule in RULES.values())
     cases = {name: (works["guidance throughout"], rule) for name, rule in RULES.items()}
     cases["steps, interval"] = (works["interval"], RULES["steps"])
@@ -96,7 +96,7 @@ def ways(cost: Cost, works: dict[str, Work], count: int) -> dict[str, list[dict[
 
 
 def steps_of_many(cost: Cost, count: int) -> dict[str, dict[str, float]]:
-    """One replica at 70 % of its capacity, pictures of 10, 30 and 50 steps mixed: seconds by rule."""
+    """One replica at 70 % of its capacity, images of 10, 30 and 50 steps mixed: seconds by rule."""
     works = mixed((10, 30, 50), count, 1)
     rate = 0.7 * capacity(((2, STEPS),), cost, RULES["steps"])
     found = {}
@@ -136,7 +136,7 @@ def step_up(work: Work, cost: Cost, scaling: Scaling, seed: int) -> dict[str, An
 
 
 def main(size: Size) -> None:
-    count = 1250 * size.pictures
+    count = 1250 * size.images
     config = config_of(size, steps=STEPS)
     works: dict[str, Work] = {
         "guidance throughout": work_of(config),
@@ -170,7 +170,7 @@ def main(size: Size) -> None:
     size.folder.mkdir(parents=True, exist_ok=True)
     content = {
         "title": "Replicas behind round robin, simulated",
-        "conditions": f"{count} pictures a point, {ROWS} rows, queue of 100, {STEPS} steps",
+        "conditions": f"{count} images a point, {ROWS} rows, queue of 100, {STEPS} steps",
         "costs": {name: vars(cost) for name, cost in machines.items()},
         "works": works,
         **found,
@@ -182,7 +182,7 @@ def main(size: Size) -> None:
 
 def measured(folder: Path) -> dict[str, Cost]:
     values = left_in(folder)
-    parts = [values[f"fitted: ms {name}"][0] / 1000 for name in ("call", "row", "picture", "beside")] if values else []
+    parts = [values[f"fitted: ms {name}"][0] / 1000 for name in ("call", "row", "image", "beside")] if values else []
     return {"nano, one core": Cost(*parts)} if values else {}
 
 
@@ -197,13 +197,13 @@ def _rounded(value: Any) -> Any:
 
 def _show(found: dict[str, Any]) -> None:
     say: Callable[..., None] = print
-    say("\nReplicas behind round robin, simulated: pictures a second and replica")
+    say("\nReplicas behind round robin, simulated: images a second and replica")
     heads = "".join(f"{f'N={n}':>9}" for n in REPLICAS)
     say(f"{'p99 passes twice the time alone at':44}{'alone, s':>9}{'capacity':>9}{heads}")
     for name, each in found["fleets"].items():
         targets = "".join(f"{value:9.3f}" for value in each["target"].values())
         say(f"{name:44}{each['alone']:9.3f}{each['capacity']:9.3f}{targets}")
-    say(f"\n{'one replica, p50 / p99 s at pictures a second':44}")
+    say(f"\n{'one replica, p50 / p99 s at images a second':44}")
     for machine, rules in found["ways"].items():
         for name, points in rules.items():
             cells = "  ".join(f"{p['rate']:.2f}: {p['p50']:.1f}/{p['p99']:.1f}" for p in points[1::2])

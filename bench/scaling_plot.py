@@ -51,7 +51,7 @@ def _ways(ax: Axes, rules: Mapping[str, Any], title: str) -> None:
     ax.set_yscale("log")
     ax.set_yticks([1, 2, 5, 10, 20, 50, 100, 200], ["1", "2", "5", "10", "20", "50", "100", "200"])
     ax.minorticks_off()
-    ax.set(title=title, xlabel="pictures a second", ylabel="seconds: p99, and dashed p50")
+    ax.set(title=title, xlabel="images a second", ylabel="seconds: p99, and dashed p50")
     ax.legend()
 
 
@@ -84,7 +84,7 @@ def _step(ax: Axes, traces: Mapping[int, Any]) -> None:
     ax.set(
         title="1 → 3 replicas: load from 50 to 150 % of one",
         xlabel="minutes since (dotted: a replica is ready)",
-        ylabel="seconds a picture",
+        ylabel="seconds an image",
     )
     ax.legend(title="until a replica is ready")
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 @contextmanager
 def server(kind: str, config: GenerationConfig, **environment: str) -> Iterator[int]:
     """Start "service", "locked", "inline" or "litserve" with the configuration's model; yields its port when it has
-    drawn a first picture."""
+    drawn a first image."""
     port = free_port()
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch, "log")

@@ -1,4 +1,4 @@
-"""What a client feels under load: a short picture among long ones, and whether the server still answers at all."""
+"""What a client feels under load: a short image among long ones, and whether the server still answers at all."""
 
 import statistics
 import threading
@@ -11,12 +11,12 @@ from bench.clients import post, request
 from bench.measure import Report, ratios
 from bench.servers import server
 from bench.settings import FLOAT32, PROMPTS, Size, body, config_of
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 
 
 def latency(size: Size) -> None:
-    """A picture of 8 steps, asked for while eight of 50 steps run: seconds until it is done; for the engine also until
+    """An image of 8 steps, asked for while eight of 50 steps run: seconds until it is done; for the engine also until
     its first step."""
     long, short = size.steps * 5 // 2, max(1, size.steps * 2 // 5)
     config = config_of(size)
@@ -31,17 +31,17 @@ def latency(size: Size) -> None:
     first, ticks = [], []
     with Engine.load(config, FLOAT32) as engine:
         for _ in range(size.rounds):
-            running = [engine.submit(Job(config.with_(steps=long), PROMPTS[0], seed)) for seed in range(8)]
+            running = [engine.submit(ImageRequest(config.with_(steps=long), PROMPTS[0], seed)) for seed in range(8)]
             while running[-1].progress[0] < 3:
                 time.sleep(0.01)
             before, began = engine.stats().ticks, time.monotonic()
             steps: list[tuple[float, int]] = []
             stepped = lambda *_, steps=steps: steps.append((time.monotonic(), engine.stats().ticks))  # noqa: E731
-            engine.submit(Job(config.with_(steps=short), PROMPTS[1], 9), on_step=stepped).result()
+            engine.submit(ImageRequest(config.with_(steps=short), PROMPTS[1], 9), on_step=stepped).result()
             first.append(steps[0][0] - began)
             ticks.append(float(steps[0][1] - before))
-            for ticket in running:
-                ticket.cancel()
+            for job in running:
+                job.cancel()
     b, d = waits["(b) FastAPI, pipeline behind a lock"], waits["(d) LitServe, dynamic batching"]
     lines = {f"{name}: s until done": values for name, values in waits.items()} | {
         "(b) / service": ratios(b, waits["service"]),
@@ -51,7 +51,7 @@ def latency(size: Size) -> None:
     }
     Report(
         "latency",
-        f"A picture of {short} steps among eight of {long}",
+        f"An image of {short} steps among eight of {long}",
         lines,
         f"{size.side} px, float32",
         {"(b) / service": "12", "(d) / service": "5", "engine: calls until the first step": "2"},
@@ -69,7 +69,7 @@ def _short_among_long(port: int, size: Size, long: int, short: int) -> float:
 
 
 def health(size: Size) -> None:
-    """Milliseconds until `/healthz` answers while 16 pictures are drawn: our service against (c), the pipeline inside
+    """Milliseconds until `/healthz` answers while 16 images are drawn: our service against (c), the pipeline inside
     `async def`. A hundred questions; a server that cannot answer while it draws is asked as often as it answers."""
     config = config_of(size)
     found = {}
@@ -82,7 +82,7 @@ def health(size: Size) -> None:
         "health",
         "/healthz while the server is saturated",
         found,
-        f"{size.pictures} clients, {size.side} px",
+        f"{size.images} clients, {size.side} px",
         {"service: p99 ms": "50"},
     ).show(size.folder)
 
@@ -94,8 +94,8 @@ def _health_waits(port: int, size: Size) -> list[float]:
         while not over.is_set():
             post(port, body(size, size.steps, seed))
 
-    with ThreadPoolExecutor(size.pictures) as pool:
-        for seed in range(size.pictures):
+    with ThreadPoolExecutor(size.images) as pool:
+        for seed in range(size.images):
             pool.submit(ask, seed)
         time.sleep(0.5)
         waits: list[float] = []

@@ -25,7 +25,7 @@ class Size:
     """`side` in pixels; `rounds` are counted ones; `minutes` are those of the soak. `folder` takes the results."""
 
     model: str = "nano"
-    pictures: int = 16
+    images: int = 16
     steps: int = 20
     side: int = 256
     rounds: int = 3
@@ -43,7 +43,7 @@ def config_of(size: Size, **changes: object) -> GenerationConfig:
 
 
 def body(size: Size, steps: int, seed: int) -> dict[str, Any]:
-    """A request for one picture."""
+    """A request for one image."""
     return {
         "prompt": PROMPTS[seed % len(PROMPTS)],
         "seed": seed,
@@ -55,7 +55,7 @@ def body(size: Size, steps: int, seed: int) -> dict[str, Any]:
 
 
 def varied_body(pick: random.Random, size: Size, least: int = 1) -> dict[str, Any]:
-    """A request with settings of its own and at least so many steps: such pictures join and leave the batch all the
+    """A request with settings of its own and at least so many steps: such images join and leave the batch all the
     time."""
     return {
         "prompt": pick.choice(PROMPTS),

@@ -1,6 +1,6 @@
-"""A fleet of replicas behind round robin, on paper: when each picture would be started, done or refused.
+"""A fleet of replicas behind round robin, on paper: when each image would be started, done or refused.
 
-Knows numbers only: what a UNet call costs is told, and so is how many rows a picture has in each of its calls. Round
+Knows numbers only: what a UNet call costs is told, and so is how many rows an image has in each of its calls. Round
 robin looks at no replica, so each replica is played alone, in leaps over calls that are alike: exact, and for 1,000
 replicas faster than an event queue that all of them share.
 """
@@ -18,22 +18,22 @@ Work = tuple[tuple[int, int], ...]  # (rows, calls) one after the other: ((2, 30
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds: of a UNet call whatever its rows, of each row in it, of a picture's decode and the rest that keeps the
-    engine, and of what a picture takes beside the engine."""
+    """Seconds: of a UNet call whatever its rows, of each row in it, of an image's decode and the rest that keeps the
+    engine, and of what an image takes beside the engine."""
 
     call: float
     row: float
-    picture: float = 0.0
+    image: float = 0.0
     beside: float = 0.0
 
     def alone(self, work: Work) -> float:
-        """Seconds of a picture that has a replica to itself."""
-        return sum(calls * (self.call + self.row * rows) for rows, calls in work) + self.picture + self.beside
+        """Seconds of an image that has a replica to itself."""
+        return sum(calls * (self.call + self.row * rows) for rows, calls in work) + self.image + self.beside
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a replica takes pictures in: at most `rows` at a time by the most that each has in a call, one always;
+    """How a replica takes images in: at most `rows` at a time by the most that each has in a call, one always;
     `queue` may wait, the next is refused. `together`: none joins until all under way are done (a static batch), and
     all are answered with the last."""
 
@@ -42,7 +42,7 @@ class Rule:
     together: bool = False
 
     def at_once(self, work: Work) -> int:
-        """How many such pictures are under way at most."""
+        """How many such images are under way at most."""
         return max(1, self.rows // _width(work))
 
 
@@ -64,7 +64,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the pictures, in the order in which they arrived. Arrays of one length, seconds: `starts` is when
+    """What became of the images, in the order in which they arrived. Arrays of one length, seconds: `starts` is when
     the replica took it in, `ends` when it was done, both NaN for a refused one. `busy` is each replica's seconds of
     work until the last arrival."""
 
@@ -90,11 +90,11 @@ class Outcome:
         return self.ends - self.arrivals
 
     def in_system(self, moment: float) -> int:
-        """Pictures that have arrived, were not refused, and are not done."""
+        """Images that have arrived, were not refused, and are not done."""
         return int(((self.arrivals <= moment) & (self.ends > moment)).sum())
 
     def settled(self, warm: float = 0.1) -> np.ndarray:
-        """Seconds of the pictures that were drawn, without the first share of arrivals, which find an idle fleet."""
+        """Seconds of the images that were drawn, without the first share of arrivals, which find an idle fleet."""
         taken = self.latencies[int(warm * len(self.latencies)) :]
         return taken[~np.isnan(taken)]
 
@@ -104,9 +104,9 @@ def _width(work: Work) -> int:
 
 
 def capacity(work: Work, cost: Cost, rule: Rule) -> float:
-    """Pictures a second of one replica that always has enough of them."""
+    """Images a second of one replica that always has enough of them."""
     calls, rows = sum(count for _, count in work), sum(count * many for many, count in work)
-    return 1 / (calls * cost.call / rule.at_once(work) + rows * cost.row + cost.picture)
+    return 1 / (calls * cost.call / rule.at_once(work) + rows * cost.row + cost.image)
 
 
 def poisson(rate: float, count: int, seed: int) -> np.ndarray:
@@ -150,18 +150,18 @@ def routes(arrivals: np.ndarray, ready: Sequence[float]) -> np.ndarray:
 
 
 class _Replica:
-    """The engine's rule for one replica: in a call every picture under way has one step."""
+    """The engine's rule for one replica: in a call every image under way has one step."""
 
     def __init__(self, cost: Cost, rule: Rule, horizon: float) -> None:
         self.cost, self.rule, self.horizon = cost, rule, horizon
         self.busy, self.calls, self.rows = 0.0, 0, 0
 
     def play(self, arrivals: list[float], works: list[Work]) -> tuple[list[float], list[float]]:
-        """Starts and ends of the pictures, NaN where refused."""
+        """Starts and ends of the images, NaN where refused."""
         cost, rule = self.cost, self.rule
         starts, ends = [math.nan] * len(arrivals), [math.nan] * len(arrivals)
         waiting: deque[int] = deque()
-        running: list[list[int]] = []  # index of the picture, of its stretch, the stretch's rows, calls left in it
+        running: list[list[int]] = []  # index of the image, of its stretch, the stretch's rows, calls left in it
         finished: list[int] = []
         upcoming, in_flight, now = 0, 0, 0.0
         while True:
@@ -200,7 +200,7 @@ class _Replica:
             if finished:
                 running = [each for each in running if each[3]]
                 if not (rule.together and running):
-                    now += cost.picture * len(finished)
+                    now += cost.image * len(finished)
                     for index in finished:
                         ends[index] = now + cost.beside
                         in_flight -= _width(works[index])
@@ -221,6 +221,6 @@ def called_for(arrivals: np.ndarray, scaling: Scaling, replicas: int = 1) -> lis
 
 
 def mixed(steps: Sequence[int], count: int, seed: int) -> list[Work]:
-    """Guided pictures with a number of steps drawn from `steps` each."""
+    """Guided images with a number of steps drawn from `steps` each."""
     draw = random.Random(seed)
     return [((2, draw.choice(steps)),) for _ in range(count)]

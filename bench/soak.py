@@ -1,6 +1,6 @@
 """The service at saturation, with clients that behave badly: does it lose, double, leak or forget anything?
 
-Everything is seen from outside, over HTTP: memory from `/metrics`, pictures from the answers and from `/images`.
+Everything is seen from outside, over HTTP: memory from `/metrics`, images from the answers and from `/images`.
 """
 
 import http.client
@@ -36,7 +36,7 @@ class Wrong(Exception):
 
 @dataclass
 class Ledger:
-    """What all clients were told. `outcomes` counts calls; the rest are picture ids."""
+    """What all clients were told. `outcomes` counts calls; the rest are image ids."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     done: set[str] = field(default_factory=set)
@@ -49,16 +49,16 @@ class Ledger:
         with self.lock:
             self.outcomes[outcome] += 1
 
-    def drawn(self, picture: str, outcome: str, key: str | None = None) -> None:
-        """A picture was acknowledged: under an id of its own, or under that of its key."""
+    def drawn(self, image: str, outcome: str, key: str | None = None) -> None:
+        """An image was acknowledged: under an id of its own, or under that of its key."""
         with self.lock:
             self.outcomes[outcome] += 1
             if key is None:
-                if picture in self.done:
-                    self.wrong.append(f"two answers have the id {picture}")
-            elif self.by_key.setdefault(key, picture) != picture:
-                self.wrong.append(f"the key {key} stands for {picture} and {self.by_key[key]}")
-            self.done.add(picture)
+                if image in self.done:
+                    self.wrong.append(f"two answers have the id {image}")
+            elif self.by_key.setdefault(key, image) != image:
+                self.wrong.append(f"the key {key} stands for {image} and {self.by_key[key]}")
+            self.done.add(image)
 
 
 class Client:
@@ -130,23 +130,23 @@ class Client:
         status, answer = self.ask("/generate", self.body(), Prefer="respond-async")
         if status != 202:
             return
-        picture = answer["id"]
+        image = answer["id"]
         time.sleep(self.random.expovariate(4))
-        status, _ = self.ask(f"/jobs/{picture}", method="DELETE")
+        status, _ = self.ask(f"/jobs/{image}", method="DELETE")
         if status not in (204, 409):
-            raise Wrong(f"DELETE /jobs/{picture}: {status}")
-        state = self._wait(picture, "done: too early to cancel")
+            raise Wrong(f"DELETE /jobs/{image}: {status}")
+        state = self._wait(image, "done: too early to cancel")
         if (state == "done") != (status == 409):
-            raise Wrong(f"DELETE /jobs/{picture} told {status}, but the picture is {state}")
+            raise Wrong(f"DELETE /jobs/{image} told {status}, but the image is {state}")
 
-    def _wait(self, picture: str, outcome: str) -> str:
+    def _wait(self, image: str, outcome: str) -> str:
         while True:
-            status, told = self.ask(f"/images/{picture}", method="GET")
+            status, told = self.ask(f"/images/{image}", method="GET")
             if status != 200:
-                raise Wrong(f"GET /images/{picture}, which was accepted: {status}")
+                raise Wrong(f"GET /images/{image}, which was accepted: {status}")
             if told["state"] in OVER:
                 if told["state"] == "done":
-                    self.ledger.drawn(picture, outcome)
+                    self.ledger.drawn(image, outcome)
                 else:
                     self.ledger.tell(told["state"])
                 return str(told["state"])
@@ -161,7 +161,7 @@ class Client:
         if events[-1][0] != "done":
             raise Wrong(f"a stream ended with {events[-1]}")
         if events[0][1]["id"] != events[-1][1]["id"]:
-            raise Wrong("a stream began with one picture and ended with another")
+            raise Wrong("a stream began with one image and ended with another")
         self.ledger.drawn(events[-1][1]["id"], "done: listened to")
 
     def leave(self) -> None:
@@ -237,7 +237,7 @@ class Watch:
 
 def soak(size: Size) -> None:
     """`--minutes` at saturation: 24 clients that ask, repeat, cancel, listen and leave at random. Prints what became of
-    every picture; what the service did wrong, if anything, stands in the last lines."""
+    every image; what the service did wrong, if anything, stands in the last lines."""
     config = config_of(size)
     ledger = Ledger()
     over = threading.Event()
@@ -262,15 +262,15 @@ def soak(size: Size) -> None:
 def _settle(port: int) -> None:
     """Until nobody waits and nothing is drawn."""
     ends = time.monotonic() + 60
-    while any(metrics(port, "sdxl_queue_depth", "sdxl_pictures_running")):
+    while any(metrics(port, "sdxl_queue_depth", "sdxl_images_running")):
         if time.monotonic() > ends:
-            raise RuntimeError("pictures are being drawn that nobody asks for any more")
+            raise RuntimeError("images are being drawn that nobody asks for any more")
         time.sleep(0.1)
     time.sleep(1)  # the last ones are being stored
 
 
 def listed(port: int) -> Iterator[str]:
-    """Every stored picture, page by page."""
+    """Every stored image, page by page."""
     cursor = ""
     while True:
         page = request(port, "GET", f"/images?limit=100{cursor}").json()
@@ -284,26 +284,26 @@ def reconcile(port: int, ledger: Ledger, before: Set[str] = frozenset()) -> dict
     """Hold what clients were told against what the service has, apart from what was there `before`; what does not agree
     goes to `ledger.wrong`."""
     stored = list(listed(port))
-    pictures = set(stored) - before
-    lost = ledger.done - pictures
-    strangers = pictures - ledger.done - ledger.unsettled - set(ledger.by_key.values())
-    ledger.wrong += [f"{picture} was acknowledged and is not listed" for picture in lost]
-    ledger.wrong += [f"{picture} is stored and nobody asked for it" for picture in strangers]
-    ledger.wrong += [f"{picture} is listed {times} times" for picture, times in Counter(stored).items() if times > 1]
-    for picture in random.Random(0).sample(sorted(ledger.done - lost), min(50, len(ledger.done - lost))):
-        if not request(port, "GET", f"/download/{picture}").content.startswith(b"\x89PNG"):
-            ledger.wrong.append(f"{picture} cannot be downloaded")
-    left = ledger.unsettled - pictures
-    for picture in left:
-        told = request(port, "GET", f"/images/{picture}").json()
+    images = set(stored) - before
+    lost = ledger.done - images
+    strangers = images - ledger.done - ledger.unsettled - set(ledger.by_key.values())
+    ledger.wrong += [f"{image} was acknowledged and is not listed" for image in lost]
+    ledger.wrong += [f"{image} is stored and nobody asked for it" for image in strangers]
+    ledger.wrong += [f"{image} is listed {times} times" for image, times in Counter(stored).items() if times > 1]
+    for image in random.Random(0).sample(sorted(ledger.done - lost), min(50, len(ledger.done - lost))):
+        if not request(port, "GET", f"/download/{image}").content.startswith(b"\x89PNG"):
+            ledger.wrong.append(f"{image} cannot be downloaded")
+    left = ledger.unsettled - images
+    for image in left:
+        told = request(port, "GET", f"/images/{image}").json()
         if told.get("state") != "cancelled" and told.get("status") != 404:  # the oldest are forgotten
-            ledger.wrong.append(f"{picture} was left, and is {told.get('state', told)}")
+            ledger.wrong.append(f"{image} was left, and is {told.get('state', told)}")
     return {
-        "acknowledged pictures": len(ledger.done),
+        "acknowledged images": len(ledger.done),
         "acknowledged and lost": len(lost),
         "stored and asked for by nobody": len(strangers),
         "left by their client and cancelled": len(left),
-        "left by their client and stored": len(ledger.unsettled & pictures),
+        "left by their client and stored": len(ledger.unsettled & images),
     }
 
 

@@ -1,4 +1,4 @@
-"""Pictures a second at saturation, 16 in flight: the engine and the service against what people use instead."""
+"""Images a second at saturation, 16 in flight: the engine and the service against what people use instead."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ from bench.rooms import room
 from bench.servers import server
 from bench.settings import FLOAT32, Body, Size, body, config_of
 from sdxl_lab.config import SCHEDULERS, GenerationConfig
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 
 # Taken from all that the static servers can do, too: no second-order ones, whose steps cost two calls.
@@ -23,7 +23,7 @@ MIXED = [name for name in SCHEDULERS if name not in ("heun", "kdpm2", "kdpm2_a",
 def bodies(size: Size, *, mixed: bool) -> Sequence[Body]:
     """One request a client; mixed, each has steps, guidance and a scheduler of its own."""
     spread = itertools.cycle(range(-size.steps // 4, size.steps // 4 + 1, max(1, size.steps // 8)))
-    asked = [body(size, size.steps, index) | {"scheduler": "euler"} for index in range(size.pictures)]
+    asked = [body(size, size.steps, index) | {"scheduler": "euler"} for index in range(size.images)]
     if mixed:
         for index, each in enumerate(asked):
             each["steps"] = max(1, size.steps + next(spread))
@@ -32,13 +32,13 @@ def bodies(size: Size, *, mixed: bool) -> Sequence[Body]:
     return asked
 
 
-def jobs(config: GenerationConfig, asked: Sequence[Body]) -> list[Job]:
+def requests(config: GenerationConfig, asked: Sequence[Body]) -> list[ImageRequest]:
     names = ("steps", "guidance_scale", "scheduler", "width", "height")
-    return [Job(config.with_(**{n: each[n] for n in names}), each["prompt"], each["seed"]) for each in asked]
+    return [ImageRequest(config.with_(**{n: each[n] for n in names}), each["prompt"], each["seed"]) for each in asked]
 
 
 def measure(size: Size) -> dict[bool, dict[str, list[float]]]:
-    """Pictures a second of each, a value a round: with equal settings, and mixed. Whatever draws is loaded once."""
+    """Images a second of each, a value a round: with equal settings, and mixed. Whatever draws is loaded once."""
     config = config_of(size)
     with ExitStack() as stack:
         pipeline = stack.enter_context(room(Pipeline, size.model))
@@ -50,7 +50,7 @@ def measure(size: Size) -> dict[bool, dict[str, list[float]]]:
         ports["service"] = stack.enter_context(server("service", config, SDXL_MAX_ROWS="32"))
 
         def trials(asked: Sequence[Body]) -> dict[str, Trial]:
-            count, drawn = len(asked), jobs(config, asked)
+            count, drawn = len(asked), requests(config, asked)
             alone = [Asked(**each) for each in asked]
             return {
                 "(a) pipeline, one at a time": lambda: count / pipeline(one_by_one, alone),
@@ -88,8 +88,8 @@ def main(size: Size) -> None:
         what = "steps, guidance and scheduler of each client's own" if mixed else "equal settings"
         Report(
             name="throughput-mixed" if mixed else "throughput",
-            title=f"Pictures a second at saturation, {what}",
+            title=f"Images a second at saturation, {what}",
             lines=lines,
-            conditions=f"{size.pictures} in flight, {size.steps} steps, {size.side} px, {os.cpu_count()} cores",
+            conditions=f"{size.images} in flight, {size.steps} steps, {size.side} px, {os.cpu_count()} cores",
             aims=aims,
         ).show(size.folder)

@@ -1,6 +1,6 @@
 """SDXL's real UNet on this CPU: the engine's guided step as a share of the bfloat16 matrix products the machine makes.
 
-Batching buys nothing here: the machine is busy with one picture.
+Batching buys nothing here: the machine is busy with one image.
 """
 
 import time
@@ -14,7 +14,7 @@ from bench.engine import draw_all
 from bench.measure import Report, alternate, ratios
 from bench.settings import Size
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import Denoiser, Embedding, load
 
@@ -76,9 +76,9 @@ def main(size: Size) -> None:
     took = {}
     with Engine(models, RuntimeProfile(device="cpu", dtype="bfloat16"), {}) as engine:
         for count in (1, 2):
-            asked = [Job(config, "a cat", seed) for seed in range(count)]
+            asked = [ImageRequest(config, "a cat", seed) for seed in range(count)]
 
-            def step(asked: list[Job] = asked) -> float:
+            def step(asked: list[ImageRequest] = asked) -> float:
                 draw_all(engine, asked)
                 return engine.stats().seconds
 
@@ -86,8 +86,8 @@ def main(size: Size) -> None:
         measured = alternate(
             {
                 "bfloat16 matrix product, GFLOP/s": lambda: product_rate() / 1e9,
-                "guided step of one picture, s": took[1],
-                "guided step of two pictures, s": took[2],
+                "guided step of one image, s": took[1],
+                "guided step of two images, s": took[2],
             },
             max(1, size.rounds - 1),
         )
@@ -96,7 +96,7 @@ def main(size: Size) -> None:
         added = {"text_embeds": torch.zeros(2, 1280).bfloat16(), "time_ids": torch.zeros(2, 6)}
         unet(latents, torch.zeros(2), torch.zeros(2, 77, 2048).bfloat16(), added_cond_kwargs=added)
     flops = counter.get_total_flops() / 1e9
-    steps, peak = measured["guided step of one picture, s"], measured["bfloat16 matrix product, GFLOP/s"]
+    steps, peak = measured["guided step of one image, s"], measured["bfloat16 matrix product, GFLOP/s"]
     lines = measured | {"step's GFLOP/s / matrix product's": ratios([flops / s for s in steps], peak)}
     Report(
         "truesize",

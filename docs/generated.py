@@ -23,7 +23,7 @@ PART = re.compile(r"<!-- generated: ([\w ]+) -->\n.*?<!-- end -->", re.S)
 
 
 def imports() -> networkx.DiGraph:
-    """What each room of the library and each module of the service imports, without what it has at second hand anyway."""
+    """What each room of the library and each module of the service imports, but what it has at second hand."""
     code = grimp.build_graph("sdxl_lab", "service", cache_dir=None)
     graph = networkx.DiGraph()
     for module in code.modules:

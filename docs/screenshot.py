@@ -1,6 +1,6 @@
 """Make docs/playground.png anew: `.venv/bin/python docs/screenshot.py`, a minute on two cores, with Chromium.
 
-The pictures in it are nano's, drawn through the page. The font is the page's own choice: Inter where it is installed.
+The images in it are nano's, drawn through the page. The font is the page's own choice: Inter where it is installed.
 """
 
 import io
@@ -43,16 +43,16 @@ def main() -> None:
                 page.set_default_timeout(600_000)
                 page.goto("")
                 page.locator("#readiness[data-state=ready]").wait_for()
-                picture = draw_all(page)
+                image = draw_all(page)
                 browser.close()
         finally:
             service.terminate()
             service.wait(60)
-    Image.open(io.BytesIO(picture)).convert("RGB").save(ROOT / "docs" / "playground.png", optimize=True)
+    Image.open(io.BytesIO(image)).convert("RGB").save(ROOT / "docs" / "playground.png", optimize=True)
 
 
 def draw_all(page: Page) -> bytes:
-    """The gallery through the API, all at once; the last picture through the page, one setting over the promoted."""
+    """The gallery through the API, all at once; the last image through the page, one setting over the promoted."""
     *others, last = PROMPTS
     for seed, prompt in enumerate(others, 3):
         page.request.post("generate", data={"prompt": prompt, "seed": seed}, headers={"Prefer": "respond-async"})
@@ -64,7 +64,7 @@ def draw_all(page: Page) -> bytes:
     page.locator("label", has_text="Fixed").click()
     page.locator("#seed").fill("3")
     page.locator("#generate").click()
-    page.locator(f"#picture[alt='{last}']").wait_for()
+    page.locator(f"#image[alt='{last}']").wait_for()
     page.mouse.click(1, 1)
     page.evaluate("scrollTo(0, 0)")
     page.wait_for_timeout(1000)

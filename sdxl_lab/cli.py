@@ -1,4 +1,4 @@
-"""The terminal's door: draw, show or repeat a picture, sweep, tune, promote and verify settings, run a notebook.
+"""The terminal's door: draw, show or repeat an image, sweep, tune, promote and verify settings, run a notebook.
 
 Knows words, exit codes and progress bars; each command imports what does its work when it is asked for, so that help
 and a wrong word need no torch.
@@ -28,15 +28,15 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
 
-    generate = commands.add_parser("generate", help="draw a picture")
-    generate.add_argument("prompt", nargs="?", help="what to draw; with --like, default that picture's prompt")
+    generate = commands.add_parser("generate", help="draw an image")
+    generate.add_argument("prompt", nargs="?", help="what to draw; with --like, default that image's prompt")
     generate.add_argument("--out", type=Path, required=True, help="the PNG to write")
     start = generate.add_mutually_exclusive_group()
     start.add_argument("--like", type=Path, metavar="FILE", help="take prompt, seed and settings from this PNG")
     start.add_argument("--config", type=Path, metavar="FILE", help="take the settings from this config.toml")
     start.add_argument("--model", help="nano (default), sdxl, a folder or a hub id")
     generate.add_argument("--seed", type=int, help=f"0 to {MAX_SEED}; random where none is given")
-    generate.add_argument("--negative-prompt", help="what to keep out of the picture")
+    generate.add_argument("--negative-prompt", help="what to keep out of the image")
     generate.add_argument("--steps", type=int, help="steps of base and refiner together")
     generate.add_argument("--scheduler", metavar="NAME", help=", ".join(SCHEDULERS))
     generate.add_argument("--guidance-scale", type=float, help="CFG scale; 1 or less: no guidance")
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_show)
 
     promote = commands.add_parser("promote", help="try a configuration against what a slot serves, and promote it")
-    promote.add_argument("candidate", type=Path, help="a config.toml, or a picture drawn with the settings")
+    promote.add_argument("candidate", type=Path, help="a config.toml, or an image drawn with the settings")
     promote.add_argument("slot", type=Path, help="the slot's folder, such as service/promoted/nano")
     promote.add_argument("--plan", type=Path, metavar="FILE", help="TOML with prompts, seeds, gates")
     promote.add_argument("--prompt", action="append", help="instead of the plan's prompts; may be repeated")
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
     diff = commands.add_parser("diff", help="what would change in a slot, as Markdown")
     diff.add_argument("slot", type=Path, help="the slot's folder")
-    diff.add_argument("candidate", type=Path, help="a config.toml, a picture, or another slot")
+    diff.add_argument("candidate", type=Path, help="a config.toml, an image, or another slot")
     diff.set_defaults(run=_diff)
 
     notebook = commands.add_parser("notebook", help="run a notebook to its end, or say why it did not get there")
@@ -93,14 +93,14 @@ def parser() -> argparse.ArgumentParser:
     sweep = commands.add_parser("sweep", help="draw and measure every combination that a file lists; resumes")
     sweep.add_argument("file", type=Path, help="a sweep's TOML; studies/ has examples")
     sweep.add_argument("--out", type=Path, help="the folder for table.parquet (default runs/sweeps/NAME)")
-    sweep.add_argument("--cells", type=Path, default=Path("runs/cells"), help="where pictures and numbers are kept")
+    sweep.add_argument("--cache", type=Path, default=Path("runs/cache"), help="where images and numbers are kept")
     sweep.set_defaults(run=_sweep)
 
     tune = commands.add_parser("tune", help="search the settings in a file for quality against cost; resumes")
     tune.add_argument("file", type=Path, help="a study's TOML; studies/ has examples")
     tune.add_argument("--out", type=Path, help="the folder for what is found (default runs/studies/NAME)")
     tune.add_argument("--storage", help="a database URL that workers share (default a SQLite file in the folder)")
-    tune.add_argument("--cells", type=Path, default=Path("runs/cells"), help="where pictures and numbers are kept")
+    tune.add_argument("--cache", type=Path, default=Path("runs/cache"), help="where images and numbers are kept")
     tune.set_defaults(run=_tune)
     return top
 
@@ -148,50 +148,50 @@ def _generate(asked: argparse.Namespace) -> None:
     else:
         config = GenerationConfig.for_model(asked.model or "nano")
     if prompt is None:
-        raise ConfigError("prompt", None, "given, or taken from a picture with --like", "A cat in a hat")
+        raise ConfigError("prompt", None, "given, or taken from an image with --like", "A cat in a hat")
     config = config.with_(**_changes(asked, config))
     seed = seed if seed is not None else secrets.randbelow(2**32)
 
     if asked.out.suffix.lower() != ".png":
         raise ValueError(f"--out must end in .png, since only PNG carries the record; received '{asked.out}'")
 
-    from sdxl_lab.diffusion.denoising import Job
+    from sdxl_lab.diffusion.denoising import ImageRequest
     from sdxl_lab.diffusion.engine import Engine
 
-    job = Job(config, prompt, seed)
+    request = ImageRequest(config, prompt, seed)
     with Engine.load(config) as engine:
         if refined is not None:
-            job = Job(config, prompt, seed, _source(engine, refined))
-        picture = _draw(engine, job)
-    picture.save(asked.out)
-    print(f"{asked.out}  seed {seed}  config {config.digest}  {picture.timings['total_ms'] / 1000:.1f} s")
+            request = ImageRequest(config, prompt, seed, _source(engine, refined))
+        image = _draw(engine, request)
+    image.save(asked.out)
+    print(f"{asked.out}  seed {seed}  config {config.digest}  {image.timings['total_ms'] / 1000:.1f} s")
 
 
 def _source(engine: Any, record: dict[str, Any]) -> Any:
-    """The picture that a refined one started from, drawn again from the record inside its record."""
-    from sdxl_lab.diffusion.denoising import Job, Source
+    """The image that a refined one started from, drawn again from the record inside its record."""
+    from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
 
     parent = record["source"]
     above = _source(engine, parent) if "source" in parent else None
-    job = Job(GenerationConfig.from_dict(parent["config"]), parent["prompt"], parent["seed"], above)
-    return Source(engine.draw(job).image, record["strength"], parent)
+    request = ImageRequest(GenerationConfig.from_dict(parent["config"]), parent["prompt"], parent["seed"], above)
+    return SourceImage(engine.draw(request).image, record["strength"], parent)
 
 
-def _draw(engine: Any, job: Any) -> Any:
+def _draw(engine: Any, request: Any) -> Any:
     """Draw with a progress bar on the terminal."""
     from tqdm import tqdm
 
     with tqdm(total=1, unit="step", leave=False, disable=None) as bar:
-        ticket = engine.submit(job)
+        job = engine.submit(request)
         try:
-            while not ticket.future.done():
-                bar.n, bar.total = ticket.progress[0], ticket.progress[1] or 1
+            while not job.future.done():
+                bar.n, bar.total = job.progress[0], job.progress[1] or 1
                 bar.refresh()
                 time.sleep(0.05)
         except KeyboardInterrupt:
-            ticket.cancel()
+            job.cancel()
             raise
-    return ticket.result()
+    return job.result()
 
 
 def _show(asked: argparse.Namespace) -> None:
@@ -206,7 +206,7 @@ def _show(asked: argparse.Namespace) -> None:
 
 
 def _promote(asked: argparse.Namespace) -> None:
-    from sdxl_lab.diffusion.denoising import Job
+    from sdxl_lab.diffusion.denoising import ImageRequest
     from sdxl_lab.evaluation import comparison as trial
     from sdxl_lab.release.diff import difference_table
     from sdxl_lab.release.slot import clean_state, promote, read_judged, served
@@ -218,7 +218,7 @@ def _promote(asked: argparse.Namespace) -> None:
         if given := [name for name in ("plan", "prompt", "seed", "gate") if getattr(asked, name) is not None]:
             raise ValueError(f"--evidence says what was tried, and must come without --{given[0]}")
         judged = read_judged(asked.evidence)
-        goldens = trial.draw([Job(config, golden["prompt"], golden["seed"]) for golden in judged["goldens"]])
+        goldens = trial.draw([ImageRequest(config, golden["prompt"], golden["seed"]) for golden in judged["goldens"]])
     else:
         found = trial.run(config, asked.slot, _plan(asked))
         judged, goldens = found.judged(), found.goldens
@@ -226,20 +226,20 @@ def _promote(asked: argparse.Namespace) -> None:
     slot = promote(
         config,
         asked.slot,
-        pictures=goldens,
+        images=goldens,
         why=asked.why,
         who=asked.who,
         judged=judged,
         allow_dirty=asked.allow_dirty,
     )
     count = len(slot.goldens)
-    print(f"{slot.folder} now holds {slot.digest}, with {count} golden picture{'' if count == 1 else 's'}")
+    print(f"{slot.folder} now holds {slot.digest}, with {count} golden image{'' if count == 1 else 's'}")
 
 
 def _plan(asked: argparse.Namespace) -> Any:
-    from sdxl_lab.evaluation.comparison import Plan
+    from sdxl_lab.evaluation.comparison import ComparisonPlan
 
-    plan = Plan.from_toml(asked.plan) if asked.plan else Plan()
+    plan = ComparisonPlan.from_toml(asked.plan) if asked.plan else ComparisonPlan()
     return dataclasses.replace(
         plan, prompts=asked.prompt or plan.prompts, seeds=asked.seed or plan.seeds, gates=asked.gate or plan.gates
     )
@@ -291,8 +291,8 @@ def _sweep(asked: argparse.Namespace) -> None:
 
     sweep = Sweep.from_toml(asked.file)
     out = asked.out or OUT / sweep.name
-    with _resumable(asked.cells), _cells_bar() as on_progress:
-        table = run(sweep, out=out, cells=asked.cells, on_progress=on_progress)
+    with _resumable(asked.cache), _cells_bar() as on_progress:
+        table = run(sweep, out=out, cells=asked.cache, on_progress=on_progress)
     if not _first():
         return
     failed = table["error"].dropna()
@@ -319,9 +319,9 @@ def _cells_bar() -> Iterator[Callable[[Any], None]]:
 
 
 def _tune(asked: argparse.Namespace) -> None:
-    from sdxl_lab.research.tune import OUT, Plan, tune
+    from sdxl_lab.research.tune import OUT, StudyPlan, tune
 
-    plan = Plan.from_toml(asked.file)
+    plan = StudyPlan.from_toml(asked.file)
     out = asked.out or OUT / plan.name
 
     def told(trial: Any) -> None:
@@ -331,8 +331,8 @@ def _tune(asked: argparse.Namespace) -> None:
             outcome = f"{plan.metric.name} {trial.values[0]:.4g} at {trial.values[1]:g} UNet rows"
         print(f"trial {trial.number}  {settings}\n  {trial.state.name.lower()}: {outcome}", flush=True)
 
-    with _resumable(asked.cells):
-        tuned = tune(plan, out=out, storage=asked.storage, cells=asked.cells, on_trial=told)
+    with _resumable(asked.cache):
+        tuned = tune(plan, out=out, storage=asked.storage, cells=asked.cache, on_trial=told)
     if not _first():
         return
     names = ["trial", *plan.space, plan.metric.name, "unet_rows"]

@@ -1,7 +1,7 @@
 """What is asked of the models, and how the machine runs them: two frozen, validated, typed records.
 
 `GenerationConfig` is the tuned configuration: it goes from a notebook to a slot to the service unchanged, and its
-`digest` names it everywhere. `RuntimeProfile` says how this machine runs it. Neither knows torch, files of pictures, or
+`digest` names it everywhere. `RuntimeProfile` says how this machine runs it. Neither knows torch, files of images, or
 HTTP; a value that breaks a rule raises `ConfigError` with the rule, the value and a valid example.
 """
 
@@ -279,12 +279,12 @@ class Limits(Record):
 
 @dataclass(frozen=True)
 class GenerationConfig(Record):
-    """Everything but prompt and seed that decides a picture.
+    """Everything but prompt and seed that decides an image.
 
     `guidance_interval` (low, high) is in noise levels, sigma = sqrt((1 - alpha_bar) / alpha_bar): guidance is applied
     inside it only (Kynkaanniemi et al. 2024, arXiv 2404.07724); left out, everywhere. `guidance_rescale` is phi of Lin
     et al. 2023 (arXiv 2305.08891). `original_size`, `crop` and `target_size` are SDXL's micro-conditioning as (height,
-    width) or (top, left) in pixels; left out, they are those of a whole picture of this size.
+    width) or (top, left) in pixels; left out, they are those of a whole image of this size.
     """
 
     model: ModelRef = MODELS["nano"]
@@ -362,11 +362,11 @@ class GenerationConfig(Record):
 
 @dataclass(frozen=True)
 class RuntimeProfile(Record):
-    """How this machine runs the models; recorded with every picture, since it moves pixels too.
+    """How this machine runs the models; recorded with every image, since it moves pixels too.
 
     `device` "auto" is CUDA where there is one. `dtype` is the UNets'; "auto" is float32 on a CPU, float16 on CUDA.
     Latents are float32 whatever the dtype; on a CPU so are the text encoders and the VAE. `rows` is how many UNet rows
-    share one call (a guided picture takes two). `threads` is torch's, left out for all cores. `channels_last`,
+    share one call (a guided image takes two). `threads` is torch's, left out for all cores. `channels_last`,
     `fuse_qkv` and `compile` change how the UNet is laid out and run; a compiled UNet is called with 1, 2, 4, 8, ...
     rows only, so that few shapes are compiled. `bench/README.md` says what each brings.
     """

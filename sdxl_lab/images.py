@@ -1,6 +1,6 @@
-"""Pictures as files and numbers: the record inside the PNG, the watermark, the difference of two pictures.
+"""Images as files and numbers: the record inside the PNG, the watermark, the difference of two images.
 
-The record is canonical JSON with everything needed to make the picture again; beside it stands the `parameters` text
+The record is canonical JSON with everything needed to make the image again; beside it stands the `parameters` text
 that A1111 and the tools around it read. Knows no models and no engine.
 """
 
@@ -22,13 +22,13 @@ RECORD_KEY = "sdxl_lab"
 WATERMARK_BITS = [int(bit) for bit in f"{0b101100111110110010010000011110111011000110011110:b}"]
 
 
-class PictureError(ValueError):
-    """A file or an array is not the picture it should be."""
+class ImageError(ValueError):
+    """A file or an array is not the image it should be."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A finished picture, `timings` in milliseconds, and the record that repeats it."""
+class GeneratedImage:
+    """A finished image, `timings` in milliseconds, and the record that repeats it."""
 
     image: Image.Image
     record: Mapping[str, Any]
@@ -46,17 +46,17 @@ class Picture:
 
 
 def finish(pixels: np.ndarray, *, watermark: bool) -> Image.Image:
-    """Float pixels (height, width, 3) in [0, 1] to an 8-bit picture, rounded as diffusers' VaeImageProcessor does.
+    """Float pixels (height, width, 3) in [0, 1] to an 8-bit image, rounded as diffusers' VaeImageProcessor does.
 
-    Raises `PictureError` for a picture with non-finite pixels or of one single value.
+    Raises `ImageError` for an image with non-finite pixels or of one single value.
     """
     if not np.isfinite(pixels).all():
-        raise PictureError(
-            "the picture has non-finite pixels: the denoising or the VAE overflowed, as they may in float16; use "
+        raise ImageError(
+            "the image has non-finite pixels: the denoising or the VAE overflowed, as they may in float16; use "
             "float32 or bfloat16"
         )
     if pixels.max() == pixels.min():
-        raise PictureError(f"every pixel of the picture is {pixels.flat[0]:g}: the denoising or the VAE broke down")
+        raise ImageError(f"every pixel of the image is {pixels.flat[0]:g}: the denoising or the VAE broke down")
     scaled = pixels * 255
     if watermark:
         scaled = np.clip(_watermarked(scaled), 0, 255)
@@ -73,7 +73,7 @@ def _watermarked(scaled: np.ndarray) -> np.ndarray:
 
 
 def read_watermark(image: Image.Image) -> list[int]:
-    """The 48 bits found in a picture, whether or not anyone wrote some."""
+    """The 48 bits found in an image, whether or not anyone wrote some."""
     from imwatermark import WatermarkDecoder
 
     bgr = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
@@ -89,31 +89,31 @@ def encode_png(image: Image.Image, record: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def open_picture(source: Path | str | bytes) -> Image.Image:
-    """Open a picture fully; `PictureError` if it is none."""
+def open_image(source: Path | str | bytes) -> Image.Image:
+    """Open an image fully; `ImageError` if it is none."""
     try:
         # Pillow leaves a file open that it cannot read to the end.
         image = Image.open(io.BytesIO(source if isinstance(source, bytes) else Path(source).read_bytes()))
         image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         name = "the bytes" if isinstance(source, bytes) else str(source)
-        raise PictureError(f"cannot read {name} as a picture: {error}") from error
+        raise ImageError(f"cannot read {name} as an image: {error}") from error
     return image
 
 
 def read_record(source: Path | str | bytes) -> dict[str, Any]:
-    """The record of a PNG that this project wrote; `PictureError` where there is none."""
-    text = getattr(open_picture(source), "text", {}).get(RECORD_KEY)
+    """The record of a PNG that this project wrote; `ImageError` where there is none."""
+    text = getattr(open_image(source), "text", {}).get(RECORD_KEY)
     if text is None:
-        name = "the picture" if isinstance(source, bytes) else str(source)
-        raise PictureError(f"{name} carries no {RECORD_KEY} record; only PNGs written by SDXL Lab do")
+        name = "the image" if isinstance(source, bytes) else str(source)
+        raise ImageError(f"{name} carries no {RECORD_KEY} record; only PNGs written by SDXL Lab do")
     try:
         record = json.loads(text)
         if not isinstance(record, dict):
             raise ValueError(f"it is no JSON object, but {text[:40]!r}")
     except ValueError as error:
-        name = "the picture" if isinstance(source, bytes) else str(source)
-        raise PictureError(f"the {RECORD_KEY} record of {name} is damaged: {error}") from error
+        name = "the image" if isinstance(source, bytes) else str(source)
+        raise ImageError(f"the {RECORD_KEY} record of {name} is damaged: {error}") from error
     return record
 
 
@@ -149,18 +149,18 @@ def preview(latents: np.ndarray, latent_rgb: np.ndarray) -> Image.Image:
 
 
 def max_difference(first: Image.Image, second: Image.Image) -> float:
-    """The largest absolute difference of two pictures' samples, on [0, 1]. Sizes must agree."""
+    """The largest absolute difference of two images' samples, on [0, 1]. Sizes must agree."""
     return float(_differences(first, second).max()) / 255
 
 
 def mean_difference(first: Image.Image, second: Image.Image) -> float:
-    """The mean absolute difference of two pictures' samples, on [0, 1]. Sizes must agree."""
+    """The mean absolute difference of two images' samples, on [0, 1]. Sizes must agree."""
     return float(_differences(first, second).mean()) / 255
 
 
 def magnified_difference(first: Image.Image, second: Image.Image) -> tuple[Image.Image, float]:
-    """Where two pictures differ: their absolute difference, black where they agree, and by how much it was multiplied
-    so that the largest one is white (1.0 for equal pictures). Sizes must agree."""
+    """Where two images differ: their absolute difference, black where they agree, and by how much it was multiplied
+    so that the largest one is white (1.0 for equal images). Sizes must agree."""
     differences = _differences(first, second)
     gain = 255 / max(1, int(differences.max())) if differences.any() else 1.0
     return Image.fromarray((differences * gain).round().astype(np.uint8)), gain
@@ -168,7 +168,7 @@ def magnified_difference(first: Image.Image, second: Image.Image) -> tuple[Image
 
 def beside(before: Image.Image, after: Image.Image) -> tuple[Image.Image, Image.Image, str]:
     """For a sheet, with `before` to the left: `after` in the same size, the difference, and in words how much it was
-    magnified. Of pictures of different size there is no difference to see."""
+    magnified. Of images of different size there is no difference to see."""
     if before.size != after.size:
         return after.resize(before.size), Image.new("RGB", before.size, "white"), "no difference: the sizes differ"
     difference, gain = magnified_difference(before, after)
@@ -177,6 +177,6 @@ def beside(before: Image.Image, after: Image.Image) -> tuple[Image.Image, Image.
 
 def _differences(first: Image.Image, second: Image.Image) -> np.ndarray:
     if first.size != second.size:
-        raise PictureError(f"pictures of different size cannot be compared: {first.size} and {second.size}")
+        raise ImageError(f"images of different size cannot be compared: {first.size} and {second.size}")
     a, b = (np.asarray(image.convert("RGB"), dtype=np.int16) for image in (first, second))
     return np.abs(a - b)

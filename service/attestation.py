@@ -1,4 +1,4 @@
-"""Attestation: the engine that will serve draws the slot's golden pictures again, and they are compared.
+"""Attestation: the engine that will serve draws the slot's golden images again, and they are compared.
 
 Knows slots and engines; whether a service serves without it is the studio's business.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sdxl_lab.release.slot import Comparison, Slot, compare_golden
+from sdxl_lab.release.slot import GoldenCheck, Slot, compare_golden
 
 if TYPE_CHECKING:
     from sdxl_lab.diffusion.engine import Engine
@@ -22,7 +22,7 @@ class Attestation:
     """What came of it. `reason` says why the slot is not attested; None if it is. `seconds` is what it took."""
 
     reason: str | None
-    comparisons: Sequence[Comparison] = ()
+    comparisons: Sequence[GoldenCheck] = ()
     seconds: float = 0.0
 
     @property
@@ -51,7 +51,7 @@ class Attestation:
 
 def attest(slot: Slot, engine: "Engine") -> Attestation:
     """Draw every golden of `slot` and compare it. Raises `Cancelled` or `EngineStopped` where the engine is closed."""
-    from sdxl_lab.diffusion.denoising import Job
+    from sdxl_lab.diffusion.denoising import ImageRequest
     from sdxl_lab.diffusion.engine import Cancelled, EngineStopped
 
     began = time.monotonic()
@@ -60,11 +60,13 @@ def attest(slot: Slot, engine: "Engine") -> Attestation:
     except ValueError as error:
         return Attestation(str(error))
     if not goldens:
-        return Attestation(f"the slot {slot.folder.name} has no golden pictures to compare with: promote it with some")
+        return Attestation(f"the slot {slot.folder.name} has no golden images to compare with: promote it with some")
     comparisons = []
     for golden in goldens:
         try:
-            comparisons.append(compare_golden(golden, engine.draw(Job(slot.config, golden.prompt, golden.seed))))
+            comparisons.append(
+                compare_golden(golden, engine.draw(ImageRequest(slot.config, golden.prompt, golden.seed)))
+            )
         except (Cancelled, EngineStopped):
             raise
         except Exception as error:

@@ -1,6 +1,6 @@
-"""What is served: a slot and the engine that draws it, from the loading of the weights to the last picture.
+"""What is served: a slot and the engine that draws it, from the loading of the weights to the last image.
 
-Knows why no picture can be drawn now. Knows no picture but the goldens, no store and no HTTP. Torch is imported by the
+Knows why no image can be drawn now. Knows no image but the goldens, no store and no HTTP. Torch is imported by the
 thread that loads the weights.
 """
 
@@ -32,7 +32,7 @@ class Served:
         self.engine: Engine | None = None
         self.counter: TokenCounter | None = None  # comes and stays with the engine
         self.failure: str | None = None
-        self.attestation = Attestation("the golden pictures have not been drawn again yet")
+        self.attestation = Attestation("the golden images have not been drawn again yet")
         self.attesting = True
         self.closing = False
 
@@ -76,7 +76,7 @@ class Served:
                 self.attestation = attest(self.slot, engine)
             except Exception as error:
                 log.debug("attestation ended", exc_info=True)
-                self.attestation = Attestation(f"drawing the golden pictures again broke off: {error}")
+                self.attestation = Attestation(f"drawing the golden images again broke off: {error}")
         self.attesting = False
         if self.closing:
             return
@@ -97,7 +97,7 @@ class Served:
 
     @property
     def trouble(self) -> str | None:
-        """Why no picture can be drawn now; None if one can."""
+        """Why no image can be drawn now; None if one can."""
         if self.closing:
             return "the service is stopping"
         if self.failure is not None:
@@ -107,7 +107,7 @@ class Served:
         if not self.engine.healthy:
             return f"the engine has stopped: {self.engine.failure or 'it is closed'}"
         if self.attesting:
-            return "the golden pictures are being drawn again"
+            return "the golden images are being drawn again"
         if self.settings.attest == "strict" and not self.attestation.passed:
             return f"the slot {self.slot.folder.name} is not attested: {self.attestation.reason}"
         return None
@@ -119,7 +119,7 @@ class Served:
         return self.engine
 
     def retry_after(self) -> int | None:
-        """Seconds until the queue has room for one more picture, by the speed measured; None while there is none."""
+        """Seconds until the queue has room for one more image, by the speed measured; None while there is none."""
         seconds = self.engine.room_seconds() if self.engine else None
         return max(1, math.ceil(seconds)) if seconds is not None else None
 

@@ -113,18 +113,16 @@ TABLE = {
         "slot", "the slot to serve: a name in service/promoted, or the path of a slot folder", _slot
     ),
     "SDXL_STORE": Setting(
-        "store", "where pictures are kept: a folder, or a URL that begins with s3, gs, az, file or memory", check_place
+        "store", "where images are kept: a folder, or a URL that begins with s3, gs, az, file or memory", check_place
     ),
     "SDXL_RETENTION": Setting(
-        "retention", "how long pictures are kept, such as 7d or 12h; without it, for ever", _retention
+        "retention", "how long images are kept, such as 7d or 12h; without it, for ever", _retention
     ),
-    "SDXL_MAX_QUEUE": Setting(
-        "max_queue", "how many pictures may wait before a request is refused", _count(1, 100_000)
-    ),
-    "SDXL_MAX_ROWS": Setting("max_rows", "UNet rows in one call; a guided picture takes two", _count(1, 4096)),
+    "SDXL_MAX_QUEUE": Setting("max_queue", "how many images may wait before a request is refused", _count(1, 100_000)),
+    "SDXL_MAX_ROWS": Setting("max_rows", "UNet rows in one call; a guided image takes two", _count(1, 4096)),
     "SDXL_LEASE": Setting(
         "lease",
-        "seconds that a promised picture belongs to one replica unless it renews them; then another one draws it",
+        "seconds that a promised image belongs to one replica unless it renews them; then another one draws it",
         _count(3, 3600),
     ),
     "SDXL_DEVICE": Setting("device", "auto, cpu, cuda or cuda:N", _profile("device")),
@@ -132,7 +130,7 @@ TABLE = {
     "SDXL_COMPILE": Setting("compile", "true: compile the UNets, which takes minutes at the first start", _switch),
     "SDXL_ATTEST": Setting(
         "attest",
-        "whether the slot's golden pictures are drawn again and compared before serving. If they differ, strict stays "
+        "whether the slot's golden images are drawn again and compared before serving. If they differ, strict stays "
         "unready, and warn serves and says so; off draws none",
         _one_of(ATTEST),
     ),
@@ -148,7 +146,7 @@ TABLE = {
     ),
     "SDXL_WATCHDOG": Setting(
         "watchdog",
-        "the process ends after so many seconds without a step while there are pictures to draw",
+        "the process ends after so many seconds without a step while there are images to draw",
         _count(1, 100_000),
     ),
     "SDXL_LOG_LEVEL": Setting("log_level", ", ".join(LOG_LEVELS), _one_of(LOG_LEVELS)),

@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 
 from sdxl_lab.evaluation.metrics import paired
-from sdxl_lab.research.cache import Cells
-from sdxl_lab.research.plots import picture_grid, quality_against_cost
+from sdxl_lab.research.cache import ImageCache
+from sdxl_lab.research.plots import image_grid, quality_against_cost
 from sdxl_lab.research.sweep import OUT, read_table
 
 METRICS = ("scene_right", "scene_parts", "clip_score")
@@ -46,9 +46,9 @@ def main() -> None:
     quality_against_cost(table, "config", "unet_rows", "scene_parts", "unet_rows").save(out / "nano-confirmed.png")
     shown = [SERVED, "nano_trial_16", "nano_trial_20"]
     some = table[table["prompt"].isin(table["prompt"].unique()[:4]) & table["config"].isin(shown)]
-    with Cells() as cells:
-        sheet = picture_grid(some, cells.picture, "prompt", "config", notes=["scene_parts"], side=128)
-    sheet.save(out / "nano-pictures.png", optimize=True)
+    with ImageCache() as cells:
+        sheet = image_grid(some, cells.image, "prompt", "config", notes=["scene_parts"], side=128)
+    sheet.save(out / "nano-images.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from bench.measure import Report, alternate
 from bench.settings import config_of
 from bench.simulate import Cost
 
-SMALL = ["--pictures", "2", "--steps", "2", "--side", "64", "--rounds", "1"]
+SMALL = ["--images", "2", "--steps", "2", "--side", "64", "--rounds", "1"]
 
 
 def run(name: str, tiny_model: Path, folder: Path) -> dict[str, dict[str, list[float]]]:
@@ -95,9 +95,9 @@ def test_fleets_are_scaled_on_paper(tiny_model, tmp_path, capsys, monkeypatch):
     for name, value in {"REPLICAS": (1, 3, 10), "LOADS": (0.2, 0.6, 1.2), "RUNS": 1}.items():
         monkeypatch.setattr(scaling, name, value)
     (tmp_path / "fleet-costs.json").write_text(
-        json.dumps({"values": {f"fitted: ms {name}": [20.0] for name in ("call", "row", "picture", "beside")}})
+        json.dumps({"values": {f"fitted: ms {name}": [20.0] for name in ("call", "row", "image", "beside")}})
     )
-    bench.main(["scaling", "--model", str(tiny_model), "--folder", str(tmp_path), "--pictures", "1"])
+    bench.main(["scaling", "--model", str(tiny_model), "--folder", str(tmp_path), "--images", "1"])
     found = json.loads((tmp_path / "scaling.json").read_text())
     for name, each in found["fleets"].items():
         assert 0 < each["target"]["1"] < each["target"]["3"] < each["target"]["10"] < 1.2 * each["capacity"]
@@ -116,8 +116,8 @@ def test_the_published_times_of_an_h100_come_out_of_its_computed_costs():
 
 
 def test_costs_are_fitted_from_what_a_replica_counts():
-    cost = Cost(call=0.02, row=0.005, picture=0.04, beside=0.03)
-    told = lambda k: (2.0 * k, cost.call + cost.row * 2 * k, cost.picture * k + cost.beside)  # noqa: E731
+    cost = Cost(call=0.02, row=0.005, image=0.04, beside=0.03)
+    told = lambda k: (2.0 * k, cost.call + cost.row * 2 * k, cost.image * k + cost.beside)  # noqa: E731
     slow_minute = (2.0, 9.9, 9.9)
     seen = fleet.fitted({k: [told(k), told(k), told(k)] for k in (2, 4, 8)} | {1: [told(1), slow_minute, told(1)]})
     assert vars(seen) == pytest.approx(vars(cost))
@@ -177,7 +177,7 @@ def test_a_short_soak_loses_and_doubles_nothing(tiny_model, tmp_path, capsys, mo
     report = json.loads((tmp_path / "soak.json").read_text())
     assert report["wrong"] == []
     values = {label: value for label, (value,) in report["values"].items()}
-    assert values["acknowledged pictures"] > 0
+    assert values["acknowledged images"] > 0
     assert values["acknowledged and lost"] == values["stored and asked for by nobody"] == 0
     with Image.open(tmp_path / "soak.png") as plot:
         assert plot.width > 500
@@ -185,16 +185,16 @@ def test_a_short_soak_loses_and_doubles_nothing(tiny_model, tmp_path, capsys, mo
 
 
 def test_a_soak_sees_what_is_lost_doubled_or_left(monkeypatch):
-    """Against a service that lists one picture twice, one that nobody asked for, and not the one it acknowledged."""
+    """Against a service that lists one image twice, one that nobody asked for, and not the one it acknowledged."""
     states = {"left": {"state": "running"}, "gone": {"status": 404}, "cut": {"state": "cancelled"}}
     stored = ["a", "a", "stranger", "before", "of a key"]
     monkeypatch.setattr(soak, "listed", lambda _: iter(stored))
     answers = {"/download/a": b"\x89PNG", "/download/of a key": b"no"}
-    answers |= {f"/images/{picture}": json.dumps(state).encode() for picture, state in states.items()}
+    answers |= {f"/images/{image}": json.dumps(state).encode() for image, state in states.items()}
     monkeypatch.setattr(soak, "request", lambda port, method, path: Answer(200, answers[path], Message()))
     ledger = soak.Ledger(unsettled=set(states))
-    for picture in ("a", "lost", "a"):
-        ledger.drawn(picture, "done")
+    for image in ("a", "lost", "a"):
+        ledger.drawn(image, "done")
     ledger.drawn("of a key", "done", "key")
     ledger.drawn("of a key", "done", "key")
     assert ledger.wrong == ["two answers have the id a"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_lab.images import max_difference, open_picture, read_record
+from sdxl_lab.images import max_difference, open_image, read_record
 from sdxl_lab.release.slot import load_slot
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +30,6 @@ def test_notebook_slot_service_and_the_served_png_give_the_same_pixels() -> None
     assert {read_record(path)["digest"] for path in (notebook, served, again)} == {slot.digest}
     golden = slot.goldens[0].path
     for path in (notebook, served, again):
-        assert max_difference(open_picture(path), open_picture(golden)) == 0, path
+        assert max_difference(open_image(path), open_image(golden)) == 0, path
     after = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert after.stdout == before.stdout

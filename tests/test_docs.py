@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_lab.images import open_picture
+from sdxl_lab.images import open_image
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -101,8 +101,8 @@ def test_the_command_lines_run_in_order(clone: Path) -> None:
         if line.startswith(".venv/bin/python"):
             done = subprocess.run(shlex.split(line), cwd=clone, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
-    pictures, folders = {"cat.png", "house.png", "again.png"}, {"cells", "sweeps", "studies", "first"}
-    assert {path.name for path in (clone / "runs").iterdir()} == pictures | folders
+    images, folders = {"cat.png", "house.png", "again.png"}, {"cells", "sweeps", "studies", "first"}
+    assert {path.name for path in (clone / "runs").iterdir()} == images | folders
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ def test_what_asks_the_service_is_answered(clone: Path) -> None:
                 command = [*shlex.split(line.replace(PORT, f"127.0.0.1:{port}")), "--fail", "--silent"]
                 done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True)
                 if "-o" in command:
-                    assert open_picture(clone / command[command.index("-o") + 1]).size == (256, 256)
+                    assert open_image(clone / command[command.index("-o") + 1]).size == (256, 256)
                 elif "-N" in command:
                     assert "event: done" in done.stdout
                 else:
@@ -150,7 +150,7 @@ def test_what_asks_the_service_is_answered(clone: Path) -> None:
             command = [sys.executable, "-c", snippet.replace(PORT, f"127.0.0.1:{port}")]
             done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True)
             assert done.stdout.split()[::2] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
-            assert open_picture(clone / "runs" / "openai-1.png").size == (256, 256)
+            assert open_image(clone / "runs" / "openai-1.png").size == (256, 256)
     finally:
         server.terminate()
         assert server.wait(60) == 0

@@ -69,7 +69,7 @@ def test_the_sweep_spreads_the_readme_s_command_over_nodes(dstack):
     assert sweep.nodes == 2
     assert sweep.stop_criteria.value == "master-done"
     assert sweep.commands[-1].startswith("accelerate launch --multi_gpu --num_processes=$DSTACK_GPUS_NUM ")
-    assert "-m sdxl_lab sweep studies/sdxl_sweep.toml --cells /data/cells " in sweep.commands[-1]
+    assert "-m sdxl_lab sweep studies/sdxl_sweep.toml --cache /data/cells " in sweep.commands[-1]
     assert (ROOT / "studies" / "sdxl_sweep.toml").exists()
     assert [volume.path for volume in sweep.volumes if not volume.optional] == ["/data"]
 
@@ -206,7 +206,7 @@ def test_the_upload_fits_and_holds_what_a_gpu_needs(dstack):
 
 @pytest.fixture
 def tree_with_weights(tmp_path):
-    """A tree as heavy as ours: code, three megabytes of weights, a golden picture, a virtual environment."""
+    """A tree as heavy as ours: code, three megabytes of weights, a golden image, a virtual environment."""
     tree = tmp_path / "workflow"
     for name, size in {
         "requirements.txt": 100,

@@ -12,16 +12,16 @@ import pytest
 from dstack._internal.proxy.gateway.schemas.stats import Stat
 
 from bench.simulate import Cost, Rule, Scaling, called_for, capacity, fleet, mixed, poisson, routes
-from sdxl_lab.diffusion.latency import Load, Pace, forecast
+from sdxl_lab.diffusion.latency import LatencyModel, Workload, forecast
 
 ALONE = Rule(rows=2, queue=10**9)
-COST = Cost(call=0.03, row=0.02, picture=0.04, beside=0.01)
+COST = Cost(call=0.03, row=0.02, image=0.04, beside=0.01)
 GUIDED, INTERVAL = ((2, 30),), ((1, 5), (2, 22), (1, 3))
 
 
 @pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
 @pytest.mark.parametrize("steps", [(10,), (5, 10, 40)], ids=["M/D/1", "M/G/1"])
-def test_one_picture_at_a_time_waits_as_pollaczek_and_khinchine_say(load, steps):
+def test_one_image_at_a_time_waits_as_pollaczek_and_khinchine_say(load, steps):
     cost = Cost(call=0.1, row=0.0)
     times = np.array(steps) * 0.1
     rate, count = load / times.mean(), 40_000
@@ -73,7 +73,7 @@ def naive(arrivals, works, cost, rule):
             running[index] += 1
         answered = [index for index in running if running[index] == len(plans[index])]
         if answered and not (rule.together and len(answered) < len(running)):
-            now += cost.picture * len(answered)
+            now += cost.image * len(answered)
             for index in answered:
                 ends[index] = now + cost.beside
                 del running[index]
@@ -92,13 +92,13 @@ def test_leaps_change_nothing(load, together):
     assert out.refused.any() or load < 1
 
 
-def test_pictures_that_arrive_at_once_end_when_the_engine_forecasts():
-    pace = Pace()
+def test_images_that_arrive_at_once_end_when_the_engine_forecasts():
+    pace = LatencyModel()
     for rows in range(1, 17):
         pace.took("base", rows, COST.call + COST.row * rows)
-        pace.took("decode", rows, COST.picture * rows)
+        pace.took("decode", rows, COST.image * rows)
     steps = [10, 30, 20, 25, 5, 15, 40, 35, 12, 9, 28, 31]
-    loads = [Load("base", 2, each) for each in steps]
+    loads = [Workload("base", 2, each) for each in steps]
     spans = forecast([], loads, 16, pace)
     out = fleet(np.zeros(len(steps)), [((2, each),) for each in steps], COST, Rule(rows=16))
     np.testing.assert_allclose(out.starts, [span.start for span in spans])
@@ -131,7 +131,7 @@ def test_an_overloaded_replica_draws_as_much_as_its_capacity(rule, work):
     assert out.busy[0] / out.arrivals[-1] > 0.98
 
 
-def test_a_picture_alone_takes_its_own_time():
+def test_a_image_alone_takes_its_own_time():
     out = fleet(np.array([5.0]), [INTERVAL], COST, Rule(16))
     assert out.latencies[0] == pytest.approx(COST.alone(INTERVAL)) == pytest.approx(30 * 0.03 + 52 * 0.02 + 0.05)
 

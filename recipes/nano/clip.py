@@ -1,7 +1,7 @@
-"""nano's CLIP: two text encoders and a picture encoder trained by contrast (Radford et al. 2021, arXiv 2103.00020).
+"""nano's CLIP: two text encoders and an image encoder trained by contrast (Radford et al. 2021, arXiv 2103.00020).
 
-The picture encoder and the second text encoder become the `CLIPModel` that judges pictures. Both text encoders go on
-to learn with the UNet. Besides the other captions of the batch, every picture is contrasted with a caption that is
+The image encoder and the second text encoder become the `CLIPModel` that judges images. Both text encoders go on
+to learn with the UNet. Besides the other captions of the batch, every image is contrasted with a caption that is
 wrong in one thing (Yuksekgonul et al. 2023, arXiv 2210.01936): without such, contrast hardly learns left from right.
 """
 
@@ -15,13 +15,13 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWit
 
 from recipes.nano.fit import fit
 from recipes.nano.scenes import caption, sample_scene
-from recipes.nano.vae import pictures_of
+from recipes.nano.vae import images_of
 from recipes.nano.words import contradiction, ids
 
 SIDE = 96
 WIDTH = 64
 BATCH = 128
-# What transformers' CLIPImageProcessor does by default with a picture's channels.
+# What transformers' CLIPImageProcessor does by default with an image's channels.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -42,7 +42,7 @@ def text_config(tokenizer: CLIPTokenizer, activation: str) -> CLIPTextConfig:
 
 
 class Towers(nn.Module):
-    """The CLIP model and the extra first text encoder, which learn from the same pictures."""
+    """The CLIP model and the extra first text encoder, which learn from the same images."""
 
     def __init__(self, first: CLIPTokenizer, second: CLIPTokenizer) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Towers(nn.Module):
 
 
 def normalised(images: torch.Tensor) -> torch.Tensor:
-    """`uint8` (n, 3, h, w) to what CLIP's picture encoder takes."""
+    """`uint8` (n, 3, h, w) to what CLIP's image encoder takes."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     return (images.float() / 255 - mean) / std
 
@@ -73,7 +73,7 @@ def train(
         return
     rng = random.Random(11)
     scenes = [sample_scene(rng) for _ in range(count)]
-    images = pictures_of(scenes, SIDE)
+    images = images_of(scenes, SIDE)
 
     def loss_at(step: int) -> torch.Tensor:
         rng = random.Random(step)

@@ -1,6 +1,6 @@
 """`python -m recipes.nano.evaluate`: what nano can do, in figures, on prompts it was never trained on.
 
-Pictures are judged by `judge`, which shares no code with the renderer, and by nano's CLIP. Writes `figures.json` and
+Images are judged by `judge`, which shares no code with the renderer, and by nano's CLIP. Writes `figures.json` and
 contact sheets.
 """
 
@@ -23,15 +23,15 @@ from recipes.nano import judge, unet, vae
 from recipes.nano.scenes import COLOURS, NOUNS, SHAPES, THINGS, Scene, Thing, caption, render, sample_scene
 from recipes.nano.words import ids
 from sdxl_lab.config import GenerationConfig, RefinerConfig
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import NANO
-from sdxl_lab.images import Picture
+from sdxl_lab.images import GeneratedImage
 from sdxl_lab.research.plots import grid
 
 
 class Clip:
-    """nano's CLIP as the judge of pictures."""
+    """nano's CLIP as the judge of images."""
 
     def __init__(self, folder: Path) -> None:
         self.model = CLIPModel.from_pretrained(folder, variant="fp16", dtype=torch.float32).eval()
@@ -40,13 +40,13 @@ class Clip:
 
     @torch.no_grad()
     def scores(self, images: Sequence[Image.Image], texts: list[str]) -> torch.Tensor:
-        """Cosines (pictures, texts)."""
+        """Cosines (images, texts)."""
         pixels = self.processor(list(images), return_tensors="pt").pixel_values
         return self.model(input_ids=ids(self.tokenizer, texts), pixel_values=pixels).logits_per_image
 
     @torch.no_grad()
     def nouns(self, images: Sequence[Image.Image]) -> list[str]:
-        """The noun of each picture, of all `NOUNS`: the nearest mean of a noun's captions, one in every combination of
+        """The noun of each image, of all `NOUNS`: the nearest mean of a noun's captions, one in every combination of
         colour and background (prompt ensembling, Radford et al. 2021, section 3.1.4)."""
         means = []
         for noun in NOUNS:
@@ -64,15 +64,15 @@ def held_out_scenes(count: int, seed: int, nouns: tuple[str, ...] = NOUNS) -> li
     return [sample_scene(rng, held_out=True, pair=float(i % 2), hat=0.0, nouns=nouns) for i in range(count)]
 
 
-def draw(engine: Engine, config: GenerationConfig, prompts: Sequence[str], first_seed: int = 0) -> list[Picture]:
-    tickets = [engine.submit(Job(config, prompt, first_seed + i)) for i, prompt in enumerate(prompts)]
-    return [ticket.result() for ticket in tickets]
+def draw(engine: Engine, config: GenerationConfig, prompts: Sequence[str], first_seed: int = 0) -> list[GeneratedImage]:
+    jobs = [engine.submit(ImageRequest(config, prompt, first_seed + i)) for i, prompt in enumerate(prompts)]
+    return [job.result() for job in jobs]
 
 
-def verdict(picture: Picture, scene: Scene) -> judge.Verdict:
-    """The picture held to the scene that its prompt tells of."""
+def verdict(image: GeneratedImage, scene: Scene) -> judge.Verdict:
+    """The image held to the scene that its prompt tells of."""
     things = [(thing.colour, thing.noun) for thing in scene.things]
-    return judge.judge(picture.image, scene.background, things, scene.relation)
+    return judge.judge(image.image, scene.background, things, scene.relation)
 
 
 def share(values: Sequence[bool]) -> float:
@@ -81,8 +81,8 @@ def share(values: Sequence[bool]) -> float:
 
 def prompts_right(engine: Engine, config: GenerationConfig, scenes: list[Scene], out: Path) -> dict[str, Any]:
     """How many prompts are drawn right, in all and in each respect."""
-    pictures = draw(engine, config, [caption(scene) for scene in scenes])
-    verdicts = [verdict(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    images = draw(engine, config, [caption(scene) for scene in scenes])
+    verdicts = [verdict(image, scene) for image, scene in zip(images, scenes, strict=True)]
     figures: dict[str, Any] = {"prompts": len(scenes), "right": share([v.right for v in verdicts])}
     for respect in ("background", "count", "colour", "noun", "relation"):
         figures[respect] = share([getattr(v, respect) for v in verdicts])
@@ -95,18 +95,17 @@ def prompts_right(engine: Engine, config: GenerationConfig, scenes: list[Scene],
         noun: share([v.noun for s, v in judged if any(t.noun == noun for t in s.things)]) for noun in NOUNS
     }
     labels = [("" if v.right else "WRONG: ") + caption(s) for s, v in judged]
-    grid([p.image for p in pictures[:32]], labels[:32], 8).save(out / "prompts.png")
+    grid([p.image for p in images[:32]], labels[:32], 8).save(out / "prompts.png")
     wrong = [i for i, v in enumerate(verdicts) if not v.right][:32]
     if wrong:
-        grid([pictures[i].image for i in wrong], [labels[i] for i in wrong], 8).save(out / "wrong.png")
+        grid([images[i].image for i in wrong], [labels[i] for i in wrong], 8).save(out / "wrong.png")
     return figures
 
 
 def recognised(engine: Engine, config: GenerationConfig, clip: Clip, out: Path) -> dict[str, Any]:
-    """Things named by CLIP among the 14 nouns, ten pictures each."""
+    """Things named by CLIP among the 14 nouns, ten images each."""
     wanted = [thing for thing in THINGS for _ in range(10)]
-    pictures = draw(engine, config, [f"a {thing}" for thing in wanted], first_seed=500)
-    images = [picture.image for picture in pictures]
+    images = [drawn.image for drawn in draw(engine, config, [f"a {thing}" for thing in wanted], first_seed=500)]
     named = clip.nouns(images)
     grid(images, [f"{w}: {n}" for w, n in zip(wanted, named, strict=True)], 10).save(out / "things.png")
     by_thing = {thing: share([n == w for w, n in zip(wanted, named, strict=True) if w == thing]) for thing in THINGS}
@@ -136,8 +135,8 @@ def sides_in_noise(autoencoder: AutoencoderKL, side: int, count: int = 64) -> fl
     scenes = [scene for scene in held_out_scenes(4 * count, seed=67) if scene.relation][:count]
     both = [render(scene, side) for scene in scenes], [render(exchanged(scene), side) for scene in scenes]
     first, second = (
-        vae.encode(autoencoder, torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2))
-        for pictures in both
+        vae.encode(autoencoder, torch.from_numpy(np.stack([np.asarray(p) for p in images])).permute(0, 3, 1, 2))
+        for images in both
     )
     distance = ((first - second) * autoencoder.config.scaling_factor).flatten(1).norm(dim=1)
     alpha = unet.alphas()[-1]
@@ -157,7 +156,7 @@ def sharpness(image: Image.Image) -> float:
 
 
 def nearest_rendering(image: Image.Image, scene: Scene) -> Image.Image:
-    """The rendering of the scene's one thing that is nearest to the picture, over place and radius."""
+    """The rendering of the scene's one thing that is nearest to the image, over place and radius."""
     pixels = np.asarray(image, dtype=np.float64)
     seen = judge.look(image)[1][0]
     wanted = scene.things[0]
@@ -189,7 +188,7 @@ def refiner_figures(engine: Engine, config: GenerationConfig, out: Path) -> dict
     refined = draw(engine, config.with_(refiner=RefinerConfig(handover=0.8)), prompts, first_seed=900)
     rows = []
     for scene, a, b in zip(scenes, alone, refined, strict=True):
-        if not all(verdict(picture, scene).right for picture in (a, b)):
+        if not all(verdict(image, scene).right for image in (a, b)):
             continue
         targets = [nearest_rendering(p.image, scene) for p in (a, b)]
         rows.append(
@@ -204,11 +203,11 @@ def refiner_figures(engine: Engine, config: GenerationConfig, out: Path) -> dict
     pairs = [p.image for both in zip(alone[:6], refined[:6], strict=True) for p in both]
     grid(pairs, ["base alone", "with refiner"] * 6, 4).save(out / "refiner.png")
     if not rows:
-        return {"pictures": 0}
+        return {"images": 0}
     means = np.mean(rows, axis=0)
     names = ("psnr_base", "psnr_refined", "sharpness_base", "sharpness_refined", "sharpness_rendering")
     figures = {name: round(float(value), 3) for name, value in zip(names, means, strict=True)}
-    wins = {"psnr_better_in": share([r[1] > r[0] for r in rows]), "pictures": len(rows)}
+    wins = {"psnr_better_in": share([r[1] > r[0] for r in rows]), "images": len(rows)}
     return figures | wins
 
 
@@ -231,7 +230,7 @@ def main() -> None:
     clip = Clip(asked.model / "clip")
     figures: dict[str, Any] = {"config": config.to_dict(), "clip": clip_figures(clip)}
     with Engine.load(config) as engine:
-        figures["vae_psnr"] = round(vae.psnr(engine.models.vae, vae.pictures(64, 256, seed=9)), 2)
+        figures["vae_psnr"] = round(vae.psnr(engine.models.vae, vae.images(64, 256, seed=9)), 2)
         figures["sides_in_noise"] = {side: sides_in_noise(engine.models.vae, side) for side in (128, 256)}
         figures["prompts"] = prompts_right(engine, config, held_out_scenes(asked.prompts, seed=66), asked.out)
         figures["things"] = recognised(engine, config, clip, asked.out)
@@ -239,7 +238,7 @@ def main() -> None:
         cats = draw(engine, config, ["A cat in a hat"] * 8)
         grid([cat.image for cat in cats], [f"seed {seed}" for seed in range(8)], 8).save(asked.out / "cats.png")
         lone = draw(engine, config, ["A cat in a hat"])[0]
-        figures["one_picture_seconds"] = lone.timings["total_ms"] / 1000
+        figures["one_image_seconds"] = lone.timings["total_ms"] / 1000
     (asked.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 

@@ -1,4 +1,4 @@
-"""What is in a picture? An independent check of what a small model drew, by classical image analysis.
+"""What is in an image? An independent check of what a small model drew, by classical image analysis.
 
 It knows ten colour names, and fourteen nouns by their silhouettes alone: eight from geometry, six from the small
 drawings in `SKETCHES`. It knows plain backgrounds that may shade from top to bottom, and that a thing darkens the
@@ -36,8 +36,8 @@ NAMED_WITHIN = 22.0  # Lab distance beyond which a pixel's colour has no name
 UNCONTESTED = 0.6  # of the pixels that have a name, how many must agree
 GROUND_WITHIN = 13.0  # Lab distance beyond which a pixel is not the ground
 EDGE = 0.4  # of the contrast beside it, where a soft outline is cut
-WHOLE = 0.49  # a size from which a piece is no thing on a ground, but the picture's own frame
-SPECK = 0.0015  # of the picture's area
+WHOLE = 0.49  # a size from which a piece is no thing on a ground, but the image's own frame
+SPECK = 0.0015  # of the image's area
 LARGEST_GAP = 0.22  # of a silhouette's area: larger holes are part of the shape, smaller ones are pale details
 CLEFT = 0.06  # of the square root of a silhouette's area: half the width of a cleft that is closed
 ASTRAY = 0.036  # how far an outline may lie from its noun's on average, in the square root of the silhouette's area
@@ -49,7 +49,7 @@ FRAME = 2.2  # whose side is this many times the square root of the silhouette's
 @dataclass(frozen=True)
 class Seen:
     """One thing found. `x`, `y` (centre of its box) and `size` (half the box's larger side) are fractions of the
-    picture's side."""
+    image's side."""
 
     noun: str
     colour: str
@@ -60,7 +60,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which parts of a description the picture holds to."""
+    """Which parts of a description the image holds to."""
 
     background: bool
     count: bool
@@ -117,7 +117,7 @@ def _ground(pixels: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def _foreground(pixels: np.ndarray, ground: np.ndarray) -> np.ndarray:
-    """Where the picture is neither its ground nor its ground in shadow, [height, width] of bool. A soft edge is cut at
+    """Where the image is neither its ground nor its ground in shadow, [height, width] of bool. A soft edge is cut at
     EDGE of the contrast beside it, for a low cut would swell every outline."""
     lab = _lab(pixels)
     nearest = np.full(pixels.shape[:2], np.inf)
@@ -247,9 +247,9 @@ def _noun(silhouette: np.ndarray) -> str:
 # --- looking and judging -------------------------------------------------------------------------------------------
 
 
-def look(picture: Image.Image) -> tuple[str, list[Seen]]:
+def look(image: Image.Image) -> tuple[str, list[Seen]]:
     """The background's colour and the things on it, the largest first."""
-    pixels = np.asarray(picture.convert("RGB"), dtype=float)
+    pixels = np.asarray(image.convert("RGB"), dtype=float)
     side = min(pixels.shape[:2])
     pixels = ndimage.gaussian_filter(pixels, (side / 320, side / 320, 0))
     background, ground = _ground(pixels)
@@ -276,9 +276,9 @@ def _holds(relation: str, first: Seen | None, second: Seen | None) -> bool:
 
 
 def judge(
-    picture: Image.Image, background: str, things: Sequence[tuple[str, str]], relation: str | None = None
+    image: Image.Image, background: str, things: Sequence[tuple[str, str]], relation: str | None = None
 ) -> Verdict:
-    """Hold a picture to a description: `things` are (colour, noun), and things[0] stands in `relation` to things[1].
+    """Hold an image to a description: `things` are (colour, noun), and things[0] stands in `relation` to things[1].
 
     Wanted things are matched to seen ones so that as much as possible is right. One that is missing has neither
     colour nor noun nor place. Raises ValueError for a relation it does not know, or that does not join two things."""
@@ -286,7 +286,7 @@ def judge(
         rule = f"a relation is one of {', '.join(TOWARDS)}, or None, and joins two things"
         example = "[('red', 'cat'), ('blue', 'fish')], 'above'"
         raise ValueError(f"{rule}; got {relation!r} and {len(things)} things; valid: {example}")
-    ground, seen = look(picture)
+    ground, seen = look(image)
     places: list[Seen | None] = [*seen[:MOST], *[None] * max(0, len(things) - len(seen[:MOST]))]
     readings = []
     for chosen in itertools.permutations(places, len(things)):

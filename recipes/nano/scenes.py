@@ -32,7 +32,7 @@ SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "dia
 THINGS = ("cat", "fish", "house", "tree", "flower", "boat")
 NOUNS = SHAPES + THINGS
 
-# Half the side of a thing's box, as a fraction of the picture's side.
+# Half the side of a thing's box, as a fraction of the image's side.
 RADII = {"small": (0.13, 0.17), None: (0.23, 0.29), "large": (0.36, 0.42), "pair": (0.18, 0.215)}
 
 Point = tuple[float, float]
@@ -40,7 +40,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn thing. `x`, `y` (centre) and `radius` are fractions of the picture's side."""
+    """One drawn thing. `x`, `y` (centre) and `radius` are fractions of the image's side."""
 
     noun: str
     colour: str

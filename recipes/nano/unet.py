@@ -1,8 +1,8 @@
 """nano's two UNets, with SDXL's own conditioning (Podell et al. 2023, arXiv 2307.01952).
 
-The base learns every noise level, first on 128 px pictures, which are four times cheaper, then on 256 px ones; both
+The base learns every noise level, first on 128 px images, which are four times cheaper, then on 256 px ones; both
 text encoders learn with it. The refiner starts from the base and learns only the low-noise fifth, from the second text
-encoder and an aesthetic score that stands for something real: how sharp the training picture is.
+encoder and an aesthetic score that stands for something real: how sharp the training image is.
 
 Noise carries an offset per channel: with SDXL's betas the mean of a latent, here the plain background, is otherwise
 never destroyed, and at inference the model reads a background into the start noise.
@@ -86,8 +86,8 @@ class Pool:
     time_ids: torch.Tensor
 
 
-def _base_picture(scene: Scene, side: int, rng: random.Random) -> tuple[Image.Image, list[float]]:
-    """A picture and its SDXL micro-conditioning: original size, crop corner, target size; a tenth each are cropped
+def _base_image(scene: Scene, side: int, rng: random.Random) -> tuple[Image.Image, list[float]]:
+    """An image and its SDXL micro-conditioning: original size, crop corner, target size; a tenth each are cropped
     from a larger canvas, or enlarged from a smaller, blurred original."""
     kind = rng.random()
     if kind < 0.1:
@@ -96,18 +96,18 @@ def _base_picture(scene: Scene, side: int, rng: random.Random) -> tuple[Image.Im
         return render(scene, side, (top / side, left / side)), [whole, whole, top, left, side, side]
     if kind < 0.2:
         small = rng.randrange(side // 4, side * 3 // 4, 8)
-        picture = render(scene, small).resize((side, side), Image.Resampling.BICUBIC)
-        return picture, [small, small, 0, 0, side, side]
+        image = render(scene, small).resize((side, side), Image.Resampling.BICUBIC)
+        return image, [small, small, 0, 0, side, side]
     return render(scene, side), [side, side, 0, 0, side, side]
 
 
-def _refiner_picture(scene: Scene, side: int, rng: random.Random) -> tuple[Image.Image, list[float]]:
-    """A picture blurred by a random radius and its score: 6.5 for a sharp one, 2 for one blurred by 1.5 px."""
+def _refiner_image(scene: Scene, side: int, rng: random.Random) -> tuple[Image.Image, list[float]]:
+    """An image blurred by a random radius and its score: 6.5 for a sharp one, 2 for one blurred by 1.5 px."""
     radius = rng.uniform(0, 1.5) if rng.random() < 0.5 else 0.0
-    picture = render(scene, side)
+    image = render(scene, side)
     if radius:
-        picture = picture.filter(ImageFilter.GaussianBlur(radius))
-    return picture, [side, side, 0, 0, 6.5 - 3 * radius]
+        image = image.filter(ImageFilter.GaussianBlur(radius))
+    return image, [side, side, 0, 0, 6.5 - 3 * radius]
 
 
 def make_pool(vae: AutoencoderKL, path: Path, *, count: int, side: int, seed: int, refiner: bool = False) -> Pool:
@@ -116,10 +116,10 @@ def make_pool(vae: AutoencoderKL, path: Path, *, count: int, side: int, seed: in
     scenes = [sample_scene(rng) for _ in range(count)]
     if not path.exists():
         latents, rows = [], []
-        draw = _refiner_picture if refiner else _base_picture
+        draw = _refiner_image if refiner else _base_image
         for start in range(0, count, 64):
             made = [draw(scene, side, rng) for scene in scenes[start : start + 64]]
-            images = torch.from_numpy(np.stack([np.asarray(picture) for picture, _ in made])).permute(0, 3, 1, 2)
+            images = torch.from_numpy(np.stack([np.asarray(image) for image, _ in made])).permute(0, 3, 1, 2)
             latents.append(encode(vae, images) * vae.config.scaling_factor)
             rows += [row for _, row in made]
         path.parent.mkdir(parents=True, exist_ok=True)

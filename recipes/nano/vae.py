@@ -29,16 +29,16 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def pictures_of(scenes: list[Scene], side: int) -> torch.Tensor:
+def images_of(scenes: list[Scene], side: int) -> torch.Tensor:
     """Rendered scenes, `uint8` of shape (count, 3, side, side)."""
     stack = np.stack([np.asarray(render(scene, side)) for scene in scenes])
     return torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous()
 
 
-def pictures(count: int, side: int, seed: int) -> torch.Tensor:
+def images(count: int, side: int, seed: int) -> torch.Tensor:
     """`count` invented scenes, rendered."""
     rng = random.Random(seed)
-    return pictures_of([sample_scene(rng) for _ in range(count)], side)
+    return images_of([sample_scene(rng) for _ in range(count)], side)
 
 
 def to_signed(images: torch.Tensor) -> torch.Tensor:
@@ -54,12 +54,12 @@ def train(folder: Path, steps: int, scenes: int) -> AutoencoderKL:
     """L1 + 2 MSE + L1 of the gradients + 1e-4 KL on crops, then `scaling_factor` from the latents' deviation."""
     torch.manual_seed(0)
     vae = new_vae()
-    large, small = pictures(scenes, 256, seed=1), pictures(scenes * 3 // 8, CROP, seed=2)
+    large, small = images(scenes, 256, seed=1), images(scenes * 3 // 8, CROP, seed=2)
 
     def batch(step: int) -> torch.Tensor:
         draw = generator(step, seed=1)
         chosen = torch.randint(len(large), (CROPS,), generator=draw).tolist()
-        if step % 3 == 0:  # whole pictures: the group norms see other statistics in a crop
+        if step % 3 == 0:  # whole images: the group norms see other statistics in a crop
             return to_signed(large[chosen[:WHOLE]])
         corners = torch.randint(0, 256 - CROP + 1, (CROPS, 2), generator=draw).tolist()
         crops = [large[i][:, y : y + CROP, x : x + CROP] for i, (y, x) in zip(chosen, corners, strict=True)]
@@ -85,7 +85,7 @@ def train(folder: Path, steps: int, scenes: int) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Pictures (n, 3, h, w) `uint8` to unscaled latent means (n, 4, h/8, w/8) in float32, in small batches."""
+    """Images (n, 3, h, w) `uint8` to unscaled latent means (n, 4, h/8, w/8) in float32, in small batches."""
     parts = []
     for chunk in images.split(16):
         with torch.autocast("cpu", torch.bfloat16):
@@ -95,15 +95,15 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 
 def measured_scale(vae: AutoencoderKL) -> float:
     """One over the deviation of the latents of unseen scenes (Rombach et al. 2022, section D.1)."""
-    return round(1 / encode(vae, pictures(128, 256, seed=3)).std().item(), 5)
+    return round(1 / encode(vae, images(128, 256, seed=3)).std().item(), 5)
 
 
 def latent_rgb(vae: AutoencoderKL) -> list[list[float]]:
     """The linear map (5, 3) from scaled latents and a constant to RGB in [-1, 1] that previews use: least squares on
     unseen scenes, each latent against the mean of its 8 by 8 pixels."""
-    images = pictures(64, 256, seed=4)
-    latents = (encode(vae, images) * vae.config.scaling_factor).permute(0, 2, 3, 1).reshape(-1, 4)
-    means = F.avg_pool2d(to_signed(images), 8).permute(0, 2, 3, 1).reshape(-1, 3)
+    pixels = images(64, 256, seed=4)
+    latents = (encode(vae, pixels) * vae.config.scaling_factor).permute(0, 2, 3, 1).reshape(-1, 4)
+    means = F.avg_pool2d(to_signed(pixels), 8).permute(0, 2, 3, 1).reshape(-1, 3)
     inputs = torch.cat([latents, torch.ones(len(latents), 1)], 1)
     fitted: list[list[float]] = torch.linalg.lstsq(inputs, means).solution.tolist()
     return [[round(value, 4) for value in row] for row in fitted]
@@ -111,7 +111,7 @@ def latent_rgb(vae: AutoencoderKL) -> list[list[float]]:
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
-    """Mean PSNR in dB of the round trip of whole pictures, in float32."""
+    """Mean PSNR in dB of the round trip of whole images, in float32."""
     values = []
     for chunk in images.split(8):
         x = to_signed(chunk)

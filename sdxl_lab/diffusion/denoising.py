@@ -1,8 +1,8 @@
-"""One picture on its way through the diffusion.
+"""One image on its way through the diffusion.
 
 A `Trajectory` owns its schedulers, its generator and its latents. It gives the rows of its next UNet call and takes the
 UNet's answer; who else shares that call it does not know. Step by step it does what diffusers'
-`StableDiffusionXLPipeline` and `StableDiffusionXLImg2ImgPipeline` do for one picture, draw for draw.
+`StableDiffusionXLPipeline` and `StableDiffusionXLImg2ImgPipeline` do for one image, draw for draw.
 """
 
 import inspect
@@ -24,8 +24,8 @@ Embed = Callable[[DenoiserName, str | None, bool], Embedding]
 
 
 @dataclass(frozen=True)
-class Source:
-    """The picture that an image-to-image job starts from, the record that repeats it, and how much of the noise
+class SourceImage:
+    """The image that an image-to-image request starts from, the record that repeats it, and how much of the noise
     schedule is gone through again (`strength`, above 0 to 1)."""
 
     image: Image.Image
@@ -34,8 +34,8 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is asked: a configuration, a prompt, a seed. With `source`, the refiner goes over that picture again.
+class ImageRequest:
+    """What is asked: a configuration, a prompt, a seed. With `source`, the refiner goes over that image again.
 
     Raises `ConfigError` when something is out of its range, before any work.
     """
@@ -43,7 +43,7 @@ class Job:
     config: GenerationConfig
     prompt: str
     seed: int
-    source: Source | None = None
+    source: SourceImage | None = None
 
     def __post_init__(self) -> None:
         checked_prompt(self.prompt)
@@ -77,15 +77,15 @@ class Rows(NamedTuple):
         return Rows(*(torch.cat([part, *[part[-1:]] * more]) for part in self)) if more else self
 
 
-def rows_of(job: Job) -> int:
-    """The most rows a picture takes in one call: two with guidance, else one."""
-    return 2 if job.config.guidance_scale > 1 else 1
+def rows_of(request: ImageRequest) -> int:
+    """The most rows an image takes in one call: two with guidance, else one."""
+    return 2 if request.config.guidance_scale > 1 else 1
 
 
-def calls_of(job: Job) -> int:
-    """The UNet calls a picture takes, by its settings alone: a second-order scheduler may make one less."""
-    strength = 1 if job.source is None else job.source.strength
-    return max(1, int(job.config.steps * strength) * schedulers.order(job.config.scheduler))
+def calls_of(request: ImageRequest) -> int:
+    """The UNet calls an image takes, by its settings alone: a second-order scheduler may make one less."""
+    strength = 1 if request.source is None else request.source.strength
+    return max(1, int(request.config.steps * strength) * schedulers.order(request.config.scheduler))
 
 
 def base_stop(scheduler: SchedulerMixin, handover: float) -> int:
@@ -124,10 +124,10 @@ class Seen(NamedTuple):
 class Stage:
     """A stretch of the schedule under one UNet."""
 
-    def __init__(self, name: DenoiserName, denoiser: Denoiser, job: Job, device: torch.device) -> None:
-        self.name, self.denoiser, self.config = name, denoiser, job.config
-        self.scheduler = schedulers.build(job.config.scheduler, denoiser.scheduler_config, seed=job.seed)
-        self.scheduler.set_timesteps(job.config.steps, device=device)
+    def __init__(self, name: DenoiserName, denoiser: Denoiser, request: ImageRequest, device: torch.device) -> None:
+        self.name, self.denoiser, self.config = name, denoiser, request.config
+        self.scheduler = schedulers.build(request.config.scheduler, denoiser.scheduler_config, seed=request.seed)
+        self.scheduler.set_timesteps(request.config.steps, device=device)
         self.timesteps = self.scheduler.timesteps
         self.index = 0
         self.seen: Seen | None = None
@@ -138,12 +138,12 @@ class Stage:
         self.timesteps = self.timesteps[start:stop]
         return self
 
-    def condition(self, job: Job, embed: Embed, size: tuple[int, int]) -> None:
-        """Embed the prompts and set the micro-conditioning. `size` is the picture's (height, width)."""
+    def condition(self, request: ImageRequest, embed: Embed, size: tuple[int, int]) -> None:
+        """Embed the prompts and set the micro-conditioning. `size` is the image's (height, width)."""
         config = self.config
         scale = config.guidance_scale
         self.guided = scale > 1 and self.denoiser.unet.config.time_cond_proj_dim is None
-        self.positive = embed(self.name, job.prompt, False)
+        self.positive = embed(self.name, request.prompt, False)
         self.negative = embed(self.name, config.negative_prompt, True) if self.guided else self.positive
         device = self.positive.hidden.device
         original = config.original_size or size
@@ -235,26 +235,26 @@ def guide(negative: torch.Tensor, positive: torch.Tensor, scale: float, rescale:
 
 
 class Trajectory:
-    """One picture under way. `latents` (1, 4, h, w), float32 whatever the UNet's dtype, and `done` are the outcome;
+    """One image under way. `latents` (1, 4, h, w), float32 whatever the UNet's dtype, and `done` are the outcome;
     `calls` of `total` are the UNet calls made so far. Raises `ConfigError` where the settings leave a stage without a
     step."""
 
-    def __init__(self, models: Models, job: Job, embed: Embed) -> None:
-        self.job, self.models, self.calls = job, models, 0
+    def __init__(self, models: Models, request: ImageRequest, embed: Embed) -> None:
+        self.request, self.models, self.calls = request, models, 0
         self._last: Stage | None = None
-        self.generator = torch.Generator("cpu").manual_seed(job.seed)
-        config = job.config
-        if job.source is not None:
-            self.stages = [self._refine_stage(job.source)]
+        self.generator = torch.Generator("cpu").manual_seed(request.seed)
+        config = request.config
+        if request.source is not None:
+            self.stages = [self._refine_stage(request.source)]
             first = self.stages[0]
-            self.latents = self._noised(models.encode(job.source.image, self.generator), first)
+            self.latents = self._noised(models.encode(request.source.image, self.generator), first)
         else:
             self.stages = self._ensemble(config.refiner)
             noise = self._noise(config.height, config.width)
             self.latents = noise * self.stages[0].scheduler.init_noise_sigma
         height, width = (side * models.scale_factor for side in self.latents.shape[-2:])
         for stage in self.stages:
-            stage.condition(job, embed, (height, width))
+            stage.condition(request, embed, (height, width))
             if not len(stage.timesteps):
                 raise ConfigError(
                     "steps", config.steps, f"enough that both base and refiner get one ({stage.name} has none)", 25
@@ -262,19 +262,19 @@ class Trajectory:
         self.total = sum(len(stage.timesteps) for stage in self.stages)
 
     def _ensemble(self, refiner: RefinerConfig | None) -> list[Stage]:
-        models, job = self.models, self.job
-        base = Stage("base", models.base, job, models.device)
+        models, request = self.models, self.request
+        base = Stage("base", models.base, request, models.device)
         if refiner is None:
             return [base.between(0)]
-        second = Stage("refiner", self._refiner(), job, models.device)
+        second = Stage("refiner", self._refiner(), request, models.device)
         return [
             base.between(0, base_stop(base.scheduler, refiner.handover)),
             second.between(refiner_start(second.scheduler, refiner.handover)),
         ]
 
-    def _refine_stage(self, source: Source) -> Stage:
-        stage = Stage("refiner", self._refiner(), self.job, self.models.device)
-        return stage.between(strength_start(stage.scheduler, self.job.config.steps, source.strength))
+    def _refine_stage(self, source: SourceImage) -> Stage:
+        stage = Stage("refiner", self._refiner(), self.request, self.models.device)
+        return stage.between(strength_start(stage.scheduler, self.request.config.steps, source.strength))
 
     def _refiner(self) -> Denoiser:
         if self.models.refiner is None:
@@ -302,7 +302,7 @@ class Trajectory:
 
     @property
     def group(self) -> tuple[DenoiserName, int, int]:
-        """What must agree for two pictures to share a UNet call: the UNet and the latents' height and width."""
+        """What must agree for two images to share a UNet call: the UNet and the latents' height and width."""
         return self.stage.name, self.latents.shape[-2], self.latents.shape[-1]
 
     def row_count(self) -> int:
@@ -323,11 +323,11 @@ class Trajectory:
 
     def record(self) -> dict[str, Any]:
         """What was asked, what the scheduler made of it, and what it cost, as plain values."""
-        job, config = self.job, self.job.config
+        request, config = self.request, self.request.config
         record: dict[str, Any] = {
-            "prompt": job.prompt,
+            "prompt": request.prompt,
             "negative_prompt": config.negative_prompt,
-            "seed": job.seed,
+            "seed": request.seed,
             "config": config.to_dict(),
             "digest": config.digest,
             "sampler": schedulers.TABLE[config.scheduler].a1111,
@@ -335,6 +335,6 @@ class Trajectory:
             "unet_calls": {stage.name: len(stage.timesteps) for stage in self.stages},
             "unet_rows": {stage.name: stage.total_rows for stage in self.stages},
         }
-        if job.source is not None:
-            record |= {"source": job.source.record, "strength": job.source.strength}
+        if request.source is not None:
+            record |= {"source": request.source.record, "strength": request.source.strength}
         return record

@@ -1,7 +1,7 @@
-"""The engine: one thread that owns the models and packs many pictures' steps into shared UNet calls.
+"""The engine: one thread that owns the models and packs many images' steps into shared UNet calls.
 
-Pictures of different prompts, seeds, schedulers, step counts and guidance join and leave between any two calls; only
-the UNet and the picture's size must agree. The engine knows trajectories and tickets; it knows no HTTP, no files and no
+Images of different prompts, seeds, schedulers, step counts and guidance join and leave between any two calls; only
+the UNet and the image's size must agree. The engine knows trajectories and jobs; it knows no HTTP, no files and no
 scheduler. Every method may be called from any thread.
 """
 
@@ -23,10 +23,10 @@ from PIL import Image
 
 from sdxl_lab import __version__
 from sdxl_lab.config import ConfigError, GenerationConfig, RuntimeProfile
-from sdxl_lab.diffusion.denoising import DenoiserName, Job, Rows, Trajectory, calls_of, rows_of
-from sdxl_lab.diffusion.latency import Load, Pace, Span, forecast
+from sdxl_lab.diffusion.denoising import DenoiserName, ImageRequest, Rows, Trajectory, calls_of, rows_of
+from sdxl_lab.diffusion.latency import Forecast, LatencyModel, Workload, forecast
 from sdxl_lab.diffusion.models import Embedding, Models, identity, load
-from sdxl_lab.images import Picture, finish, preview
+from sdxl_lab.images import GeneratedImage, finish, preview
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ OnStep = Callable[[int, int], None]
 
 
 class Cancelled(Exception):
-    """The picture was cancelled before it was finished."""
+    """The image was cancelled before it was finished."""
 
 
 class EngineStopped(RuntimeError):
@@ -42,16 +42,16 @@ class EngineStopped(RuntimeError):
 
 
 class QueueFull(RuntimeError):
-    """The engine's queue has as many waiting pictures as it takes."""
+    """The engine's queue has as many waiting images as it takes."""
 
 
-class Ticket:
-    """A picture that was asked for. `state` is queued, running, done, failed or cancelled. Any thread may ask it."""
+class Job:
+    """An image that was asked for. `state` is queued, running, done, failed or cancelled. Any thread may ask it."""
 
-    def __init__(self, engine: "Engine", job: Job, on_step: OnStep | None, priority: int) -> None:
-        self.job, self.on_step, self.priority = job, on_step, priority
+    def __init__(self, engine: "Engine", request: ImageRequest, on_step: OnStep | None, priority: int) -> None:
+        self.request, self.on_step, self.priority = request, on_step, priority
         self._engine = engine
-        self.future: Future[Picture] = Future()
+        self.future: Future[GeneratedImage] = Future()
         self.future.set_running_or_notify_cancel()  # so that only the engine can end it
         self.submitted = time.monotonic()
         self.started = self.submitted
@@ -79,12 +79,12 @@ class Ticket:
 
     @property
     def eta(self) -> float | None:
-        """Seconds until the picture is done, from the measured speed and all that shares the engine; 0.0 when it is
+        """Seconds until the image is done, from the measured speed and all that shares the engine; 0.0 when it is
         over, None while nothing was measured."""
         return self._engine.eta(self)
 
     def preview(self) -> Image.Image | None:
-        """The picture as the last step sees it, small and rough, by a linear map of the latents; None before the first
+        """The image as the last step sees it, small and rough, by a linear map of the latents; None before the first
         step. Takes under a millisecond on a CPU and none of it in the engine's thread: call it from your own."""
         latents = self.trajectory.denoised() if self.trajectory else None
         if latents is None:
@@ -92,15 +92,15 @@ class Ticket:
         return preview(latents[0].float().cpu().numpy(), self._engine.models.latent_rgb)
 
     def cancel(self) -> None:
-        """Stop at the next tick. `result` then raises `Cancelled`; a finished picture stays finished."""
+        """Stop at the next tick. `result` then raises `Cancelled`; a finished image stays finished."""
         self._cancelled.set()
 
     @property
     def cancelled(self) -> bool:
         return self._cancelled.is_set()
 
-    def result(self, timeout: float | None = None) -> Picture:
-        """Wait for the picture. Raises what went wrong, `Cancelled`, or `TimeoutError`."""
+    def result(self, timeout: float | None = None) -> GeneratedImage:
+        """Wait for the image. Raises what went wrong, `Cancelled`, or `TimeoutError`."""
         return self.future.result(timeout)
 
 
@@ -122,18 +122,18 @@ class EngineStats:
 
 
 class Engine:
-    """Draws pictures. Use it as a context manager, or call `close`."""
+    """Draws images. Use it as a context manager, or call `close`."""
 
     def __init__(self, models: Models, profile: RuntimeProfile, weights: dict[str, str], max_queue: int = 1000) -> None:
         self.models, self.profile, self.weights = models, profile, weights
         self.max_queue, self.rows = max_queue, profile.rows
         self.failure: str | None = None
-        self._waiting: list[Ticket] = []
-        self._running: list[Ticket] = []
+        self._waiting: list[Job] = []
+        self._running: list[Job] = []
         self._wake = threading.Condition()
         self._closed = False
         self._ticks = 0
-        self._pace = Pace()
+        self._latency = LatencyModel()
         self._last_call = (0, 0.0)
         self._all_calls = (0, 0, 0.0)  # calls, rows, seconds: replaced whole, so that a reader needs no lock
         self._embeddings: OrderedDict[tuple[DenoiserName, str | None, bool], Embedding] = OrderedDict()
@@ -162,8 +162,8 @@ class Engine:
         """Cancel what is queued or running and end the thread."""
         with self._wake:
             self._closed = True
-            for ticket in [*self._waiting, *self._running]:
-                ticket.cancel()
+            for job in [*self._waiting, *self._running]:
+                job.cancel()
             self._wake.notify()
         self._thread.join()
         self._finisher.shutdown()
@@ -176,91 +176,93 @@ class Engine:
     def queued(self) -> int:
         return len(self._waiting)
 
-    def position(self, ticket: Ticket) -> int:
-        """`Ticket.position`."""
+    def position(self, job: Job) -> int:
+        """`Job.position`."""
         with self._wake:
-            return self._waiting.index(ticket) + 1 if ticket in self._waiting else 0
+            return self._waiting.index(job) + 1 if job in self._waiting else 0
 
-    def eta(self, ticket: Ticket) -> float | None:
-        """`Ticket.eta`."""
-        if ticket.future.done():
+    def eta(self, job: Job) -> float | None:
+        """`Job.eta`."""
+        if job.future.done():
             return 0.0
         running, waiting = self._under_way()
-        spans = self._forecast(running, waiting)
+        forecasts = self._forecast(running, waiting)
         everyone = [*running, *waiting]
-        return spans[everyone.index(ticket)].end if spans and ticket in everyone else None
+        return forecasts[everyone.index(job)].end if forecasts and job in everyone else None
 
     def backlog_seconds(self) -> float | None:
-        """Seconds until a picture submitted now would have its first step; None while nothing was measured."""
-        spans = self._forecast(*self._under_way(), Load("none", 2, 1))
-        return spans[-1].start if spans else None
+        """Seconds until an image submitted now would have its first step; None while nothing was measured."""
+        forecasts = self._forecast(*self._under_way(), Workload("none", 2, 1))
+        return forecasts[-1].start if forecasts else None
 
     def room_seconds(self) -> float | None:
-        """Seconds until the queue takes one more picture: 0.0 if it does now; None while nothing was measured."""
+        """Seconds until the queue takes one more image: 0.0 if it does now; None while nothing was measured."""
         running, waiting = self._under_way()
         if len(waiting) < self.max_queue:
             return 0.0
-        spans = self._forecast(running, waiting)
-        return spans[len(running) + len(waiting) - self.max_queue].start if spans else None
+        forecasts = self._forecast(running, waiting)
+        return forecasts[len(running) + len(waiting) - self.max_queue].start if forecasts else None
 
-    def _under_way(self) -> tuple[list[Ticket], list[Ticket]]:
+    def _under_way(self) -> tuple[list[Job], list[Job]]:
         """Those that are drawn and those that wait, at one moment."""
         with self._wake:
             return list(self._running), list(self._waiting)
 
-    def _forecast(self, running: list[Ticket], waiting: list[Ticket], *more: Load) -> list[Span] | None:
-        if not self._pace:
+    def _forecast(self, running: list[Job], waiting: list[Job], *more: Workload) -> list[Forecast] | None:
+        if not self._latency:
             return None
-        return forecast([*map(self._load, running)], [*map(self._load, waiting), *more], self.rows, self._pace)
+        return forecast([*map(self._load, running)], [*map(self._load, waiting), *more], self.rows, self._latency)
 
-    def _load(self, ticket: Ticket) -> Load:
-        """A picture's remaining work; for one that waits, by its settings alone."""
-        job, trajectory = ticket.job, ticket.trajectory
+    def _load(self, job: Job) -> Workload:
+        """An image's remaining work; for one that waits, by its settings alone."""
+        request, trajectory = job.request, job.trajectory
         if trajectory is not None:
             name = next((stage.name for stage in trajectory.stages if not stage.finished), "base")
             height, width = trajectory.latents.shape[-2:]
-            return Load((name, height, width), rows_of(job), max(0, trajectory.total - trajectory.calls))
-        name = "base" if job.source is None else "refiner"
-        width, height = (job.config.width, job.config.height) if job.source is None else job.source.image.size
+            return Workload((name, height, width), rows_of(request), max(0, trajectory.total - trajectory.calls))
+        name = "base" if request.source is None else "refiner"
+        width, height = (
+            (request.config.width, request.config.height) if request.source is None else request.source.image.size
+        )
         factor = self.models.scale_factor
-        return Load((name, height // factor, width // factor), rows_of(job), calls_of(job))
+        return Workload((name, height // factor, width // factor), rows_of(request), calls_of(request))
 
     def stats(self) -> EngineStats:
         running, waiting = self._under_way()
         rows, seconds = self._last_call
-        in_flight = sum(rows_of(ticket.job) for ticket in running)
+        in_flight = sum(rows_of(job.request) for job in running)
         return EngineStats(
             len(waiting), len(running), in_flight, self.rows, self._ticks, rows, seconds, *self._all_calls
         )
 
-    def submit(self, job: Job, on_step: OnStep | None = None, priority: int = 0) -> Ticket:
-        """Queue a picture: behind those of its own `priority` or a higher one, before the others.
+    def submit(self, request: ImageRequest, on_step: OnStep | None = None, priority: int = 0) -> Job:
+        """Queue an image: behind those of its own `priority` or a higher one, before the others.
 
         `on_step(calls, total)` is called after each of its UNet calls, in the engine's thread: it must return at once.
         Raises `QueueFull`, `EngineStopped`, or `ConfigError` for a refiner that the engine's models do not have. That
-        they are those of the job's configuration is for the caller to see to.
+        they are those of the request's configuration is for the caller to see to.
         """
-        if job.config.refiner is not None and self.models.refiner is None:
+        if request.config.refiner is not None and self.models.refiner is None:
             raise ConfigError(
                 "refiner", "a refiner stage", "left out: the engine's models have no refiner", "refiner = none"
             )
-        ticket = Ticket(self, job, on_step, priority)
+        job = Job(self, request, on_step, priority)
         with self._wake:
             if not self.healthy:
                 raise EngineStopped(self.failure or "the engine is closed")
             if len(self._waiting) >= self.max_queue:
-                raise QueueFull(f"{len(self._waiting)} pictures are waiting, and no more are taken")
-            bisect.insort_right(self._waiting, ticket, key=lambda waiting: -waiting.priority)
+                raise QueueFull(f"{len(self._waiting)} images are waiting, and no more are taken")
+            bisect.insort_right(self._waiting, job, key=lambda waiting: -waiting.priority)
             self._wake.notify()
-        return ticket
+        return job
 
-    def draw(self, job: Job) -> Picture:
+    def draw(self, request: ImageRequest) -> GeneratedImage:
         """Submit and wait; Ctrl-C (or a notebook's Stop) cancels at the next step."""
-        ticket = self.submit(job)
+        job = self.submit(request)
         try:
-            return ticket.result()
+            return job.result()
         except BaseException:
-            ticket.cancel()
+            job.cancel()
             raise
 
     # --- the engine's thread ---------------------------------------------------------------------------------------
@@ -287,11 +289,11 @@ class Engine:
             left = [*self._waiting, *self._running]
             self._waiting.clear()
             self._running.clear()
-        for ticket in left:
+        for job in left:
             stopped = EngineStopped(self.failure)
             stopped.__cause__ = error
-            if not ticket.future.done():
-                ticket.future.set_exception(stopped)
+            if not job.future.done():
+                job.future.set_exception(stopped)
 
     def _tick(self) -> None:
         """Drop the cancelled, admit the waiting, make one UNet call, send off the finished."""
@@ -301,44 +303,44 @@ class Engine:
         if not self._running:
             return
         self._step(self._pick())
-        finished = [ticket for ticket in self._running if ticket.trajectory and ticket.trajectory.done]
-        by_shape: dict[torch.Size, list[Ticket]] = {}
-        for ticket in finished:
-            assert ticket.trajectory is not None
-            by_shape.setdefault(ticket.trajectory.latents.shape, []).append(ticket)
-        for tickets in by_shape.values():
-            self._decode(tickets)
-            for ticket in tickets:
-                self._running.remove(ticket)
+        finished = [job for job in self._running if job.trajectory and job.trajectory.done]
+        by_shape: dict[torch.Size, list[Job]] = {}
+        for job in finished:
+            assert job.trajectory is not None
+            by_shape.setdefault(job.trajectory.latents.shape, []).append(job)
+        for jobs in by_shape.values():
+            self._decode(jobs)
+            for job in jobs:
+                self._running.remove(job)
 
     def _drop_cancelled(self) -> None:
         with self._wake:
-            dropped = [ticket for ticket in [*self._waiting, *self._running] if ticket.cancelled]
-            self._waiting = [ticket for ticket in self._waiting if not ticket.cancelled]
-        for ticket in dropped:
-            self._end(ticket, Cancelled("the picture was cancelled"))
+            dropped = [job for job in [*self._waiting, *self._running] if job.cancelled]
+            self._waiting = [job for job in self._waiting if not job.cancelled]
+        for job in dropped:
+            self._end(job, Cancelled("the image was cancelled"))
 
-    def _end(self, ticket: Ticket, error: Exception) -> None:
-        if ticket in self._running:
-            self._running.remove(ticket)
-        ticket.future.set_exception(error)
+    def _end(self, job: Job, error: Exception) -> None:
+        if job in self._running:
+            self._running.remove(job)
+        job.future.set_exception(error)
 
     def _admit(self) -> None:
-        """Start waiting pictures, in order, while the rows in flight stay within the budget; one always may."""
+        """Start waiting images, in order, while the rows in flight stay within the budget; one always may."""
         while True:
             with self._wake:
                 if not self._waiting:
                     return
-                in_flight = sum(rows_of(ticket.job) for ticket in self._running)
-                if self._running and in_flight + rows_of(self._waiting[0].job) > self.rows:
+                in_flight = sum(rows_of(job.request) for job in self._running)
+                if self._running and in_flight + rows_of(self._waiting[0].request) > self.rows:
                     return
-                ticket = self._waiting.pop(0)
-                self._running.append(ticket)
-            ticket.started = time.monotonic()
+                job = self._waiting.pop(0)
+                self._running.append(job)
+            job.started = time.monotonic()
             try:
-                ticket.trajectory = Trajectory(self.models, ticket.job, self._embed)
+                job.trajectory = Trajectory(self.models, job.request, self._embed)
             except Exception as error:
-                self._end(ticket, error)
+                self._end(job, error)
 
     def _embed(self, name: DenoiserName, prompt: str | None, negative: bool) -> Embedding:
         """Embeddings are kept for the prompts used last."""
@@ -351,28 +353,28 @@ class Engine:
         self._embeddings.move_to_end(key)
         return self._embeddings[key]
 
-    def _pick(self) -> list[Ticket]:
-        """The group whose turn was longest ago, as many of its pictures as the budget has rows for, those first that
+    def _pick(self) -> list[Job]:
+        """The group whose turn was longest ago, as many of its images as the budget has rows for, those first that
         have waited longest."""
-        ordered = sorted(self._running, key=lambda ticket: ticket.served)
+        ordered = sorted(self._running, key=lambda job: job.served)
         assert ordered[0].trajectory is not None
         group = ordered[0].trajectory.group
-        picked: list[Ticket] = []
+        picked: list[Job] = []
         rows = 0
-        for ticket in ordered:
-            assert ticket.trajectory is not None
-            if ticket.trajectory.group != group:
+        for job in ordered:
+            assert job.trajectory is not None
+            if job.trajectory.group != group:
                 continue
-            rows += ticket.trajectory.row_count()
+            rows += job.trajectory.row_count()
             if picked and rows > self.rows:
                 break
-            picked.append(ticket)
+            picked.append(job)
         return picked
 
-    def _step(self, tickets: list[Ticket]) -> None:
-        """One UNet call for all tickets. If it fails they are tried apart, so that only the culprit fails; if memory
+    def _step(self, jobs: list[Job]) -> None:
+        """One UNet call for all jobs. If it fails they are tried apart, so that only the culprit fails; if memory
         ran out, the budget is halved first."""
-        trajectories = [ticket.trajectory for ticket in tickets if ticket.trajectory]
+        trajectories = [job.trajectory for job in jobs if job.trajectory]
         began, group = time.monotonic(), trajectories[0].group
         predictions: tuple[torch.Tensor, ...] | None = None
         exhausted = False
@@ -380,42 +382,40 @@ class Engine:
             inputs = [trajectory.inputs() for trajectory in trajectories]
             predictions = self._predict(group[0], inputs)
         except Exception as error:
-            if len(tickets) == 1:
-                self._end(tickets[0], error)
+            if len(jobs) == 1:
+                self._end(jobs[0], error)
                 return
             exhausted = isinstance(error, torch.OutOfMemoryError)
         if predictions is None:  # out here the error is gone, and with its frames the memory that they held
             if exhausted:
                 self.rows = max(2, self.rows // 2)
-                log.warning(
-                    "out of memory with %d pictures in one call; the row budget is now %d", len(tickets), self.rows
-                )
+                log.warning("out of memory with %d images in one call; the row budget is now %d", len(jobs), self.rows)
                 torch.cuda.empty_cache()
-            half = len(tickets) // 2
-            self._step(tickets[:half])
-            self._step(tickets[half:])
+            half = len(jobs) // 2
+            self._step(jobs[:half])
+            self._step(jobs[half:])
             return
-        for ticket, trajectory, prediction in zip(tickets, trajectories, predictions, strict=True):
+        for job, trajectory, prediction in zip(jobs, trajectories, predictions, strict=True):
             try:
                 trajectory.take(prediction)
             except Exception as error:
-                self._end(ticket, error)
+                self._end(job, error)
                 continue
-            ticket.served = self._ticks
-            if ticket.on_step is not None:
+            job.served = self._ticks
+            if job.on_step is not None:
                 try:
-                    ticket.on_step(trajectory.calls, trajectory.total)
+                    job.on_step(trajectory.calls, trajectory.total)
                 except Exception:
-                    log.exception("a step callback failed; the picture goes on without it")
-                    ticket.on_step = None
+                    log.exception("a step callback failed; the image goes on without it")
+                    job.on_step = None
         self._settle()
         now = time.monotonic()
-        for ticket in tickets:
-            ticket.first_step = ticket.first_step or now
+        for job in jobs:
+            job.first_step = job.first_step or now
         self._last_call = rows, seconds = sum(len(each.timesteps) for each in inputs), now - began
         calls, all_rows, all_seconds = self._all_calls
         self._all_calls = calls + 1, all_rows + rows, all_seconds + seconds
-        self._pace.took(group, rows, seconds)
+        self._latency.took(group, rows, seconds)
 
     def _settle(self) -> None:
         """Wait for the GPU: else steps would be queued there far ahead, and neither a cancel nor a clock would mean
@@ -425,7 +425,7 @@ class Engine:
 
     @torch.no_grad()
     def _predict(self, name: DenoiserName, inputs: list[Rows]) -> tuple[torch.Tensor, ...]:
-        """The UNet's answer for every picture's rows."""
+        """The UNet's answer for every image's rows."""
         rows = Rows(*(torch.cat(part) for part in zip(*inputs, strict=True)))
         count = len(rows.timesteps)
         if self.profile.compile:
@@ -441,44 +441,44 @@ class Engine:
         parts: tuple[torch.Tensor, ...] = answer[:count].float().split([len(each.timesteps) for each in inputs])
         return parts
 
-    def _decode(self, tickets: list[Ticket]) -> None:
-        """VAE decode of pictures that finished together; the rest of the work is the finisher's."""
+    def _decode(self, jobs: list[Job]) -> None:
+        """VAE decode of images that finished together; the rest of the work is the finisher's."""
         began = time.monotonic()
         try:
-            latents = torch.cat([ticket.trajectory.latents for ticket in tickets if ticket.trajectory])
+            latents = torch.cat([job.trajectory.latents for job in jobs if job.trajectory])
             pixels = self.models.decode(latents)
-            self._pace.took("decode", len(tickets), time.monotonic() - began)
+            self._latency.took("decode", len(jobs), time.monotonic() - began)
         except Exception as error:
-            if len(tickets) == 1:
-                tickets[0].future.set_exception(error)
+            if len(jobs) == 1:
+                jobs[0].future.set_exception(error)
                 return
-            for ticket in tickets:
-                self._decode([ticket])
+            for job in jobs:
+                self._decode([job])
             return
-        for ticket, picture in zip(tickets, pixels, strict=True):
+        for job, image in zip(jobs, pixels, strict=True):
             denoised = time.monotonic()
-            self._finisher.submit(self._finish, ticket, picture, denoised)
+            self._finisher.submit(self._finish, job, image, denoised)
 
-    def _finish(self, ticket: Ticket, pixels: Any, denoised: float) -> None:
+    def _finish(self, job: Job, pixels: Any, denoised: float) -> None:
         """Runs in the finisher's thread."""
         try:
-            image = finish(pixels, watermark=ticket.job.config.watermark)
+            image = finish(pixels, watermark=job.request.config.watermark)
             timings = {
-                "queued_ms": 1000 * (ticket.started - ticket.submitted),
-                "denoise_ms": 1000 * (denoised - ticket.started),
-                "total_ms": 1000 * (time.monotonic() - ticket.submitted),
+                "queued_ms": 1000 * (job.started - job.submitted),
+                "denoise_ms": 1000 * (denoised - job.started),
+                "total_ms": 1000 * (time.monotonic() - job.submitted),
             }
             rounded = {name: round(value, 1) for name, value in timings.items()}
-            picture = Picture(image, self._record(ticket), rounded)
+            generated = GeneratedImage(image, self._record(job), rounded)
         except Exception as error:
-            ticket.future.set_exception(error)
+            job.future.set_exception(error)
             return
-        ticket.future.set_result(picture)
+        job.future.set_result(generated)
 
-    def _record(self, ticket: Ticket) -> dict[str, Any]:
-        """All that decides the picture's pixels."""
-        assert ticket.trajectory is not None
-        return ticket.trajectory.record() | {
+    def _record(self, job: Job) -> dict[str, Any]:
+        """All that decides the image's pixels."""
+        assert job.trajectory is not None
+        return job.trajectory.record() | {
             "version": __version__,
             "weights": self.weights,
             "runtime": self.profile.to_dict(),

@@ -1,4 +1,4 @@
-"""How long the engine's calls take, and from that when a picture will start and be done.
+"""How long the engine's calls take, and from that when an image will start and be done.
 
 Knows numbers only: what a call costs was measured, what is under way and what waits is told.
 """
@@ -12,8 +12,8 @@ REMEMBERED = 15  # the last calls of a kind; their median passes over a first, s
 
 
 @dataclass(frozen=True)
-class Load:
-    """A picture's remaining work: `calls` of `group`'s UNet, `rows` in each, then a decode."""
+class Workload:
+    """An image's remaining work: `calls` of `group`'s UNet, `rows` in each, then a decode."""
 
     group: Hashable
     rows: int
@@ -21,15 +21,15 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Span:
-    """Seconds from now until a picture's first call and until it is decoded."""
+class Forecast:
+    """Seconds from now until an image's first call and until it is decoded."""
 
     start: float
     end: float
 
 
-class Pace:
-    """Seconds a call takes, by its group and how many rows (for a decode: pictures) it had."""
+class LatencyModel:
+    """Seconds a call takes, by its group and how many rows (for a decode: images) it had."""
 
     def __init__(self) -> None:
         self._seconds: dict[Hashable, dict[int, deque[float]]] = {}
@@ -53,9 +53,11 @@ class Pace:
         return bool(self._seconds)
 
 
-def forecast(running: Sequence[Load], waiting: Sequence[Load], budget: int, pace: Pace) -> list[Span]:
+def forecast(
+    running: Sequence[Workload], waiting: Sequence[Workload], budget: int, pace: LatencyModel
+) -> list[Forecast]:
     """When each will start and end, the running first: the engine's own rule, played forward in leaps from one
-    picture's end to the next. In a round every group has one call and every picture in flight one step."""
+    image's end to the next. In a round every group has one call and every image in flight one step."""
     left = {index: load.calls for index, load in enumerate(running)}
     loads = [*running, *waiting]
     starts, ends = dict.fromkeys(left, 0.0), dict.fromkeys(left, 0.0)
@@ -76,4 +78,4 @@ def forecast(running: Sequence[Load], waiting: Sequence[Load], budget: int, pace
         left = {index: calls - leap for index, calls in left.items() if calls > leap}
         now += pace.seconds("decode", len(done))
         ends |= dict.fromkeys(done, now)
-    return [Span(starts[index], ends[index]) for index in range(len(loads))]
+    return [Forecast(starts[index], ends[index]) for index in range(len(loads))]

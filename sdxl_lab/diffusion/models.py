@@ -122,7 +122,7 @@ class Models:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         """Latents (n, 4, h, w) to pixels (n, 8h, 8w, 3), float32 in [0, 1]. Where a VAE of half precision overflows,
-        as SDXL's own does in float16, those pictures alone are decoded again in float32."""
+        as SDXL's own does in float16, those images alone are decoded again in float32."""
         images, dtype = self._decoded(latents), self.vae.dtype
         broken, pixels = ~torch.isfinite(images).flatten(1).all(1), _pixels(images)
         if dtype != torch.float32 and broken.any():
@@ -142,7 +142,7 @@ class Models:
 
     @torch.no_grad()
     def encode(self, image: Image.Image, generator: torch.Generator) -> torch.Tensor:
-        """A picture to one latent (1, 4, h, w) in float32, sampled from the posterior as img2img does."""
+        """An image to one latent (1, 4, h, w) in float32, sampled from the posterior as img2img does."""
         mean, deviation = self._statistics()
         pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)[None]
         pixels = (2 * pixels - 1).to(self.device, self.vae.dtype)

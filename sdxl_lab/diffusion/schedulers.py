@@ -1,7 +1,7 @@
-"""Schedulers by name, as diffusers builds them. Knows no pictures and no steps: who denoises asks for a fresh one.
+"""Schedulers by name, as diffusers builds them. Knows no images and no steps: who denoises asks for a fresh one.
 
 Each is built from the model's pristine config, never from another scheduler's: options would leak (`use_karras_sigmas`
-set for one picture stays on for the next).
+set for one image stays on for the next).
 """
 
 import warnings
@@ -52,8 +52,8 @@ def order(name: str) -> int:
 
 
 def build(name: str, pristine: Mapping[str, Any], *, seed: int) -> SchedulerMixin:
-    """A fresh scheduler for one picture. `pristine` is the model's `scheduler_config.json`; `seed` seeds the one
-    scheduler that draws from its own noise tree (DPM++ SDE) instead of the picture's generator."""
+    """A fresh scheduler for one image. `pristine` is the model's `scheduler_config.json`; `seed` seeds the one
+    scheduler that draws from its own noise tree (DPM++ SDE) instead of the image's generator."""
     found = TABLE[name]
     options = dict(found.options)
     if found.cls == "DPMSolverSDEScheduler":

@@ -1,6 +1,6 @@
 """A candidate beside what a slot serves: both drawn for the same prompts and seeds, measured, and judged by gates.
 
-Gives what a promotion is decided on (`Trial.judged`, for `promotion.promote`) and the pictures to look at. Writes
+Gives what a promotion is decided on (`Comparison.judged`, for `promotion.promote`) and the images to look at. Writes
 nothing.
 """
 
@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RuntimeProfile, checked_prompt, checked_seed
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, Gate, Verdict
 from sdxl_lab.evaluation.metrics import Metric, MetricError, find, interval, paired
-from sdxl_lab.images import Picture, beside, read_record
+from sdxl_lab.images import GeneratedImage, beside, read_record
 from sdxl_lab.release.slot import git_state, served
 
 METRICS = ("clip_score", "sharpness", "contrast", "clipping", "unet_rows")
@@ -40,8 +40,8 @@ PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a candidate is tried on. The first seed of the first `goldens` prompts gives the golden pictures; `clip` is
+class ComparisonPlan:
+    """What a candidate is tried on. The first seed of the first `goldens` prompts gives the golden images; `clip` is
     the CLIP model of the metric clip_score, by default the one that comes with the candidate's model. TOML has the same
     names:
 
@@ -73,12 +73,10 @@ class Plan:
         object.__setattr__(self, "metrics", tuple(dict.fromkeys(names)))
         for metric in self.measures:
             if metric.needs_reference:
-                raise MetricError(
-                    f"a trial measures pictures alone; {metric.name} needs a reference. Example: sharpness"
-                )
+                raise MetricError(f"a trial measures images alone; {metric.name} needs a reference. Example: sharpness")
 
     @classmethod
-    def from_toml(cls, path: Path | str) -> "Plan":
+    def from_toml(cls, path: Path | str) -> "ComparisonPlan":
         """Read a plan; what it leaves out is the default. Raises `ConfigError`, `GateError` or `MetricError`."""
         try:
             content = tomllib.loads(Path(path).read_text())
@@ -93,37 +91,37 @@ class Plan:
 
     @property
     def pairs(self) -> list[tuple[str, int]]:
-        """Prompts x seeds, the seeds running fastest: the order of a trial's pictures and values."""
+        """Prompts x seeds, the seeds running fastest: the order of a trial's images and values."""
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What was drawn, in the order of `plan.pairs`; `served` and its pictures are None and () for a new slot."""
+class Comparison:
+    """What was drawn, in the order of `plan.pairs`; `served` and its images are None and () for a new slot."""
 
-    plan: Plan
+    plan: ComparisonPlan
     candidate: GenerationConfig
-    pictures: tuple[Picture, ...]
+    images: tuple[GeneratedImage, ...]
     served: GenerationConfig | None = None
-    served_pictures: tuple[Picture, ...] = ()
+    served_images: tuple[GeneratedImage, ...] = ()
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
     served_values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
-    def goldens(self) -> list[Picture]:
-        return list(self.pictures[:: len(self.plan.seeds)][: self.plan.goldens])
+    def goldens(self) -> list[GeneratedImage]:
+        return list(self.images[:: len(self.plan.seeds)][: self.plan.goldens])
 
     @property
     def panels(self) -> list[tuple[str, Image.Image]]:
         """Of the first seed of each prompt, each under its label: what is served, the candidate, and the difference
         magnified; of a new slot the candidate alone."""
         found = []
-        for at in range(0, len(self.pictures), len(self.plan.seeds)):
-            prompt, candidate = self.pictures[at].record["prompt"], self.pictures[at].image
+        for at in range(0, len(self.images), len(self.plan.seeds)):
+            prompt, candidate = self.images[at].record["prompt"], self.images[at].image
             if not self.served:
                 found.append((prompt, candidate))
                 continue
-            before = self.served_pictures[at].image
+            before = self.served_images[at].image
             after, difference, magnified = beside(before, candidate)
             found += [(f"served: {prompt}", before), ("candidate", after), (magnified, difference)]
         return found
@@ -146,7 +144,7 @@ class Trial:
 
         `notebook` is what `notebook.origin` gives, where the trial runs in one.
         """
-        record = self.pictures[0].record
+        record = self.images[0].record
         commit, dirty = git_state()
         judged = {
             "digest": self.candidate.digest,
@@ -187,24 +185,27 @@ def _estimate(values: np.ndarray, by: Sequence[str]) -> dict[str, Any]:
 
 
 def run(
-    candidate: GenerationConfig, slot: Path | str, plan: Plan | None = None, profile: RuntimeProfile | None = None
-) -> Trial:
+    candidate: GenerationConfig,
+    slot: Path | str,
+    plan: ComparisonPlan | None = None,
+    profile: RuntimeProfile | None = None,
+) -> Comparison:
     """Draw `candidate` and what `slot` holds for every prompt and seed of the plan, and measure both.
 
     A slot that holds nothing yet gives a trial of the candidate alone. Where both take the same models, they share one
     engine and its calls.
     """
-    plan = plan or Plan()
+    plan = plan or ComparisonPlan()
     plan = plan if plan.clip else dataclasses.replace(plan, clip=clip_of(candidate.model))
     before = served(slot)
     _check_gates(plan, before)
     configs = [candidate] if before is None else [candidate, before]
-    drawn = draw([Job(config, prompt, seed) for config in configs for prompt, seed in plan.pairs], profile)
+    drawn = draw([ImageRequest(config, prompt, seed) for config in configs for prompt, seed in plan.pairs], profile)
     mine, theirs = drawn[: len(plan.pairs)], drawn[len(plan.pairs) :]
-    return Trial(plan, candidate, tuple(mine), before, tuple(theirs), measure(plan, mine), measure(plan, theirs))
+    return Comparison(plan, candidate, tuple(mine), before, tuple(theirs), measure(plan, mine), measure(plan, theirs))
 
 
-def _check_gates(plan: Plan, before: GenerationConfig | None) -> None:
+def _check_gates(plan: ComparisonPlan, before: GenerationConfig | None) -> None:
     """A gate that cannot be judged is refused before anything is drawn."""
     zeros = np.zeros(len(plan.pairs))
     metrics = {metric.name: metric for metric in plan.measures}
@@ -213,37 +214,37 @@ def _check_gates(plan: Plan, before: GenerationConfig | None) -> None:
 
 
 def clip_of(model: ModelRef) -> str:
-    """The CLIP model to score a model's pictures with: one trained beside it, as nano's, else OpenAI's, whose text
+    """The CLIP model to score a model's images with: one trained beside it, as nano's, else OpenAI's, whose text
     half is SDXL's first text encoder."""
     places = [Path(model.base) / "clip", Path(model.base).parent / "clip"]
     beside = next((str(place) for place in places if place.is_dir()), "openai/clip-vit-large-patch14")
     return "nano" if model.base == "nano" else beside
 
 
-def measure(plan: Plan, pictures: Sequence[Picture]) -> dict[str, np.ndarray]:
-    """The plan's metrics: a value a picture, by name; empty without pictures."""
-    return {metric.name: metric(pictures) for metric in plan.measures} if pictures else {}
+def measure(plan: ComparisonPlan, images: Sequence[GeneratedImage]) -> dict[str, np.ndarray]:
+    """The plan's metrics: a value an image, by name; empty without images."""
+    return {metric.name: metric(images) for metric in plan.measures} if images else {}
 
 
-def draw(jobs: Sequence[Job], profile: RuntimeProfile | None = None) -> list[Picture]:
-    """The pictures of many jobs, in their order, with one engine for each set of models."""
-    pictures: dict[int, Picture] = {}
-    for model in dict.fromkeys(job.config.model for job in jobs):
-        mine = [index for index, job in enumerate(jobs) if job.config.model == model]
-        with Engine.load(jobs[mine[0]].config, profile, max_queue=len(mine)) as engine:
-            tickets = [engine.submit(jobs[index]) for index in mine]
-            pictures |= {index: ticket.result() for index, ticket in zip(mine, tickets, strict=True)}
-    return [pictures[index] for index in range(len(jobs))]
+def draw(requests: Sequence[ImageRequest], profile: RuntimeProfile | None = None) -> list[GeneratedImage]:
+    """The images of many requests, in their order, with one engine for each set of models."""
+    images: dict[int, GeneratedImage] = {}
+    for model in dict.fromkeys(request.config.model for request in requests):
+        mine = [index for index, request in enumerate(requests) if request.config.model == model]
+        with Engine.load(requests[mine[0]].config, profile, max_queue=len(mine)) as engine:
+            jobs = [engine.submit(requests[index]) for index in mine]
+            images |= {index: job.result() for index, job in zip(mine, jobs, strict=True)}
+    return [images[index] for index in range(len(requests))]
 
 
 def candidate_of(path: Path | str) -> GenerationConfig:
-    """The configuration in a `config.toml`, or the one a picture was drawn with. Raises `ConfigError`, or
-    `PictureError` for a picture that is not ours."""
+    """The configuration in a `config.toml`, or the one an image was drawn with. Raises `ConfigError`, or
+    `ImageError` for an image that is not ours."""
     path = Path(path)
     if path.suffix == ".png":
         record = read_record(path)
         if "source" in record:
-            rule = "a picture drawn from words; this one was refined from another picture"
+            rule = "an image drawn from words; this one was refined from another image"
             raise ConfigError("candidate", str(path), rule, "runs/cat.png")
         return GenerationConfig.from_dict(record["config"])
     return GenerationConfig.from_toml(path)

@@ -1,4 +1,4 @@
-"""What a candidate must hold to be promoted: one line a gate, judged on intervals, never on single pictures.
+"""What a candidate must hold to be promoted: one line a gate, judged on intervals, never on single images.
 
     clip_score: at most 1 worse with 95 % confidence
     unet_rows: at most 20 % worse
@@ -10,7 +10,7 @@
 direction in which the metric is better; "at most X worse" is a test of non-inferiority with the margin X, which may be
 a share of the served mean. The two last hold the candidate alone. Every interval is over prompts, so that it speaks of
 prompts not drawn yet, and counts with its unfavourable end. 95 % where no confidence is given. Knows numbers and their
-prompts, no pictures and no slots.
+prompts, no images and no slots.
 """
 
 import re

@@ -1,6 +1,6 @@
-"""Numbers from pictures, and what a difference of such numbers proves.
+"""Numbers from images, and what a difference of such numbers proves.
 
-Every metric has one signature: pictures in, one float a picture out; `METRICS` lists those that need no model, and
+Every metric has one signature: images in, one float an image out; `METRICS` lists those that need no model, and
 `clip_score` makes the one that does. `interval` and `paired` say how sure a mean is. Knows no sweeps and no cells.
 """
 
@@ -22,21 +22,21 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from sdxl_lab.diffusion.models import NANO, loading
-from sdxl_lab.images import Picture, max_difference
+from sdxl_lab.images import GeneratedImage, max_difference
 
-Measure = Callable[[Sequence[Picture], Sequence[Picture]], Iterable[float]]
+Measure = Callable[[Sequence[GeneratedImage], Sequence[GeneratedImage]], Iterable[float]]
 
 
 class MetricError(ValueError):
-    """A metric is unknown, lacks its reference, or got pictures or values it cannot compare."""
+    """A metric is unknown, lacks its reference, or got images or values it cannot compare."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number a picture.
+    """A number an image.
 
     `better` is "higher", "lower", or None where neither is; `source` names the paper or class that defines it. Where
-    `needs_reference`, every picture is held against the reference in the same place.
+    `needs_reference`, every image is held against the reference in the same place.
     """
 
     name: str
@@ -45,43 +45,45 @@ class Metric:
     measure: Measure = field(repr=False)
     needs_reference: bool = False
 
-    def __call__(self, pictures: Sequence[Picture], references: Sequence[Picture] | None = None) -> np.ndarray:
-        """One float a picture, (n,) of float64. `references` are read by a metric that needs them, and by no other.
+    def __call__(
+        self, images: Sequence[GeneratedImage], references: Sequence[GeneratedImage] | None = None
+    ) -> np.ndarray:
+        """One float an image, (n,) of float64. `references` are read by a metric that needs them, and by no other.
 
         Raises `MetricError` where references are missing, too few, or of another size.
         """
         if self.needs_reference:
-            self._check(pictures, references)
-        values = np.fromiter(self.measure(pictures, references or ()), dtype=np.float64)
-        assert values.shape == (len(pictures),), self.name
+            self._check(images, references)
+        values = np.fromiter(self.measure(images, references or ()), dtype=np.float64)
+        assert values.shape == (len(images),), self.name
         return values
 
-    def _check(self, pictures: Sequence[Picture], references: Sequence[Picture] | None) -> None:
-        if references is None or len(references) != len(pictures):
+    def _check(self, images: Sequence[GeneratedImage], references: Sequence[GeneratedImage] | None) -> None:
+        if references is None or len(references) != len(images):
             received = "none" if references is None else len(references)
             raise MetricError(
-                f"{self.name} must have one reference a picture; received {len(pictures)} pictures and {received} "
-                f"references. Example: {self.name}(pictures, references)"
+                f"{self.name} must have one reference an image; received {len(images)} images and {received} "
+                f"references. Example: {self.name}(images, references)"
             )
-        for index, (picture, reference) in enumerate(zip(pictures, references, strict=True)):
-            if picture.image.size != reference.image.size:
+        for index, (image, reference) in enumerate(zip(images, references, strict=True)):
+            if image.image.size != reference.image.size:
                 raise MetricError(
-                    f"{self.name} must compare pictures of one size; picture {index} is {_size(picture)}, its "
+                    f"{self.name} must compare images of one size; image {index} is {_size(image)}, its "
                     f"reference {_size(reference)}. Draw both with the same width and height"
                 )
 
 
-def _size(picture: Picture) -> str:
-    return "{}x{}".format(*picture.image.size)
+def _size(image: GeneratedImage) -> str:
+    return "{}x{}".format(*image.image.size)
 
 
-def _alone(of_one: Callable[[Picture], float]) -> Measure:
-    return lambda pictures, _: map(of_one, pictures)
+def _alone(of_one: Callable[[GeneratedImage], float]) -> Measure:
+    return lambda images, _: map(of_one, images)
 
 
 def _beside(of_two: Callable[[Image.Image, Image.Image], float]) -> Measure:
-    return lambda pictures, references: (
-        of_two(picture.image, reference.image) for picture, reference in zip(pictures, references, strict=True)
+    return lambda images, references: (
+        of_two(image.image, reference.image) for image, reference in zip(images, references, strict=True)
     )
 
 
@@ -95,40 +97,40 @@ def _luminance(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L"), dtype=np.float64) / 255
 
 
-# --- one picture ---------------------------------------------------------------------------------------------------
+# --- one image ---------------------------------------------------------------------------------------------------
 
 
-def _sharpness(picture: Picture) -> float:
+def _sharpness(image: GeneratedImage) -> float:
     """On [0, 1]: how much variation between neighbours a blur would take away. Noise counts as sharpness too."""
-    luminance = _luminance(picture.image)
+    luminance = _luminance(image.image)
     return 1 - float(blur_effect(luminance)) if np.ptp(luminance) else 0.0
 
 
-def _contrast(picture: Picture) -> float:
-    return float(_luminance(picture.image).std())
+def _contrast(image: GeneratedImage) -> float:
+    return float(_luminance(image.image).std())
 
 
-def _clipping(picture: Picture) -> float:
+def _clipping(image: GeneratedImage) -> float:
     """The share of samples at either end of the scale, where guidance that is too strong drives them."""
-    samples = np.asarray(picture.image.convert("RGB"))
+    samples = np.asarray(image.image.convert("RGB"))
     return float(((samples == 0) | (samples == 255)).mean())
 
 
-def _unet_calls(picture: Picture) -> float:
-    return float(sum(picture.record["unet_calls"].values()))
+def _unet_calls(image: GeneratedImage) -> float:
+    return float(sum(image.record["unet_calls"].values()))
 
 
-def _unet_rows(picture: Picture) -> float:
+def _unet_rows(image: GeneratedImage) -> float:
     """The cost that no machine changes: a guided step is two rows, one outside the guidance interval is one."""
-    return float(sum(picture.record["unet_rows"].values()))
+    return float(sum(image.record["unet_rows"].values()))
 
 
-def _seconds(picture: Picture) -> float:
-    """From its first step to the decoded picture, shared with whatever else was in the engine."""
-    return picture.timings["denoise_ms"] / 1000
+def _seconds(image: GeneratedImage) -> float:
+    """From its first step to the decoded image, shared with whatever else was in the engine."""
+    return image.timings["denoise_ms"] / 1000
 
 
-# --- a picture beside a reference ----------------------------------------------------------------------------------
+# --- an image beside a reference ----------------------------------------------------------------------------------
 
 
 def _ssim(image: Image.Image, reference: Image.Image) -> float:
@@ -147,7 +149,7 @@ def _ssim(image: Image.Image, reference: Image.Image) -> float:
 
 
 def _psnr(image: Image.Image, reference: Image.Image) -> float:
-    """In dB; infinite for equal pictures."""
+    """In dB; infinite for equal images."""
     first, second = _pixels(image), _pixels(reference)
     if np.array_equal(first, second):
         return float("inf")
@@ -167,16 +169,16 @@ def _thumbnail_distance(image: Image.Image, reference: Image.Image) -> float:
     return float(np.sqrt(np.square(_thumbnail(image) - _thumbnail(reference)).mean()))
 
 
-def near_duplicates(pictures: Sequence[Picture], within: float = NEAR) -> list[tuple[int, int, float]]:
-    """The pairs of pictures whose thumbnails are at most `within` apart: (i, j, distance) with i < j, nearest first.
+def near_duplicates(images: Sequence[GeneratedImage], within: float = NEAR) -> list[tuple[int, int, float]]:
+    """The pairs of images whose thumbnails are at most `within` apart: (i, j, distance) with i < j, nearest first.
 
-    Sizes may differ. Seeds that all give the same picture, or a setting that changes nothing, show here.
+    Sizes may differ. Seeds that all give the same image, or a setting that changes nothing, show here.
     """
-    if len(pictures) < 2:
+    if len(images) < 2:
         return []
-    thumbnails = np.stack([_thumbnail(picture.image) for picture in pictures])
+    thumbnails = np.stack([_thumbnail(image.image) for image in images])
     distances = pdist(thumbnails) / np.sqrt(thumbnails.shape[1])
-    first, second = np.triu_indices(len(pictures), 1)
+    first, second = np.triu_indices(len(images), 1)
     order = np.argsort(distances, kind="stable")
     return [(int(first[k]), int(second[k]), float(distances[k])) for k in order if distances[k] <= within]
 
@@ -202,8 +204,8 @@ METRICS: dict[str, Metric] = {
             _beside(_thumbnail_distance),
             True,
         ),
-        Metric("unet_calls", "lower", "the picture's record", _alone(_unet_calls)),
-        Metric("unet_rows", "lower", "the picture's record", _alone(_unet_rows)),
+        Metric("unet_calls", "lower", "the image's record", _alone(_unet_calls)),
+        Metric("unet_rows", "lower", "the image's record", _alone(_unet_rows)),
         Metric("seconds", "lower", "the engine's clock", _alone(_seconds)),
     )
 }
@@ -224,28 +226,28 @@ def find(name: str, clip: str = "nano") -> Metric:
 
 
 def clip_score(model: str = "nano") -> Metric:
-    """How well a picture fits the prompt in its record: 100 times the cosine of CLIP's two embeddings.
+    """How well an image fits the prompt in its record: 100 times the cosine of CLIP's two embeddings.
 
-    Hessel et al. 2021 (arXiv 2104.08718) without their clip at 0, which would call a wrong picture and a contrary one
+    Hessel et al. 2021 (arXiv 2104.08718) without their clip at 0, which would call a wrong image and a contrary one
     equal. `model` is "nano", a folder or a hub id of a `CLIPModel`; scores of different models cannot be compared.
-    The model is loaded with the first picture, on CUDA where there is one, and kept.
+    The model is loaded with the first image, on CUDA where there is one, and kept.
     """
     return Metric(
         "clip_score",
         "higher",
         f"Hessel et al. 2021 (arXiv 2104.08718), 100 x cosine; transformers' CLIPModel {model}",
-        lambda pictures, _: _clip_scores(model, pictures),
+        lambda images, _: _clip_scores(model, images),
     )
 
 
 CLIP_BATCH = 32
 
 
-def _clip_scores(model: str, pictures: Sequence[Picture]) -> list[float]:
+def _clip_scores(model: str, images: Sequence[GeneratedImage]) -> list[float]:
     # In a thread that ends, as `Engine.load` says: a second OpenMP pool that stays would slow the engine's.
     with ThreadPoolExecutor(1, thread_name_prefix="clip") as pool:
         clip = pool.submit(_load_clip, model).result()
-        parts = [pictures[start : start + CLIP_BATCH] for start in range(0, len(pictures), CLIP_BATCH)]
+        parts = [images[start : start + CLIP_BATCH] for start in range(0, len(images), CLIP_BATCH)]
         return [score for part in parts for score in pool.submit(clip.scores, part).result()]
 
 
@@ -256,10 +258,10 @@ class _Clip:
     processor: Any
 
     @torch.no_grad()
-    def scores(self, pictures: Sequence[Picture]) -> list[float]:
-        prompts = [picture.record["prompt"] for picture in pictures]
+    def scores(self, images: Sequence[GeneratedImage]) -> list[float]:
+        prompts = [image.record["prompt"] for image in images]
         ids = self.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-        pixels = self.processor([picture.image.convert("RGB") for picture in pictures], return_tensors="pt")
+        pixels = self.processor([image.image.convert("RGB") for image in images], return_tensors="pt")
         device = self.model.device
         text = self.model.get_text_features(input_ids=ids.input_ids.to(device)).pooler_output
         seen = self.model.get_image_features(pixel_values=pixels.pixel_values.to(device)).pooler_output
@@ -334,7 +336,7 @@ def interval(
     if len(found) < 2:
         raise MetricError(
             f"an interval must have at least two {'values' if by is None else 'labels'}; received {len(found)}. "
-            "One picture proves nothing: take more seeds or prompts"
+            "One image proves nothing: take more seeds or prompts"
         )
     mean = float(found.mean())
     if np.ptp(found) <= 1e-9 * np.abs(found).max():  # equal but for rounding

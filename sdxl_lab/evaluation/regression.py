@@ -16,16 +16,16 @@ import numpy as np
 from PIL import Image
 
 from sdxl_lab.config import RuntimeProfile
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.evaluation.comparison import draw
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, LEAST_PROMPTS, Gate, Verdict
 from sdxl_lab.evaluation.metrics import METRICS, find
-from sdxl_lab.images import Picture, beside, open_picture
-from sdxl_lab.release.slot import Comparison, Slot, SlotError, compare_golden
+from sdxl_lab.images import GeneratedImage, beside, open_image
+from sdxl_lab.release.slot import GoldenCheck, Slot, SlotError, compare_golden
 
-# nano's pictures in bfloat16 have an SSIM of 0.9988 to 0.9994 with those in float32. No limit tells that from a small
+# nano's images in bfloat16 have an SSIM of 0.9988 to 0.9994 with those in float32. No limit tells that from a small
 # change of a setting (guidance 3.1 for 3: 0.9989 to 0.9997); such are caught where the goldens were drawn. One in
-# eight, of a prompt that leaves its background to chance, became another picture (0.78): a golden's prompt should name
+# eight, of a prompt that leaves its background to chance, became another image (0.78): a golden's prompt should name
 # all it means.
 LEAST_SSIM = 0.99
 
@@ -38,8 +38,8 @@ class RegressionError(SlotError):
 class Redrawn:
     """A golden drawn again. `ssim` (Wang et al. 2004) is None where the sizes differ."""
 
-    comparison: Comparison
-    picture: Picture
+    comparison: GoldenCheck
+    image: GeneratedImage
     ssim: float | None
 
     @property
@@ -56,8 +56,8 @@ class Redrawn:
     def panels(self) -> list[tuple[str, Image.Image]]:
         """Each under its label: what was expected, what came, and the difference magnified."""
         found = self.comparison
-        expected = open_picture(found.golden.path)
-        actual, difference, magnified = beside(expected, self.picture.image)
+        expected = open_image(found.golden.path)
+        actual, difference, magnified = beside(expected, self.image.image)
         return [
             (f"expected: {found.golden.prompt}, seed {found.golden.seed}", expected),
             (f"actual: {'regressed' if self.reason else 'as promoted'}", actual),
@@ -85,7 +85,7 @@ class Regression:
 
     @property
     def panels(self) -> list[tuple[str, Image.Image]]:
-        """Three a golden, for a sheet: each picture under its label."""
+        """Three a golden, for a sheet: each image under its label."""
         return [panel for golden in self.goldens for panel in golden.panels]
 
     def result(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Regression:
             ],
             "metrics": [vars(verdict) for verdict in self.verdicts],
             "promoted": {name: first.comparison.golden.record[name] for name in RAN},
-            "redrawn": {name: first.picture.record[name] for name in RAN},
+            "redrawn": {name: first.image.record[name] for name in RAN},
         }
 
     def write(self, path: Path | str) -> None:
@@ -127,7 +127,7 @@ RAN = ("weights", "runtime", "libraries", "version")
 
 
 def regress(slot: Slot, *, metrics: bool = True, profile: RuntimeProfile | None = None) -> Regression:
-    """Draw the slot's goldens, and with `metrics` the pictures of its metric set, and compare. Raises `SlotError` for a
+    """Draw the slot's goldens, and with `metrics` the images of its metric set, and compare. Raises `SlotError` for a
     slot without goldens, which promises nothing that could be checked."""
     goldens = slot.goldens
     if not goldens:
@@ -135,11 +135,11 @@ def regress(slot: Slot, *, metrics: bool = True, profile: RuntimeProfile | None 
     judged = _metric_set(slot) if metrics else {}
     pairs = [(prompt, seed) for prompt in judged.get("prompts", ()) for seed in judged["seeds"]]
     wanted = list(dict.fromkeys([(golden.prompt, golden.seed) for golden in goldens] + pairs))
-    drawn = dict(zip(wanted, draw([Job(slot.config, *pair) for pair in wanted], profile), strict=True))
+    drawn = dict(zip(wanted, draw([ImageRequest(slot.config, *pair) for pair in wanted], profile), strict=True))
     redrawn = []
     for golden in goldens:
-        picture = drawn[golden.prompt, golden.seed]
-        redrawn.append(Redrawn(compare_golden(golden, picture), picture, _ssim(golden.path, picture)))
+        image = drawn[golden.prompt, golden.seed]
+        redrawn.append(Redrawn(compare_golden(golden, image), image, _ssim(golden.path, image)))
     return Regression(slot, redrawn, _verdicts(judged, [drawn[pair] for pair in pairs]))
 
 
@@ -162,14 +162,14 @@ def _metric_set(slot: Slot) -> dict[str, Any]:
     return evidence
 
 
-def _ssim(path: Path, picture: Picture) -> float | None:
-    expected = open_picture(path)
-    if expected.size != picture.image.size:
+def _ssim(path: Path, image: GeneratedImage) -> float | None:
+    expected = open_image(path)
+    if expected.size != image.image.size:
         return None
-    return float(METRICS["ssim"]([picture], [Picture(expected, {}, {})])[0])
+    return float(METRICS["ssim"]([image], [GeneratedImage(expected, {}, {})])[0])
 
 
-def _verdicts(judged: dict[str, Any], pictures: Sequence[Picture]) -> list[Verdict]:
+def _verdicts(judged: dict[str, Any], images: Sequence[GeneratedImage]) -> list[Verdict]:
     """What must not be worse, with what was promoted in the place of what is served. It cannot be better than itself,
     and seconds are those of another machine."""
     if len(set(judged.get("prompts", ()))) < LEAST_PROMPTS:
@@ -182,5 +182,5 @@ def _verdicts(judged: dict[str, Any], pictures: Sequence[Picture]) -> list[Verdi
         then = judged["metrics"].get(gate.metric)
         if then is not None:
             metric = find(gate.metric, judged["clip"])
-            verdicts.append(gate.judge(metric, metric(pictures), np.array(then["values"]), prompts))
+            verdicts.append(gate.judge(metric, metric(images), np.array(then["values"]), prompts))
     return verdicts

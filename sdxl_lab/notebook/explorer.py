@@ -1,7 +1,7 @@
 """Exploring by hand: a panel on an engine, in a notebook. How it looks is `widgets.py`'s, what its controls mean
 `form.py`'s.
 
-Handlers only submit to the engine or cancel a ticket; one thread watches what is being drawn and sets the widgets'
+Handlers only submit to the engine or cancel a job; one thread watches what is being drawn and sets the widgets'
 values. Nothing is printed, so a running cell neither blocks the panel nor gets its text. Every button has a method, so
 that cells and tests do what hands do.
 """
@@ -12,28 +12,28 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from sdxl_lab.config import ConfigError, GenerationConfig
-from sdxl_lab.diffusion.denoising import Job
-from sdxl_lab.diffusion.engine import Cancelled, Engine, Ticket
-from sdxl_lab.notebook.form import FormError, differences, job_of, next_seed, values_of
+from sdxl_lab.diffusion.denoising import ImageRequest
+from sdxl_lab.diffusion.engine import Cancelled, Engine, Job
+from sdxl_lab.notebook.form import FormError, differences, next_seed, request_of, values_of
 from sdxl_lab.notebook.widgets import Drawn, Panel
 
 PERIOD = 0.1  # seconds between two looks at what is being drawn
 
 
 class Asked(NamedTuple):
-    """A picture asked for. `over` is set once its end is on the panel."""
+    """An image asked for. `over` is set once its end is on the panel."""
 
     number: int
-    ticket: Ticket
+    job: Job
     over: threading.Event
 
 
 class Explorer:
     """A panel on an engine: `Explorer(engine, config)` as a cell's last line shows it.
 
-    Every button has a method: `generate`, `stop`, `use`, `compare`, `save`. `history` holds the pictures drawn,
-    `config` and `job` what the controls say, `candidate` what was settled on. `folder` is where candidates are saved.
-    The engine stays the caller's; `close` ends the panel.
+    Every button has a method: `generate`, `stop`, `use`, `compare`, `save`. `history` holds the images drawn,
+    `config` and `request` what the controls say, `candidate` what was settled on. `folder` is where candidates are
+    saved. The engine stays the caller's; `close` ends the panel.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Explorer:
         self._filling = False
         self.panel = Panel()
         self._connect()
-        self.use(Job(config, prompt, seed))
+        self.use(ImageRequest(config, prompt, seed))
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         return self.panel.view._repr_mimebundle_(**options)
@@ -80,25 +80,25 @@ class Explorer:
     # --- what the controls say ---------------------------------------------------------------------------------------
 
     @property
-    def job(self) -> Job:
+    def request(self) -> ImageRequest:
         """What the controls ask for. Raises `FormError` where they hold what the configuration refuses."""
-        return job_of(self.panel.values(), self._start)
+        return request_of(self.panel.values(), self._start)
 
     @property
     def config(self) -> GenerationConfig:
         """The configuration that the controls show. Raises `FormError`."""
-        return self.job.config
+        return self.request.config
 
-    def use(self, drawn: Drawn | Job | None = None) -> None:
-        """Fill the controls with a picture's settings (default: those of the picture shown)."""
+    def use(self, drawn: Drawn | ImageRequest | None = None) -> None:
+        """Fill the controls with an image's settings (default: those of the image shown)."""
         drawn = drawn or self.shown
         if drawn is None:
             return
-        job = drawn.job if isinstance(drawn, Drawn) else drawn
-        self._start = job.config
+        request = drawn.request if isinstance(drawn, Drawn) else drawn
+        self._start = request.config
         self._filling = True
         try:
-            self.panel.fill(values_of(job))
+            self.panel.fill(values_of(request))
         finally:
             self._filling = False
         self._check()
@@ -109,7 +109,7 @@ class Explorer:
             return
         self.panel.switch()
         try:
-            self.panel.tell({}, f"config {self.job.config.digest}")
+            self.panel.tell({}, f"config {self.request.config.digest}")
         except FormError as error:
             self.panel.tell(error.errors, "")
 
@@ -117,45 +117,45 @@ class Explorer:
 
     @property
     def history(self) -> list[Drawn]:
-        """The pictures drawn with this panel, those that were done first at the beginning."""
+        """The images drawn with this panel, those that were done first at the beginning."""
         with self._lock:
-            return [*self._history, *(_drawn(asked) for asked in self._asked if asked.ticket.state == "done")]
+            return [*self._history, *(_drawn(asked) for asked in self._asked if asked.job.state == "done")]
 
-    def generate(self, **changes: Any) -> Ticket:
-        """Queue a picture of the controls' settings, with some `changes`: prompt, seed, or fields of the configuration.
+    def generate(self, **changes: Any) -> Job:
+        """Queue an image of the controls' settings, with some `changes`: prompt, seed, or fields of the configuration.
         The controls stay as they are.
 
         Raises `FormError` or `ConfigError` for bad settings, and what `Engine.submit` raises.
         """
-        return self._submit(self._changed(changes)).ticket
+        return self._submit(self._changed(changes)).job
 
     def draw(self, **changes: Any) -> Drawn:
-        """`generate`, and wait until the picture is shown; interrupting the cell stops it."""
+        """`generate`, and wait until the image is shown; interrupting the cell stops it."""
         asked = self._submit(self._changed(changes))
         try:
-            asked.ticket.result()
+            asked.job.result()
             asked.over.wait()
         except BaseException:
-            asked.ticket.cancel()
+            asked.job.cancel()
             raise
         return _drawn(asked)
 
-    def _changed(self, changes: dict[str, Any]) -> Job:
-        job = self.job
-        prompt, seed = changes.pop("prompt", job.prompt), changes.pop("seed", job.seed)
-        return Job(job.config.with_(**changes), prompt, seed)
+    def _changed(self, changes: dict[str, Any]) -> ImageRequest:
+        request = self.request
+        prompt, seed = changes.pop("prompt", request.prompt), changes.pop("seed", request.seed)
+        return ImageRequest(request.config.with_(**changes), prompt, seed)
 
     def stop(self) -> None:
         """Cancel what this panel is drawing or has queued: it ends at the engine's next step."""
         with self._lock:
             for asked in self._asked:
-                asked.ticket.cancel()
+                asked.job.cancel()
 
-    def _submit(self, job: Job) -> Asked:
+    def _submit(self, request: ImageRequest) -> Asked:
         with self._lock:
             self._count += 1
-            asked = Asked(self._count, self.engine.submit(job), threading.Event())
-            self._last_seed = job.seed
+            asked = Asked(self._count, self.engine.submit(request), threading.Event())
+            self._last_seed = request.seed
             self._asked.append(asked)
             if self._watcher is None:
                 self._watcher = threading.Thread(target=self._watch, name="explore", daemon=True)
@@ -167,17 +167,17 @@ class Explorer:
         pause = threading.Event()
         while True:
             with self._lock:
-                ended = [asked for asked in self._asked if asked.ticket.future.done()]
-                self._history += [_drawn(asked) for asked in ended if asked.ticket.state == "done"]
+                ended = [asked for asked in self._asked if asked.job.future.done()]
+                self._history += [_drawn(asked) for asked in ended if asked.job.state == "done"]
                 self._asked = [asked for asked in self._asked if asked not in ended]
-                under_way = [asked.ticket for asked in self._asked]
+                under_way = [asked.job for asked in self._asked]
             try:
                 for asked in ended:
                     self._show_end(asked)
                 if under_way:
                     self.panel.show_progress(under_way)
             except Exception as error:
-                self.panel.say(f"The panel could not show a picture: {error!r}", failed=True)
+                self.panel.say(f"The panel could not show an image: {error!r}", failed=True)
             for asked in ended:
                 asked.over.set()
             with self._lock:
@@ -187,14 +187,14 @@ class Explorer:
             pause.wait(PERIOD)
 
     def _show_end(self, asked: Asked) -> None:
-        ticket = asked.ticket
-        if ticket.state == "done":
+        job = asked.job
+        if job.state == "done":
             drawn = _drawn(asked)
-            self.panel.show_done(ticket)
+            self.panel.show_done(job)
             self.show(drawn)
             self.panel.add_card(drawn, self._card_actions(drawn))
             return
-        error = ticket.future.exception()
+        error = job.future.exception()
         self.panel.show_stopped(None if isinstance(error, Cancelled) else str(error) or repr(error))
         if isinstance(error, ConfigError) and error.field in self.panel.controls:
             self.panel.tell({error.field: str(error)}, "")
@@ -202,14 +202,14 @@ class Explorer:
     # --- looking -----------------------------------------------------------------------------------------------------
 
     def show(self, drawn: Drawn) -> None:
-        """Put a picture of the history on the panel, with its settings."""
+        """Put an image of the history on the panel, with its settings."""
         self.shown = drawn
         self.panel.show(drawn)
 
     def compare(self, first: Drawn, second: Drawn) -> dict[str, tuple[Any, Any]]:
-        """Show two pictures side by side and what differs; the settings that differ, as (first's, second's)."""
+        """Show two images side by side and what differs; the settings that differ, as (first's, second's)."""
         self._chosen = {"A": first, "B": second}
-        different = differences(first.job, second.job)
+        different = differences(first.request, second.request)
         self.panel.show_comparison(first, second, different)
         return different
 
@@ -218,25 +218,25 @@ class Explorer:
         if len(self._chosen) == 2:
             self.compare(self._chosen["A"], self._chosen["B"])
         else:
-            self.panel.say_compare(f"#{drawn.number} is {letter}: choose the other picture of the comparison.")
+            self.panel.say_compare(f"#{drawn.number} is {letter}: choose the other image of the comparison.")
 
     # --- the candidate -----------------------------------------------------------------------------------------------
 
     @property
     def candidate(self) -> GenerationConfig:
-        """The configuration saved last; until then that of the picture shown; until one is drawn, the controls'."""
+        """The configuration saved last; until then that of the image shown; until one is drawn, the controls'."""
         if self._saved is not None:
             return self._saved
         return self.shown.config if self.shown is not None else self.config
 
     def save(self, drawn: Drawn | None = None, name: str | None = None) -> Path:
-        """Write the configuration of a picture (default: the one shown) to `folder/NAME.toml` as the candidate.
+        """Write the configuration of an image (default: the one shown) to `folder/NAME.toml` as the candidate.
 
         Raises `FileExistsError` where the file holds another configuration: nothing is overwritten.
         """
         drawn = drawn or self.shown
         if drawn is None:
-            raise ValueError("a candidate must be the configuration of a picture; draw one first")
+            raise ValueError("a candidate must be the configuration of an image; draw one first")
         name = name or self.panel.name.value.strip()
         if not name or Path(name).name != name or name.startswith("."):
             raise ValueError(
@@ -285,10 +285,10 @@ class Explorer:
         return handler
 
     def _on_generate(self) -> None:
-        controls, job = self.panel.controls, self.job
-        seed = next_seed(controls["policy"].value, job.seed, self._last_seed)
+        controls, request = self.panel.controls, self.request
+        seed = next_seed(controls["policy"].value, request.seed, self._last_seed)
         controls["seed"].value = str(seed)
-        self._submit(Job(job.config, job.prompt, seed))
+        self._submit(ImageRequest(request.config, request.prompt, seed))
         self._check()
 
     def _on_stop(self) -> None:
@@ -307,4 +307,4 @@ class Explorer:
 
 
 def _drawn(asked: Asked) -> Drawn:
-    return Drawn(asked.number, asked.ticket.job, asked.ticket.result())
+    return Drawn(asked.number, asked.job.request, asked.job.result())

@@ -1,4 +1,4 @@
-"""What the explore panel's controls say, as plain values: to a job and back, the next seed, what differs.
+"""What the explore panel's controls say, as plain values: to a request and back, the next seed, what differs.
 
 Knows no widgets and no models, so that it can be tried without a browser or a GPU.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sdxl_lab.config import MAX_SEED, ConfigError, GenerationConfig, RefinerConfig, checked_prompt, checked_seed
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.release.diff import changes, flat
 
 SEED_POLICIES = ("fixed", "random", "next")
@@ -25,29 +25,30 @@ class FormError(ValueError):
         self.errors = dict(errors)
 
 
-def values_of(job: Job) -> dict[str, Any]:
-    """The controls' values that `job_of` turns into this job again. Controls that are switched off keep sound values.
+def values_of(request: ImageRequest) -> dict[str, Any]:
+    """The controls' values that `request_of` turns into this request again. Controls that are switched off keep sound
+    values.
 
     `seed` is text, since a browser's numbers end at 2^53; `interval` and `refiner` are switches.
     """
-    config = job.config
+    config = request.config
     low, high = config.guidance_interval or INTERVAL
     refiner = config.refiner or RefinerConfig()
     return {
-        "prompt": job.prompt,
+        "prompt": request.prompt,
         "negative_prompt": config.negative_prompt or "",
         **{name: getattr(config, name) for name in PLAIN},
         "interval": config.guidance_interval is not None,
         "interval_low": low,
         "interval_high": high,
-        "seed": str(job.seed),
+        "seed": str(request.seed),
         "refiner": config.refiner is not None,
         **{name: getattr(refiner, name) for name in REFINER},
     }
 
 
-def job_of(values: Mapping[str, Any], start: GenerationConfig) -> Job:
-    """The job that the controls ask for: `start`, which has what no control shows, with their values.
+def request_of(values: Mapping[str, Any], start: GenerationConfig) -> ImageRequest:
+    """The request that the controls ask for: `start`, which has what no control shows, with their values.
 
     Raises `FormError` with all that is wrong, not only the first.
     """
@@ -73,14 +74,14 @@ def job_of(values: Mapping[str, Any], start: GenerationConfig) -> Job:
     seed = checked("seed", checked_seed, _number(values["seed"]))
     if not errors:
         try:
-            return Job(start.with_(**asked), prompt, seed)
+            return ImageRequest(start.with_(**asked), prompt, seed)
         except ConfigError as error:  # a rule over more than one control
             errors[error.field] = str(error)
     raise FormError(errors)
 
 
 def _negative(text: str, start: GenerationConfig) -> str | None:
-    """An empty control says none, unless "" is what it started from: the two give different pictures."""
+    """An empty control says none, unless "" is what it started from: the two give different images."""
     given = text or ("" if start.negative_prompt == "" else None)
     return GenerationConfig.checked("negative_prompt", given)
 
@@ -94,18 +95,18 @@ def _number(text: str) -> int | str:
 
 
 def next_seed(policy: str, seed: int, last: int | None) -> int:
-    """The seed of the next picture: `seed` itself; a random one below 2^32, as other programs draw them; or, where
-    `seed` was the last picture's, one more."""
+    """The seed of the next image: `seed` itself; a random one below 2^32, as other programs draw them; or, where
+    `seed` was the last image's, one more."""
     if policy == "random":
         return secrets.randbelow(2**32)
     return (seed + 1) % (MAX_SEED + 1) if policy == "next" and seed == last else seed
 
 
-def settings(job: Job) -> dict[str, Any]:
-    """All that decides the job's picture, flat: prompt, seed, and the configuration's fields with dotted names."""
-    return {"prompt": job.prompt, "seed": job.seed, **flat(job.config.to_dict())}
+def settings(request: ImageRequest) -> dict[str, Any]:
+    """All that decides the request's image, flat: prompt, seed, and the configuration's fields with dotted names."""
+    return {"prompt": request.prompt, "seed": request.seed, **flat(request.config.to_dict())}
 
 
-def differences(first: Job, second: Job) -> dict[str, tuple[Any, Any]]:
-    """The settings in which two jobs differ: name -> (first's value, second's); None where one has none."""
+def differences(first: ImageRequest, second: ImageRequest) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two requests differ: name -> (first's value, second's); None where one has none."""
     return changes(settings(first), settings(second))

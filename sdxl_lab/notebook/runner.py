@@ -3,7 +3,7 @@
 papermill only warns of a parameter that the notebook does not have, writes a tuple as text, gives a cell all the time
 in the world, takes `sys.exit(0)` in the middle for success, and leaves a notebook that says "completed" after a
 time-out or a dead kernel. Here each of these is a `NotebookError`, and the executed copy says what happened. Knows
-nothing of pictures.
+nothing of images.
 """
 
 import ast

@@ -13,12 +13,12 @@ import ipywidgets as ipy
 from PIL import Image
 
 from sdxl_lab.config import SCHEDULERS, GenerationConfig
-from sdxl_lab.diffusion.denoising import Job
-from sdxl_lab.diffusion.engine import Ticket
-from sdxl_lab.images import Picture, magnified_difference
+from sdxl_lab.diffusion.denoising import ImageRequest
+from sdxl_lab.diffusion.engine import Job
+from sdxl_lab.images import GeneratedImage, magnified_difference
 from sdxl_lab.notebook.form import SEED_POLICIES
 
-SHOWN = 24  # pictures in the history strip
+SHOWN = 24  # images in the history strip
 THUMBNAIL = 136  # pixels
 STYLE = """<style>
 .sdxl-explore { max-width: 870px; }
@@ -36,9 +36,9 @@ STYLE = """<style>
 .sdxl-quiet { color: var(--jp-ui-font-color2, #666); font-size: 12px; }
 .sdxl-wrong { color: var(--jp-error-color1, #c62828); font-size: 12px; }
 .sdxl-explore h4 { margin: 14px 2px 4px; font-size: 13px; font-weight: 600; line-height: 1.4; }
-.sdxl-picture { margin: 2px; aspect-ratio: 1; border-radius: 4px; overflow: hidden;
+.sdxl-image { margin: 2px; aspect-ratio: 1; border-radius: 4px; overflow: hidden;
   background: var(--jp-layout-color2, #eee); }
-.sdxl-picture img { width: 100%; height: 100%; object-fit: contain; margin: 0; }
+.sdxl-image img { width: 100%; height: 100%; object-fit: contain; margin: 0; }
 .sdxl-card { border: 1px solid var(--jp-border-color2, #ccc); border-radius: 4px; }
 .sdxl-card .jupyter-button { padding: 0 4px; min-width: 0; }
 .sdxl-explore table { border-collapse: collapse; line-height: 1.5; }
@@ -48,30 +48,30 @@ STYLE = """<style>
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture of the history, under the number that the panel shows."""
+    """An image of the history, under the number that the panel shows."""
 
     number: int
-    job: Job
-    picture: Picture
+    request: ImageRequest
+    generated: GeneratedImage
 
     @property
     def config(self) -> GenerationConfig:
-        return self.job.config
+        return self.request.config
 
     @property
     def prompt(self) -> str:
-        return self.job.prompt
+        return self.request.prompt
 
     @property
     def seed(self) -> int:
-        return self.job.seed
+        return self.request.seed
 
     @property
     def image(self) -> Image.Image:
-        return self.picture.image
+        return self.generated.image
 
     def _repr_png_(self) -> bytes:
-        return self.picture.png()
+        return self.generated.png()
 
 
 class Panel:
@@ -93,25 +93,25 @@ class Panel:
             "width": ipy.IntText(description="Width", step=8, **auto),
             "height": ipy.IntText(description="Height", step=8, **auto),
             "seed": ipy.Text(description="Seed", **text),
-            "policy": ipy.Dropdown(description="Next picture's seed", options=SEED_POLICIES, **auto),
+            "policy": ipy.Dropdown(description="Next image's seed", options=SEED_POLICIES, **auto),
             "refiner": ipy.Checkbox(description="Refiner", indent=False, **auto),
             "handover": ipy.FloatText(description="Hand-over", step=0.05, **auto),
             "aesthetic_score": ipy.FloatText(description="Aesthetic score", step=0.5, **auto),
             "negative_aesthetic_score": ipy.FloatText(description="Negative score", step=0.5, **auto),
         }
         self.wrong = {name: ipy.HTML(layout={"display": "none"}) for name in self.controls}
-        self.generate = _button("Generate", "Queue a picture with these settings", "primary")
+        self.generate = _button("Generate", "Queue an image with these settings", "primary")
         self.stop = _button("Stop", "Stop what is being drawn and what is queued", "warning")
-        self.use = _button("Use these settings", "Fill the controls with the settings of the picture shown")
-        self.save = _button("Save as candidate", "Write the configuration of the picture shown to a file")
+        self.use = _button("Use these settings", "Fill the controls with the settings of the image shown")
+        self.save = _button("Save as candidate", "Write the configuration of the image shown to a file")
         self.name = ipy.Text("candidate", description="Candidate's name", **text)
         self.digest, self.status, self.caption, self.saved = (ipy.HTML() for _ in range(4))
-        self.picture = ipy.Image(value=_png(Image.new("RGBA", (1, 1))), format="png")
+        self.image = ipy.Image(value=_png(Image.new("RGBA", (1, 1))), format="png")
         self.bar = ipy.FloatProgress(value=0, max=1, layout={"width": "auto"})
         self.strip = ipy.HBox(layout={"overflow": "auto"})
         self.comparison = ipy.VBox()
         self.strip_part = ipy.VBox([ipy.HTML("<h4>History</h4>"), self.strip], layout={"display": "none"})
-        self.comparison_part = ipy.VBox([ipy.HTML("<h4>Comparison</h4>"), self.comparison], layout={"display": "none"})
+        self.comparison_part = ipy.VBox([ipy.HTML("<h4>GoldenCheck</h4>"), self.comparison], layout={"display": "none"})
         self.rows = {
             "interval": self._row("interval_low", "interval_high"),
             "refiner": self._row("handover", "aesthetic_score", "negative_aesthetic_score"),
@@ -142,7 +142,7 @@ class Panel:
         name.add_class("sdxl-field")
         right = ipy.VBox(
             [
-                _framed(self.picture),
+                _framed(self.image),
                 self.bar,
                 self.status,
                 self.caption,
@@ -195,27 +195,27 @@ class Panel:
 
     # --- what is being drawn -----------------------------------------------------------------------------------------
 
-    def show_progress(self, tickets: Sequence[Ticket]) -> None:
-        """Step, time left and preview of the first picture under way."""
-        ticket = next((ticket for ticket in tickets if ticket.state == "running"), tickets[0])
-        calls, total = ticket.progress
-        more = f"; {len(tickets) - 1} more" if len(tickets) > 1 else ""
+    def show_progress(self, jobs: Sequence[Job]) -> None:
+        """Step, time left and preview of the first image under way."""
+        job = next((job for job in jobs if job.state == "running"), jobs[0])
+        calls, total = job.progress
+        more = f"; {len(jobs) - 1} more" if len(jobs) > 1 else ""
         if not total:
-            self.say(f"Waiting in the engine's queue, place {ticket.position}{more}")
+            self.say(f"Waiting in the engine's queue, place {job.position}{more}")
             return
         if calls and (calls, total) != (self.bar.value, self.bar.max):
-            preview = ticket.preview()
+            preview = job.preview()
             if preview is not None:
-                self.picture.value = _png(preview)
+                self.image.value = _png(preview)
         self.bar.bar_style = ""
         self.bar.max, self.bar.value = total, calls
-        eta = ticket.eta
+        eta = job.eta
         left = f", {_duration(eta)} left" if eta is not None and eta >= 1 else ""
         self.say(f"{f'Step {calls} of {total}' if calls < total else 'Decoding'}{left}{more}")
 
-    def show_done(self, ticket: Ticket) -> None:
+    def show_done(self, job: Job) -> None:
         self.bar.value, self.bar.bar_style = self.bar.max, "success"
-        self.say(f"Done in {ticket.result().timings['total_ms'] / 1000:.1f} s")
+        self.say(f"Done in {job.result().timings['total_ms'] / 1000:.1f} s")
 
     def show_stopped(self, reason: str | None) -> None:
         """Stopped by hand, or failed for a reason."""
@@ -228,12 +228,12 @@ class Panel:
     # --- what was drawn ----------------------------------------------------------------------------------------------
 
     def show(self, drawn: Drawn) -> None:
-        self.picture.value = drawn.picture.png()
+        self.image.value = drawn.generated.png()
         lines = [f"#{drawn.number}: {drawn.prompt}", ", ".join(_settings(drawn)), f"config {drawn.config.digest}"]
         self.caption.value = "".join(_line(line, "sdxl-quiet") for line in lines)
 
     def add_card(self, drawn: Drawn, actions: Mapping[str, Callable[[object], None]]) -> None:
-        """Put a picture in front of the history strip; the oldest leaves when there are `SHOWN`."""
+        """Put an image in front of the history strip; the oldest leaves when there are `SHOWN`."""
         small = drawn.image.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         lines = "".join(_line(text, "sdxl-quiet") for text in [f"#{drawn.number}", *_settings(drawn)])
@@ -255,18 +255,18 @@ class Panel:
             _close(old)
 
     def show_comparison(self, first: Drawn, second: Drawn, different: Mapping[str, tuple[Any, Any]]) -> None:
-        """Two pictures, the difference of their pixels where they have the same size, and the settings that differ."""
-        pictures = [(first.image, f"A: #{first.number}"), (second.image, f"B: #{second.number}")]
+        """Two images, the difference of their pixels where they have the same size, and the settings that differ."""
+        images = [(first.image, f"A: #{first.number}"), (second.image, f"B: #{second.number}")]
         if first.image.size == second.image.size:
             difference, gain = magnified_difference(first.image, second.image)
             largest = f"largest {1 / gain:.3f}, shown ×{gain:.1f}" if gain != 1 or difference.getbbox() else "none"
-            pictures.append((difference, f"Difference: {largest}"))
+            images.append((difference, f"Difference: {largest}"))
         columns = [
             ipy.VBox(
                 [_framed(ipy.Image(value=_png(image))), ipy.HTML(_line(title, "sdxl-quiet"))],
                 layout={"flex": "0 1 250px", "min_width": "120px"},
             )
-            for image, title in pictures
+            for image, title in images
         ]
         rows = "".join(
             f"<tr><td>{html.escape(name)}</td><td>{_shown(a)}</td><td>{_shown(b)}</td></tr>"
@@ -300,9 +300,9 @@ def _grow(widget: ipy.Widget) -> ipy.Widget:
 
 
 def _framed(image: ipy.Image) -> ipy.Box:
-    """A square that a picture of any size is fitted into, so that nothing jumps."""
+    """A square that an image of any size is fitted into, so that nothing jumps."""
     frame = ipy.Box([image], layout={"width": "auto"})
-    frame.add_class("sdxl-picture")
+    frame.add_class("sdxl-image")
     return frame
 
 
@@ -329,7 +329,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _settings(drawn: Drawn) -> list[str]:
-    """What one wants to know of a picture at a glance."""
+    """What one wants to know of an image at a glance."""
     config = drawn.config
     guidance = f"guidance {config.guidance_scale:g}"
     if config.guidance_rescale:

@@ -1,8 +1,8 @@
 """From a tuned configuration to a slot that a service loads.
 
-A slot is a folder: `config.toml`, `evidence.json` (what the configuration was judged on) and `golden/` (the pictures
+A slot is a folder: `config.toml`, `evidence.json` (what the configuration was judged on) and `golden/` (the images
 themselves). It is written whole or not at all, by one promotion at a time, and only over what the candidate was
-compared with. Knows no models: pictures and judgements come from the caller.
+compared with. Knows no models: images and judgements come from the caller.
 """
 
 import fcntl
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_lab.config import ConfigError, GenerationConfig
-from sdxl_lab.images import Picture, PictureError, max_difference, mean_difference, open_picture, read_record
+from sdxl_lab.images import GeneratedImage, ImageError, max_difference, mean_difference, open_image, read_record
 
 
 class SlotError(ValueError):
@@ -28,7 +28,7 @@ class SlotError(ValueError):
 
 @dataclass(frozen=True)
 class Golden:
-    """A promoted picture: what the slot's configuration must draw again from `prompt` and `seed`."""
+    """A promoted image: what the slot's configuration must draw again from `prompt` and `seed`."""
 
     path: Path
     prompt: str
@@ -37,8 +37,8 @@ class Golden:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A golden beside the picture drawn again.
+class GoldenCheck:
+    """A golden beside the image drawn again.
 
     `difference` and `tolerance` are on [0, 1] and of the same `measure`: `max-abs`, the largest over all samples,
     where both were drawn on the same kind of device in the same dtype; `mean-abs` otherwise.
@@ -71,7 +71,7 @@ class Slot:
     def goldens(self) -> list[Golden]:
         """What `evidence.json` lists, each file checked against it; empty where it lists none, or is missing.
 
-        Raises `SlotError` for a golden that is missing, is no picture with our record, or is not of this configuration.
+        Raises `SlotError` for a golden that is missing, is no image with our record, or is not of this configuration.
         """
         listed = (self.evidence or {}).get("goldens", [])
         try:
@@ -90,8 +90,8 @@ class Slot:
             raise SlotError(f"the slot {self.folder} must hold every golden of its evidence; {name} is missing")
         try:
             record = read_record(path)
-        except PictureError as error:
-            raise SlotError(f"the golden {path} must be a picture as it was promoted: {error}") from error
+        except ImageError as error:
+            raise SlotError(f"the golden {path} must be an image as it was promoted: {error}") from error
         expected = {"digest": self.digest, "prompt": prompt, "seed": seed}
         for field, value in expected.items():
             if record.get(field) != value:
@@ -121,7 +121,7 @@ def load_slot(folder: Path | str) -> Slot:
     return Slot(folder, config, evidence)
 
 
-# What `Trial.judged` says; without one of these a file is no evidence.
+# What `Comparison.judged` says; without one of these a file is no evidence.
 JUDGED_FIELDS = (
     "digest",
     "replaces",
@@ -136,7 +136,7 @@ JUDGED_FIELDS = (
     "version",
     "goldens",
 )
-# Evidence is of these weights, libraries and code; drawn with others, a picture is not the one that was judged.
+# Evidence is of these weights, libraries and code; drawn with others, an image is not the one that was judged.
 STALE_FIELDS = ("weights", "libraries", "version")
 
 
@@ -204,19 +204,19 @@ def promote(
     config: GenerationConfig,
     folder: Path | str,
     *,
-    pictures: Sequence[Picture],
+    images: Sequence[GeneratedImage],
     why: str,
     who: str,
     judged: Mapping[str, Any] | None = None,
     allow_dirty: bool = False,
 ) -> Slot:
-    """Write `config` into the slot `folder`, with `pictures` as its goldens, and what it was judged on as its evidence.
+    """Write `config` into the slot `folder`, with `images` as its goldens, and what it was judged on as its evidence.
 
-    `judged` comes from a trial of `config` against what the slot holds (`Trial.judged`, `read_judged`); only a slot
-    that holds nothing yet can do without. Raises `SlotError`, and leaves the slot as it is, where
+    `judged` comes from a comparison of `config` with what the slot holds (`Comparison.judged`, `read_judged`); only a
+    slot that holds nothing yet can do without. Raises `SlotError`, and leaves the slot as it is, where
 
-    - there is no picture or no reason, or a picture is of another configuration or other weights than the first;
-    - a gate failed, or `judged` is of another configuration, or of other weights, libraries or code than the pictures;
+    - there is no image or no reason, or an image is of another configuration or other weights than the first;
+    - a gate failed, or `judged` is of another configuration, or of other weights, libraries or code than the images;
     - the work tree has uncommitted changes, now or when it was judged, without `allow_dirty`;
     - `folder` is neither a slot, nor an empty folder, nor absent;
     - the slot does not hold what `judged` compared with, as when another promotion came first.
@@ -224,15 +224,15 @@ def promote(
     What the slot held is kept in `.replaced/`, beside it.
     """
     folder = Path(folder).resolve()  # through a link: what it points to is replaced, not the link
-    if not pictures or not why.strip():
-        raise SlotError("a promotion must come with at least one picture and a reason. Example: why='sharper hats'")
-    _check_pictures(config, pictures)
-    drawn = {name: pictures[0].record[name] for name in ("weights", "runtime", "libraries", "version")}
+    if not images or not why.strip():
+        raise SlotError("a promotion must come with at least one image and a reason. Example: why='sharper hats'")
+    _check_images(config, images)
+    drawn = {name: images[0].record[name] for name in ("weights", "runtime", "libraries", "version")}
     if judged is not None:
         _check_judged(judged, "the evidence")
         _check_promotable(config, judged, drawn)
     commit, dirty = clean_state(allow_dirty, was_dirty=bool(judged and judged.get("dirty")))
-    goldens = {_golden_name(number, picture): picture for number, picture in enumerate(pictures, 1)}
+    goldens = {_golden_name(number, image): image for number, image in enumerate(images, 1)}
     evidence = {
         "replaces": None,
         **(judged or {}),
@@ -245,8 +245,8 @@ def promote(
         "commit": commit,
         "dirty": dirty,
         "goldens": [
-            {"file": name, "prompt": picture.record["prompt"], "seed": picture.record["seed"]}
-            for name, picture in goldens.items()
+            {"file": name, "prompt": image.record["prompt"], "seed": image.record["seed"]}
+            for name, image in goldens.items()
         ],
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -256,19 +256,19 @@ def promote(
         return load_slot(folder)
 
 
-def _check_pictures(config: GenerationConfig, pictures: Sequence[Picture]) -> None:
-    weights = pictures[0].record["weights"]
-    for picture in pictures:
-        name = f"({picture.record['prompt']!r}, seed {picture.record['seed']})"
-        if picture.record["digest"] != config.digest:
+def _check_images(config: GenerationConfig, images: Sequence[GeneratedImage]) -> None:
+    weights = images[0].record["weights"]
+    for image in images:
+        name = f"({image.record['prompt']!r}, seed {image.record['seed']})"
+        if image.record["digest"] != config.digest:
             raise SlotError(
                 f"every golden must be drawn with the configuration promoted, {config.digest}; received one of "
-                f"{picture.record['digest']} {name}"
+                f"{image.record['digest']} {name}"
             )
-        if picture.record["weights"] != weights:
+        if image.record["weights"] != weights:
             raise SlotError(
                 f"every golden must be drawn with the same weights; {name} is of another model: "
-                f"{_changed(weights, picture.record['weights'])}"
+                f"{_changed(weights, image.record['weights'])}"
             )
 
 
@@ -312,7 +312,9 @@ def _check_unchanged(folder: Path, compared: str | None) -> None:
         )
 
 
-def _write(folder: Path, config: GenerationConfig, evidence: Mapping[str, Any], goldens: Mapping[str, Picture]) -> None:
+def _write(
+    folder: Path, config: GenerationConfig, evidence: Mapping[str, Any], goldens: Mapping[str, GeneratedImage]
+) -> None:
     """The whole slot, put in the place of the old one, which comes back where that fails, and is kept where it does
     not. For a moment between the two renames there is none: POSIX puts no folder in the place of one that is not
     empty."""
@@ -321,8 +323,8 @@ def _write(folder: Path, config: GenerationConfig, evidence: Mapping[str, Any], 
         (fresh / "golden").mkdir(parents=True)
         (fresh / "config.toml").write_text(config.to_toml())
         (fresh / "evidence.json").write_text(json.dumps(evidence, indent=2, sort_keys=True) + "\n")
-        for name, picture in goldens.items():
-            picture.save(fresh / "golden" / name)
+        for name, image in goldens.items():
+            image.save(fresh / "golden" / name)
         replaced = _replaced_place(folder)
         if folder.exists():
             replaced.parent.mkdir(exist_ok=True)
@@ -341,33 +343,33 @@ def _replaced_place(folder: Path) -> Path:
     return folder.parent / REPLACED / f"{folder.name}-{when}"
 
 
-# A picture of 8 bits cannot show float32's 1e-3 better than by one step of a sample, where a value is rounded the
-# other way. Another device or dtype moves whole pictures slightly: bfloat16 by 13/255 at most, far less on average.
+# An image of 8 bits cannot show float32's 1e-3 better than by one step of a sample, where a value is rounded the
+# other way. Another device or dtype moves whole images slightly: bfloat16 by 13/255 at most, far less on average.
 SAME_RUNTIME = 1 / 255
 OTHER_RUNTIME = 5 / 255
 
 
-def compare_golden(golden: Golden, picture: Picture) -> Comparison:
-    """Whether `picture`, drawn from the golden's configuration, prompt and seed, is the picture promoted.
+def compare_golden(golden: Golden, image: GeneratedImage) -> GoldenCheck:
+    """Whether `image`, drawn from the golden's configuration, prompt and seed, is the image promoted.
 
     Weights of another checksum fail whatever the pixels say.
     """
-    before, now = golden.record, picture.record
+    before, now = golden.record, image.record
     same = all(before["runtime"].get(name) == now["runtime"].get(name) for name in ("device", "dtype"))
     measure, tolerance = ("max-abs", SAME_RUNTIME) if same else ("mean-abs", OTHER_RUNTIME)
-    with open_picture(golden.path) as promoted:
-        if promoted.size != picture.image.size:
+    with open_image(golden.path) as promoted:
+        if promoted.size != image.image.size:
             difference = 1.0
         else:
-            difference = (max_difference if same else mean_difference)(promoted, picture.image)
+            difference = (max_difference if same else mean_difference)(promoted, image.image)
     reason = None
     if before["weights"] != now["weights"]:
         reason = f"the weights are not those it was promoted with: {_changed(before['weights'], now['weights'])}"
     elif difference > tolerance + 1e-9:
-        reason = f"the picture differs by {difference:.4f} ({measure} on [0, 1]); at most {tolerance:.4f} is allowed"
+        reason = f"the image differs by {difference:.4f} ({measure} on [0, 1]); at most {tolerance:.4f} is allowed"
     if reason is not None:
         reason = f"golden {golden.path.name}: {reason}"
-    return Comparison(golden, measure, difference, tolerance, reason)
+    return GoldenCheck(golden, measure, difference, tolerance, reason)
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -375,10 +377,10 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in names)
 
 
-def _golden_name(number: int, picture: Picture) -> str:
+def _golden_name(number: int, image: GeneratedImage) -> str:
     """Numbered, since two prompts may have the same words or begin alike."""
-    words = "".join(letter if letter.isalnum() else "-" for letter in picture.record["prompt"].lower())
-    return f"{number:02}-{words[:60].strip('-')}-{picture.record['seed']}.png"
+    words = "".join(letter if letter.isalnum() else "-" for letter in image.record["prompt"].lower())
+    return f"{number:02}-{words[:60].strip('-')}-{image.record['seed']}.png"
 
 
 def clean_state(allow_dirty: bool, *, was_dirty: bool = False) -> tuple[str | None, bool]:

@@ -1,4 +1,4 @@
-"""Cells: pictures with their numbers, each kept under a key that says all that decides its pixels.
+"""Cells: images with their numbers, each kept under a key that says all that decides its pixels.
 
 What is there under its key is never drawn again, whoever asks: a sweep that was interrupted, another sweep, a study.
 A cell is two files, `KEY.png` and `KEY.json`, each written beside its place and then renamed; the second comes last and
@@ -21,38 +21,38 @@ from typing import Any, Self
 
 from sdxl_lab import __version__
 from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile, canonical
-from sdxl_lab.diffusion.denoising import Job, calls_of, rows_of
-from sdxl_lab.diffusion.engine import Engine, EngineStopped, Ticket
+from sdxl_lab.diffusion.denoising import ImageRequest, calls_of, rows_of
+from sdxl_lab.diffusion.engine import Engine, EngineStopped, Job
 from sdxl_lab.diffusion.models import identity, placement
 from sdxl_lab.evaluation.metrics import Metric
-from sdxl_lab.images import Picture, PictureError, open_picture, read_record
+from sdxl_lab.images import GeneratedImage, ImageError, open_image, read_record
 
-FOLDER = Path("runs/cells")
+FOLDER = Path("runs/cache")
 LIBRARIES = ("diffusers", "torch", "transformers", "scipy", "torchsde", "invisible-watermark", "opencv-python")
-# How many rows share a call and on how many cores moves a float32 picture by less than 1e-6, far below 8 bits.
+# How many rows share a call and on how many cores moves a float32 image by less than 1e-6, far below 8 bits.
 MOVES_PIXELS = ("dtype", "channels_last", "fuse_qkv", "compile")
-BATCH = 64  # pictures that a metric gets at once
+BATCH = 64  # images that a metric gets at once
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture that is wanted. Raises `ConfigError` when something is out of its range."""
+    """One image that is wanted. Raises `ConfigError` when something is out of its range."""
 
     config: GenerationConfig
     prompt: str
     seed: int
 
     def __post_init__(self) -> None:
-        _ = self.job
+        _ = self.request
 
     @property
-    def job(self) -> Job:
-        return Job(self.config, self.prompt, self.seed)
+    def request(self) -> ImageRequest:
+        return ImageRequest(self.config, self.prompt, self.seed)
 
     @cached_property
     def cost(self) -> float:
         """What drawing it takes, roughly, in UNet rows x pixels: for the forecast alone."""
-        return float(calls_of(self.job) * rows_of(self.job) * self.config.width * self.config.height)
+        return float(calls_of(self.request) * rows_of(self.request) * self.config.width * self.config.height)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class _Course:
             self.on_progress(Progress(self.done, self.total, self.drawn, self.failed, eta))
 
 
-class Cells:
+class ImageCache:
     """The cells in a folder, and the engine that draws those that are missing. Use it as a context manager.
 
     `engine` draws where one is given: for cells of its own models. Else one is loaded when the first cell is missing.
@@ -158,13 +158,13 @@ class Cells:
     def __contains__(self, key: str) -> bool:
         return self._notes(key) is not None
 
-    def picture(self, key: str) -> Picture:
-        """A finished cell's picture. Raises `PictureError` where there is none."""
+    def image(self, key: str) -> GeneratedImage:
+        """A finished cell's image. Raises `ImageError` where there is none."""
         notes = self._notes(key)
         if notes is None:
-            raise PictureError(f"{self.folder} must hold the cell; received {key!r}, which is missing or half-written")
+            raise ImageError(f"{self.folder} must hold the cell; received {key!r}, which is missing or half-written")
         path = self._path(key, "png")
-        return Picture(open_picture(path), read_record(path), notes["timings"])
+        return GeneratedImage(open_image(path), read_record(path), notes["timings"])
 
     def values(self, key: str, metrics: Sequence[Metric], reference: str | None = None) -> dict[str, float]:
         """What was measured of a finished cell, by the metric's name."""
@@ -185,7 +185,7 @@ class Cells:
         return self.folder / f"{key}.{ending}"
 
     def _notes(self, key: str) -> dict[str, Any] | None:
-        """A finished cell's JSON; None where it, or the picture it vouches for, is missing or damaged."""
+        """A finished cell's JSON; None where it, or the image it vouches for, is missing or damaged."""
         try:
             notes: dict[str, Any] = json.loads(self._path(key, "json").read_bytes())
             png = self._path(key, "png").read_bytes()
@@ -193,16 +193,16 @@ class Cells:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _keep(self, key: str, picture: Picture) -> None:
+    def _keep(self, key: str, image: GeneratedImage) -> None:
         if key in self:  # another process drew it meanwhile, and may have measured it
             return
-        png = picture.png()
+        png = image.png()
         _write(self._path(key, "png"), png)
         notes = {
             "png": hashlib.sha256(png).hexdigest(),
-            "timings": dict(picture.timings),
-            "unet_calls": sum(picture.record["unet_calls"].values()),
-            "unet_rows": sum(picture.record["unet_rows"].values()),
+            "timings": dict(image.timings),
+            "unet_calls": sum(image.record["unet_calls"].values()),
+            "unet_rows": sum(image.record["unet_rows"].values()),
             "metrics": {},
         }
         _write(self._path(key, "json"), json.dumps(notes).encode())
@@ -253,9 +253,9 @@ class Cells:
 
     def _drawn(self, engine: Engine, group: Mapping[str, Cell]) -> Generator[tuple[str, str | None]]:
         """Every cell's key once it is kept or has failed, and why it failed."""
-        running: dict[Future[Picture], tuple[str, Ticket]] = {}
+        running: dict[Future[GeneratedImage], tuple[str, Job]] = {}
 
-        def ended(futures: Iterable[Future[Picture]]) -> Iterator[tuple[str, str | None]]:
+        def ended(futures: Iterable[Future[GeneratedImage]]) -> Iterator[tuple[str, str | None]]:
             for future in list(futures):
                 key, _ = running.pop(future)
                 yield key, self._outcome(key, future)
@@ -265,22 +265,22 @@ class Cells:
                 while len(running) >= 2 * engine.profile.rows:
                     yield from ended(wait(running, return_when=FIRST_COMPLETED).done)
                 try:
-                    ticket = engine.submit(cell.job, priority=-1)  # behind what somebody waits for
+                    job = engine.submit(cell.request, priority=-1)  # behind what somebody waits for
                 except ValueError as error:
                     yield key, _said(error)
                     continue
-                running[ticket.future] = key, ticket
+                running[job.future] = key, job
             while running:
                 yield from ended(wait(running, return_when=FIRST_COMPLETED).done)
         finally:
-            for _, ticket in running.values():
-                ticket.cancel()
+            for _, job in running.values():
+                job.cancel()
             for future, (key, _) in running.items():
                 if future.done() and future.exception() is None:
                     self._keep(key, future.result())
 
-    def _outcome(self, key: str, future: Future[Picture]) -> str | None:
-        """Keep the picture, or say why there is none. An engine that stopped ends all work."""
+    def _outcome(self, key: str, future: Future[GeneratedImage]) -> str | None:
+        """Keep the image, or say why there is none. An engine that stopped ends all work."""
         error = future.exception()
         if isinstance(error, EngineStopped):
             raise error
@@ -294,7 +294,7 @@ class Cells:
         errors: dict[str, str] = {}
         if metric.needs_reference:
             for key in [key for key in keys if references.get(key, "") not in self]:
-                errors[key] = f"{metric.name}: the reference picture is missing"
+                errors[key] = f"{metric.name}: the reference image is missing"
         lacking = [key for key in keys if key not in errors and not self.values(key, [metric], references.get(key))]
         for start in range(0, len(lacking), BATCH):
             part = lacking[start : start + BATCH]
@@ -309,9 +309,9 @@ class Cells:
         return errors
 
     def _note(self, metric: Metric, keys: Sequence[str], references: Mapping[str, str]) -> None:
-        pictures = [self.picture(key) for key in keys]
-        beside = [self.picture(references[key]) for key in keys] if metric.needs_reference else None
-        for key, value in zip(keys, metric(pictures, beside), strict=True):
+        images = [self.image(key) for key in keys]
+        beside = [self.image(references[key]) for key in keys] if metric.needs_reference else None
+        for key, value in zip(keys, metric(images, beside), strict=True):
             notes = self._notes(key)
             assert notes is not None
             notes["metrics"][_measured_as(metric, references.get(key))] = float(value)

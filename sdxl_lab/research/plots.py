@@ -1,9 +1,9 @@
-"""Pictures of pictures and of tables: labelled grids, quality against cost, curves.
+"""Images of images and of tables: labelled grids, quality against cost, curves.
 
-A table is a sweep's: one row a picture, with its settings, `prompt`, `seed`, numbers and `picture`, the id under which
-`pictures` gives it. Every plot is an image at twice the size at which a README shows it, in colours that the
+A table is a sweep's: one row an image, with its settings, `prompt`, `seed`, numbers and `image`, the id under which
+`images` gives it. Every plot is an image at twice the size at which a README shows it, in colours that the
 colour-blind tell apart (Okabe and Ito 2008) and with a mark of its own for every line. Knows no engine, no files, and
-of a sheet of pictures only what stands where.
+of a sheet of images only what stands where.
 """
 
 import json
@@ -22,14 +22,14 @@ from matplotlib.patheffects import withStroke
 from PIL import Image, ImageDraw
 
 from sdxl_lab.evaluation.metrics import METRICS, Interval, interval
-from sdxl_lab.images import Picture
+from sdxl_lab.images import GeneratedImage
 from sdxl_lab.research.sheet import FAINT, GAP, INK, PALE, Axis, Panel, fitted, page, typeface
 
 LABEL = 26
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#555555")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
-Pictures = Callable[[str], Picture]
+Images = Callable[[str], GeneratedImage]
 Place = tuple[Any, Any, Any]  # the values of a grid's panel, row and column
 T = TypeVar("T")
 PAIR = ["prompt", "seed"]
@@ -42,7 +42,7 @@ class PlotError(ValueError):
 # --- words ---------------------------------------------------------------------------------------------------------
 
 
-NAMES = {"clip_score": "CLIP score", "ssim": "SSIM", "psnr": "PSNR (dB)", "seconds": "seconds a picture"}
+NAMES = {"clip_score": "CLIP score", "ssim": "SSIM", "psnr": "PSNR (dB)", "seconds": "seconds an image"}
 
 
 def words(column: str) -> str:
@@ -95,9 +95,9 @@ def _where(table: pd.DataFrame, settings: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def grid(images: Sequence[Image.Image], labels: Sequence[str], columns: int | None = None) -> Image.Image:
-    """Pictures of one size in rows of `columns` (default: one row), each under its label."""
+    """Images of one size in rows of `columns` (default: one row), each under its label."""
     if len(images) != len(labels) or not images:
-        raise PlotError(f"a grid must have one label a picture; received {len(images)} pictures, {len(labels)} labels")
+        raise PlotError(f"a grid must have one label an image; received {len(images)} images, {len(labels)} labels")
     columns = columns or len(images)
     width, height = images[0].size
     rows = -(-len(images) // columns)
@@ -110,9 +110,9 @@ def grid(images: Sequence[Image.Image], labels: Sequence[str], columns: int | No
     return sheet
 
 
-def picture_grid(
+def image_grid(
     table: pd.DataFrame,
-    pictures: Pictures,
+    images: Images,
     across: str,
     down: str | None = None,
     panels: str | None = None,
@@ -121,18 +121,18 @@ def picture_grid(
     side: int = 192,
     width: int = 1800,
 ) -> Image.Image:
-    """Pictures along two axes, or three: one grid a value of `panels`, beside one another as long as `width` pixels
+    """Images along two axes, or three: one grid a value of `panels`, beside one another as long as `width` pixels
     allow. An axis is any column: a setting, `prompt` or `seed`; without `down` there is one row.
 
-    Over the whole stands what all pictures share of prompt and seed; under each the numbers named in `notes`. A
-    picture is as large as it was drawn, or smaller so that neither of its sides is above `side`. A cell that failed
+    Over the whole stands what all images share of prompt and seed; under each the numbers named in `notes`. A
+    image is as large as it was drawn, or smaller so that neither of its sides is above `side`. A cell that failed
     says why, one that is not in the table stays empty. Raises `PlotError` for a column that is not there, and where the
-    axes leave several pictures in one place.
+    axes leave several images in one place.
     """
     axes = (panels, down, across)
-    _need(table, *filter(None, axes), "picture", *notes)
+    _need(table, *filter(None, axes), "image", *notes)
     sheets, rows, columns = (_values(table, axis) if axis else [None] for axis in axes)
-    cells = {place: _cell(table, axes, place, pictures, side) for place in product(sheets, rows, columns)}
+    cells = {place: _cell(table, axes, place, images, side) for place in product(sheets, rows, columns)}
     size = next((cell.size for cell in cells.values() if isinstance(cell, Image.Image)), (side, side))
     below = {place: _notes(table, axes, place, notes, size[0]) for place in cells}
     panel = Panel(size, _axis(across, columns), _axis(down, rows) if down else None, max(map(len, below.values())))
@@ -158,23 +158,23 @@ def _at(table: pd.DataFrame, axes: Sequence[str | None], place: Place) -> tuple[
 
 
 def _cell(
-    table: pd.DataFrame, axes: Sequence[str | None], place: Place, pictures: Pictures, side: int
+    table: pd.DataFrame, axes: Sequence[str | None], place: Place, images: Images, side: int
 ) -> Image.Image | str:
-    """The picture of a place, or why there is none."""
+    """The image of a place, or why there is none."""
     settings, found = _at(table, axes, place)
     if len(found) > 1:
-        others = found.drop(columns=[*settings, "picture"]).astype(str).nunique()
+        others = found.drop(columns=[*settings, "image"]).astype(str).nunique()
         raise PlotError(
-            f"a grid must have one picture a place; at {said(settings)} the table has {len(found)}, which differ in "
+            f"a grid must have one image a place; at {said(settings)} the table has {len(found)}, which differ in "
             f"{', '.join(others[others > 1].index)}. Make one of these the third axis, or keep one. Example: "
             "table[table.seed == 0]"
         )
     if found.empty:
         return ""
     row = found.iloc[0]
-    if pd.isna(row["picture"]):
+    if pd.isna(row["image"]):
         return str(row.get("error") or "failed")
-    image = pictures(row["picture"]).image.convert("RGB")
+    image = images(row["image"]).image.convert("RGB")
     if max(image.size) > side:
         scale = side / max(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
@@ -184,7 +184,7 @@ def _cell(
 def _notes(
     table: pd.DataFrame, axes: Sequence[str | None], place: Place, notes: Sequence[str], width: int
 ) -> list[str]:
-    """The numbers under a picture, as many on a line as fit."""
+    """The numbers under an image, as many on a line as fit."""
     _, found = _at(table, axes, place)
     if not notes or found.empty or found.iloc[0][list(notes)].isna().any():
         return []
@@ -198,7 +198,7 @@ def _notes(
 
 
 def _shared(table: pd.DataFrame, axes: Sequence[str | None]) -> str:
-    """The prompt and the seed, where all pictures have the same."""
+    """The prompt and the seed, where all images have the same."""
     parts = []
     for name, form in (("prompt", "“{}”"), ("seed", "seed {}")):
         if name in table and name not in axes and table[name].nunique() == 1:
@@ -232,7 +232,7 @@ STYLE: dict[Any, Any] = {
 
 
 def _painted(size: tuple[float, float], columns: int, paint: Callable[[Figure, list[Axes]], None]) -> Image.Image:
-    """A figure of `size` inches with its axes side by side, as a picture; matplotlib's own state is left alone."""
+    """A figure of `size` inches with its axes side by side, as an image; matplotlib's own state is left alone."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, dpi=DOTS, layout="constrained")
         axes = figure.subplots(1, columns, squeeze=False)[0]
@@ -265,7 +265,7 @@ def front(
     `better` is "higher" or "lower", by default as the metric says.
 
     Only prompts and seeds that every combination has count, so that all are judged by the same ones; a combination of
-    which no picture is there is left out. The 95 % interval is the one within pairs (Cousineau 2005, corrected by
+    which no image is there is left out. The 95 % interval is the one within pairs (Cousineau 2005, corrected by
     Morey 2008): what prompts and seeds differ in among themselves is taken out. Raises `PlotError`.
     """
     _need(table, *by, quality, cost, *PAIR)
@@ -309,7 +309,7 @@ def _better(metric: str, asked: str | None) -> str:
 
 def _several(columns: str, values: str) -> str:
     return (
-        f"a plot must have one picture a prompt and seed at each {columns}; at {values} there are several. Name what "
+        f"a plot must have one image a prompt and seed at each {columns}; at {values} there are several. Name what "
         "they differ in as an axis, too, or keep one"
     )
 
@@ -427,7 +427,7 @@ def curves(
 def curve(table: pd.DataFrame, x: str, metric: str, baseline: pd.DataFrame | None = None) -> pd.DataFrame:
     """A line of `curves` as numbers: `x`, `mean`, `low`, `high`, `count`. With `baseline` of the paired difference.
 
-    Raises `PlotError` where a prompt and seed have several pictures at one `x`, or none in the baseline.
+    Raises `PlotError` where a prompt and seed have several images at one `x`, or none in the baseline.
     """
     rows = []
     for value in _values(table, x):
@@ -442,7 +442,7 @@ def curve(table: pd.DataFrame, x: str, metric: str, baseline: pd.DataFrame | Non
 
 
 def _differences(found: pd.DataFrame, baseline: pd.DataFrame, metric: str) -> np.ndarray:
-    """From the baseline's picture of the same prompt and seed, row by row."""
+    """From the baseline's image of the same prompt and seed, row by row."""
     before = found[PAIR].merge(baseline[[*PAIR, metric]], on=PAIR, how="left", validate="m:1")[metric].to_numpy()
     if np.isnan(before).any():
         missing = found.iloc[int(np.flatnonzero(np.isnan(before))[0])]

@@ -1,4 +1,4 @@
-"""Sheets: pictures and words laid out in pixels, and nothing of what they show.
+"""Sheets: images and words laid out in pixels, and nothing of what they show.
 
 A sheet is an image at twice the size at which a README shows it. Knows no tables, no settings and no files.
 """
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 INK, FAINT, PALE = "#1f2328", "#656d76", "#eceff2"
 GAP, MARGIN = 8, 24
-NOTE = 20  # the line under a picture
+NOTE = 20  # the line under an image
 
 
 # --- words ---------------------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def fitted(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeType
     return text + "…"
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------------------
 
 
 class Axis(NamedTuple):
@@ -56,10 +56,10 @@ class Axis(NamedTuple):
 
 
 class Panel:
-    """One grid: the axes' names and values around pictures of one size."""
+    """One grid: the axes' names and values around images of one size."""
 
     def __init__(self, size: tuple[int, int], across: Axis, down: Axis | None, notes: int) -> None:
-        """`size` is a picture's (width, height), `notes` how many lines stand under each."""
+        """`size` is an image's (width, height), `notes` how many lines stand under each."""
         self.size, self.across, self.down, self.notes = size, across, down, notes
         self.rows = down.values if down else [None]
         self.small, self.bold = typeface(12), typeface(14, bold=True)

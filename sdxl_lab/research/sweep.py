@@ -37,7 +37,7 @@ from sdxl_lab.research.axes import (
     read_toml,
     spread,
 )
-from sdxl_lab.research.cache import FOLDER, Cell, Cells, OnProgress
+from sdxl_lab.research.cache import FOLDER, Cell, ImageCache, OnProgress
 
 OUT = Path("runs/sweeps")
 PAIRS = ("prompt", "seed")
@@ -50,7 +50,7 @@ Axes = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True)
 class Sweep:
-    """Cells, and beside each the axes' values it stands for. Built by `product` or `from_toml`."""
+    """ImageCache, and beside each the axes' values it stands for. Built by `product` or `from_toml`."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -75,7 +75,7 @@ class Sweep:
         An axis is `prompt` (needed), `seed` (default 0), `config` (whole configurations, or files of them) or any field
         of the configuration. The axes of one table of `zipped` go together, value by value. Where a combination has no
         refiner, the refiner's fields do not apply, and its doubles are left out. `reference` is the configuration whose
-        pictures metrics like SSIM compare with. Raises `SweepError`, `ConfigError` or `MetricError`.
+        images metrics like SSIM compare with. Raises `SweepError`, `ConfigError` or `MetricError`.
         """
         groups = _groups(axes, zipped)
         if not isinstance(limit, int) or limit < 1:
@@ -218,15 +218,15 @@ def run(
     """Draw and measure what is missing, and give the table: one row a cell, also written to `out/table.parquet`.
 
     Columns: the axes, `prompt`, `seed`, `digest`, `settings` (the whole configuration as JSON), the metrics,
-    `unet_calls`, `unet_rows`, `seconds` (denoising, shared with its batch), `picture` (the cell's key) and `error` (why
-    there is no picture or no number).
+    `unet_calls`, `unet_rows`, `seconds` (denoising, shared with its batch), `image` (the cell's key) and `error` (why
+    there is no image or no number).
 
     Under `accelerate launch` every process draws its share, and each gives the whole table: that of one process, but
     for a sample here and there that rounds to the next of its 256 values. An interrupt raises `KeyboardInterrupt` and
     leaves what is finished; run it again to go on.
     """
     group, profile = processes(profile, engine)
-    with Cells(cells, profile, engine) as store:
+    with ImageCache(cells, profile, engine) as store:
         keys = {store.key(cell): cell for cell in sweep.cells}
         # In the order of their keys, which is as good as shuffled: every process gets easy and hard ones alike.
         shares = sorted(keys) if group.num_processes > 1 else list(keys)
@@ -241,13 +241,13 @@ def run(
     return table
 
 
-def _check_shared(store: Cells, keys: Iterable[str], errors: Mapping[str, str]) -> None:
+def _check_shared(store: ImageCache, keys: Iterable[str], errors: Mapping[str, str]) -> None:
     """Machines that each draw into a folder of their own would give a table with holes."""
     lost = [key for key in keys if key not in store and key not in errors]
     if lost:
         raise SweepError(
             f"all processes of a sweep must draw into one folder that every machine sees; {store.folder} lacks "
-            f"{len(lost)} cells that others drew. Example: --cells /mnt/shared/cells"
+            f"{len(lost)} cells that others drew. Example: --cache /mnt/shared/cells"
         )
 
 
@@ -262,7 +262,7 @@ def processes(profile: RuntimeProfile | None, engine: Engine | None) -> tuple[Pa
     return group, profile
 
 
-def _table(sweep: Sweep, store: Cells, errors: Mapping[str, str]) -> pd.DataFrame:
+def _table(sweep: Sweep, store: ImageCache, errors: Mapping[str, str]) -> pd.DataFrame:
     rows = []
     for cell, settings in zip(sweep.cells, sweep.settings, strict=True):
         key = store.key(cell)
@@ -272,8 +272,8 @@ def _table(sweep: Sweep, store: Cells, errors: Mapping[str, str]) -> pd.DataFram
         if key in store:
             reference = store.key(Cell(sweep.reference, cell.prompt, cell.seed)) if sweep.reference else None
             row |= store.costs(key) | store.values(key, sweep.metrics, reference)
-        rows.append(row | {"picture": key if key in store else None, "error": errors.get(key)})
-    return pd.DataFrame(rows).astype({"picture": "str", "error": "str"})
+        rows.append(row | {"image": key if key in store else None, "error": errors.get(key)})
+    return pd.DataFrame(rows).astype({"image": "str", "error": "str"})
 
 
 def summary(sweep: Sweep, table: pd.DataFrame) -> pd.DataFrame:

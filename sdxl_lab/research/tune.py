@@ -34,7 +34,7 @@ from sdxl_lab.research.axes import (
     read_toml,
     spread,
 )
-from sdxl_lab.research.cache import FOLDER, Cell, Cells
+from sdxl_lab.research.cache import FOLDER, Cell, ImageCache
 from sdxl_lab.research.sweep import processes, write_table
 
 OUT = Path("runs/studies")
@@ -94,7 +94,7 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """What is tuned, on what, and how: everything but where it is kept. Built by `over` or `from_toml`.
 
     `pairs` are (prompt, seed), the same for every trial, prompts first. A trial may be stopped after `stop_after` pairs
@@ -123,7 +123,7 @@ class Plan:
             )
         if len(self.pairs) < 2:
             raise SweepError(
-                f"a study must have at least two pairs of prompt and seed, for one picture proves nothing; received "
+                f"a study must have at least two pairs of prompt and seed, for one image proves nothing; received "
                 f'{len(self.pairs)}. Example: pairs = {{ prompt = ["A cat in a hat", "a blue boat"], seed = [0, 1] }}'
             )
         for name, low in (("trials", 1), ("startup", 1), ("stop_after", 2)):
@@ -173,7 +173,7 @@ class Plan:
         return canonical(content | {"pairs": [list(pair) for pair in self.pairs], "ground": ground})
 
     @classmethod
-    def from_toml(cls, path: Path | str) -> "Plan":
+    def from_toml(cls, path: Path | str) -> "StudyPlan":
         """Read a study's file; `studies/` has examples. Raises `SweepError`, `ConfigError` or `MetricError`."""
         path = Path(path)
         content = read_toml(path, KEYS, "study")
@@ -240,7 +240,7 @@ class Tuned:
 
 
 def tune(
-    plan: Plan,
+    plan: StudyPlan,
     *,
     out: Path | str | None = None,
     storage: str | None = None,
@@ -259,7 +259,7 @@ def tune(
     """
     out = Path(out or OUT / plan.name)
     workers, profile = processes(profile, engine)
-    with Cells(cells, profile, engine) as store:
+    with ImageCache(cells, profile, engine) as store:
         with workers.main_process_first(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats, names of metrics
             study = _opened(
@@ -289,7 +289,7 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _opened(plan: Plan, storage: str, identity: str, worker: int) -> Study:
+def _opened(plan: StudyPlan, storage: str, identity: str, worker: int) -> Study:
     """The study, begun or gone on with. A worker that dies is noticed by its heartbeat, and its trial tried again."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -308,7 +308,7 @@ def _opened(plan: Plan, storage: str, identity: str, worker: int) -> Study:
     except Exception as error:  # SQLAlchemy's, the database driver's and Optuna's own
         raise SweepError(
             f"the storage must be a database that Optuna can open; received {storage!r}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}. The pictures are safe in the cells. Example: sqlite:///runs/study.db"
+            f"{' '.join(str(error).split())[:300]}. The images are safe in the cells. Example: sqlite:///runs/study.db"
         ) from error
     if begun is not None and begun != identity:
         before, now = json.loads(begun), json.loads(identity)
@@ -338,8 +338,8 @@ def _retry_interrupted(study: Study) -> None:
             study.enqueue_trial(trial.params, user_attrs={"retries": trial.number})
 
 
-def _tried(plan: Plan, study: Study, store: Cells, trial: Trial) -> tuple[float, float]:
-    """One trial: the metric's mean and the UNet rows of a picture. Raises `TrialPruned` once it is hopeless, or where
+def _tried(plan: StudyPlan, study: Study, store: ImageCache, trial: Trial) -> tuple[float, float]:
+    """One trial: the metric's mean and the UNet rows of an image. Raises `TrialPruned` once it is hopeless, or where
     its settings cannot be drawn, so that the sampler learns to keep away from both."""
 
     def give_up(reason: str) -> optuna.TrialPruned:
@@ -359,13 +359,13 @@ def _tried(plan: Plan, study: Study, store: Cells, trial: Trial) -> tuple[float,
         keys = [store.key(cell) for cell in part]
         for key, failure in store.complete(part, [plan.metric]).items():
             if key in store:  # drawn, but without its number: no fault of the settings
-                raise SweepError(f"the metric of the study must measure every picture; {failure}")
+                raise SweepError(f"the metric of the study must measure every image; {failure}")
             raise give_up(f"cannot be drawn: {failure}")
         measured = [store.values(key, [plan.metric])[plan.metric.name] for key in keys]
         for cell, value in zip(part, measured, strict=True):
             if not math.isfinite(value):
                 raise SweepError(
-                    f"the metric of the study must measure every picture; received {value} from {plan.metric.name} for "
+                    f"the metric of the study must measure every image; received {value} from {plan.metric.name} for "
                     f"{cell.prompt!r}, seed {cell.seed}. Example: a metric that is a number for whatever is drawn"
                 )
         values += measured
@@ -378,7 +378,7 @@ def _tried(plan: Plan, study: Study, store: Cells, trial: Trial) -> tuple[float,
     return sum(values) / len(values), rows
 
 
-def _suggested(plan: Plan, trial: Trial) -> GenerationConfig:
+def _suggested(plan: StudyPlan, trial: Trial) -> GenerationConfig:
     """The trial's configuration: whole records first, then their fields, where the record is not left out."""
     settings: dict[str, Any] = {}
     for name in sorted(plan.space, key=lambda name: name.count(".")):
@@ -389,7 +389,7 @@ def _suggested(plan: Plan, trial: Trial) -> GenerationConfig:
     return changed(plan.config, settings)
 
 
-def hopeless(plan: Plan, values: Sequence[float], rows: float, front: Sequence[FrozenTrial]) -> str | None:
+def hopeless(plan: StudyPlan, values: Sequence[float], rows: float, front: Sequence[FrozenTrial]) -> str | None:
     """Why a trial is not worth finishing; None where it may be.
 
     It is hopeless once a trial of the front that costs no more is better on the pairs drawn so far, by a one-sided
@@ -425,7 +425,7 @@ def _counted(study: Study) -> int:
 # --- what was found ------------------------------------------------------------------------------------------------
 
 
-def read_study(plan: Plan, study: Study) -> Tuned:
+def read_study(plan: StudyPlan, study: Study) -> Tuned:
     """The tables, the importances and the candidate of a study as it stands."""
     best = {trial.number for trial in study.best_trials}
     rows = [_row(plan, trial) | {"front": trial.number in best} for trial in study.get_trials(deepcopy=False)]
@@ -436,7 +436,7 @@ def read_study(plan: Plan, study: Study) -> Tuned:
     return Tuned(study, table, front, _importance(plan, study), candidate, rule)
 
 
-def _row(plan: Plan, trial: FrozenTrial) -> dict[str, Any]:
+def _row(plan: StudyPlan, trial: FrozenTrial) -> dict[str, Any]:
     attributes = trial.user_attrs
     values = attributes.get("values", [])
     return {
@@ -451,7 +451,7 @@ def _row(plan: Plan, trial: FrozenTrial) -> dict[str, Any]:
     }
 
 
-def _candidate(plan: Plan, front: pd.DataFrame) -> tuple[GenerationConfig | None, str]:
+def _candidate(plan: StudyPlan, front: pd.DataFrame) -> tuple[GenerationConfig | None, str]:
     if front.empty:
         return None, "no trial was finished"
     if plan.choose == "knee":
@@ -477,7 +477,7 @@ def knee(cost: Sequence[float], gain: Sequence[float]) -> int:
     return above.index(max(above))
 
 
-def _importance(plan: Plan, study: Study) -> pd.DataFrame:
+def _importance(plan: StudyPlan, study: Study) -> pd.DataFrame:
     """Each field's share by PED-ANOVA (Watanabe et al. 2023, arXiv 2304.10255), Optuna's own, which takes fields that
     not every trial has: in reaching the front, and in the metric alone. Empty while there are too few trials."""
     shares = {}

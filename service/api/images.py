@@ -1,4 +1,4 @@
-"""Pictures: draw, refine, list, download, cancel, delete."""
+"""Images: draw, refine, list, download, cancel, delete."""
 
 import asyncio
 import hashlib
@@ -10,15 +10,15 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from sdxl_lab.config import ConfigError
-from sdxl_lab.images import open_picture
+from sdxl_lab.images import open_image
 from service.api.negotiation import EVENTS, FORMS, JSON, Wish, wish
 from service.api.problems import answers
 from service.api.schemas import (
     Accepted,
     Drawn,
     GenerateRequest,
-    PictureInfo,
-    PicturePage,
+    ImageInfo,
+    ImagePage,
     Refined,
     RefineRequest,
     Wanted,
@@ -26,10 +26,10 @@ from service.api.schemas import (
 from service.api.sse import EventStream, described, told
 from service.jobs.job import Drawing, Order, fingerprint
 from service.jobs.manager import Studio
-from service.jobs.store import CURSOR, UnknownPicture
+from service.jobs.store import CURSOR, UnknownImage
 from service.server.middleware import ClientGone
 
-router = APIRouter(tags=["pictures"])
+router = APIRouter(tags=["images"])
 Asked = Annotated[Wish, Depends(wish)]
 
 NOT_DRAWING = ("not-ready", "stopping", "engine-stopped", "queue-full", "store-refused", "store-unreachable")
@@ -60,25 +60,25 @@ def _drawing_answers(model: type[Drawn], *kinds: str) -> dict[int | str, dict[st
     return {
         200: {
             "model": model,
-            "description": "The picture is drawn and stored. By `Accept`: JSON, the picture itself, or its events",
+            "description": "The image is drawn and stored. By `Accept`: JSON, the image itself, or its events",
             "content": {**binary, **events},
             "headers": {
-                "X-Image-Id": _header("the picture's id, where the answer is the picture itself"),
-                "X-Seed": _header("its seed, where the answer is the picture itself", "integer"),
+                "X-Image-Id": _header("the image's id, where the answer is the image itself"),
+                "X-Seed": _header("its seed, where the answer is the image itself", "integer"),
                 "X-Config-Digest": _header("the promoted configuration's digest"),
                 "X-Accel-Buffering": _header("`no`, where the answer is a stream of events"),
             },
-            "links": {name: _link(name) for name in ("picture", "download", "delete")}
+            "links": {name: _link(name) for name in ("image", "download", "delete")}
             | {"refine": {"operationId": "refine", "requestBody": {"id": "$response.body#/id"}}},
         },
         202: {
             "model": Accepted,
-            "description": "With `Prefer: respond-async`: the picture will be drawn",
+            "description": "With `Prefer: respond-async`: the image will be drawn",
             "headers": {
                 "Location": _header("where its state is told"),
                 "Preference-Applied": _header("`respond-async`"),
             },
-            "links": {name: _link(name) for name in ("picture", "cancel")},
+            "links": {name: _link(name) for name in ("image", "cancel")},
         },
         **answers(
             "invalid-value",
@@ -99,7 +99,7 @@ def _drawing_answers(model: type[Drawn], *kinds: str) -> dict[int | str, dict[st
     responses=_drawing_answers(Drawn),
 )
 async def generate(asked: GenerateRequest, request: Request, wish: Asked) -> Any:
-    """Draw one picture from a prompt."""
+    """Draw one image from a prompt."""
     studio: Studio = request.app.state.studio
 
     async def order() -> Order:
@@ -112,10 +112,10 @@ async def generate(asked: GenerateRequest, request: Request, wish: Asked) -> Any
     "/refine",
     response_model=Refined,
     response_model_exclude_defaults=True,
-    responses=_drawing_answers(Refined, "unknown-picture", "still-drawing"),
+    responses=_drawing_answers(Refined, "unknown-image", "still-drawing"),
 )
 async def refine(asked: RefineRequest, request: Request, wish: Asked) -> Any:
-    """Go over a stored picture again with the refiner."""
+    """Go over a stored image again with the refiner."""
     studio: Studio = request.app.state.studio
     studio.served.ready_engine()
 
@@ -131,11 +131,11 @@ async def refine(asked: RefineRequest, request: Request, wish: Asked) -> Any:
 async def _submitted(
     studio: Studio, wish: Wish, asked: GenerateRequest | RefineRequest, order: Callable[[], Awaitable[Order]]
 ) -> Drawing:
-    """The order's drawing. A key that was seen before stands for its picture even where the order could not be made
+    """The order's drawing. A key that was seen before stands for its image even where the order could not be made
     any more: the source was deleted, or a promotion narrowed the limits."""
     try:
         made = await order()
-    except (ConfigError, UnknownPicture):
+    except (ConfigError, UnknownImage):
         terms = _terms(wish, asked)
         drawing = None if wish.key is None else await studio.repeated(wish.scope, wish.key, terms["fingerprint"])
         if drawing is None:
@@ -176,53 +176,53 @@ async def _answer(request: Request, wish: Wish, drawing: Drawing, shape: type[Dr
 
 @router.get(
     "/images",
-    response_model=PicturePage,
+    response_model=ImagePage,
     response_model_exclude_none=True,
     responses=answers("invalid-value", "store-unreachable"),
 )
-async def pictures(
+async def images(
     request: Request,
-    limit: Annotated[int, Query(ge=1, le=100, description="pictures on a page")] = 24,
+    limit: Annotated[int, Query(ge=1, le=100, description="images on a page")] = 24,
     cursor: Annotated[str | None, Query(pattern=CURSOR, description="`next` of the page before")] = None,
-) -> PicturePage:
-    """The stored pictures, the newest first."""
+) -> ImagePage:
+    """The stored images, the newest first."""
     page = await request.app.state.studio.page(limit, cursor)
     prefix = request.scope.get("root_path", "")
-    return PicturePage(images=[PictureInfo.of(record, prefix) for record in page.records], next=page.cursor)
+    return ImagePage(images=[ImageInfo.of(record, prefix) for record in page.records], next=page.cursor)
 
 
 @router.get(
     "/images/{id}",
-    response_model=PictureInfo,
+    response_model=ImageInfo,
     response_model_exclude_none=True,
-    responses=answers("unknown-picture", "store-unreachable"),
+    responses=answers("unknown-image", "store-unreachable"),
 )
-async def picture(id: str, request: Request) -> PictureInfo:
-    """What is known of a picture: stored, on its way, failed or cancelled. Those without a picture are forgotten after
+async def image(id: str, request: Request) -> ImageInfo:
+    """What is known of an image: stored, on its way, failed or cancelled. Those without an image are forgotten after
     some minutes, or a day if they were to last."""
     state, found = await request.app.state.studio.find(id)
     prefix = request.scope.get("root_path", "")
     if isinstance(found, Drawing):
         step, steps = found.progress
         on_its_way = {} if found.over else {"position": found.position, "eta": found.eta, "step": step, "steps": steps}
-        return PictureInfo.of(found.asked, prefix, state, **on_its_way)
-    return PictureInfo.of(found, prefix, state, **({"record": found} if state == "done" else {}))
+        return ImageInfo.of(found.asked, prefix, state, **on_its_way)
+    return ImageInfo.of(found, prefix, state, **({"record": found} if state == "done" else {}))
 
 
 @router.delete(
     "/images/{id}",
     status_code=204,
-    responses=answers("unknown-picture", "not-over", "store-refused", "store-unreachable"),
+    responses=answers("unknown-image", "not-over", "store-refused", "store-unreachable"),
 )
 async def delete(id: str, request: Request) -> Response:
-    """Delete a stored picture and its record."""
+    """Delete a stored image and its record."""
     await request.app.state.studio.delete(id)
     return Response(status_code=204)
 
 
-@router.delete("/jobs/{id}", status_code=204, responses=answers("unknown-picture", "already-over", "store-unreachable"))
+@router.delete("/jobs/{id}", status_code=204, responses=answers("unknown-image", "already-over", "store-unreachable"))
 async def cancel(id: str, request: Request) -> Response:
-    """Cancel a picture that is queued or running, at its next step. Whoever waits for it is told."""
+    """Cancel an image that is queued or running, at its next step. Whoever waits for it is told."""
     await request.app.state.studio.cancel(id)
     return Response(status_code=204)
 
@@ -232,16 +232,16 @@ async def cancel(id: str, request: Request) -> Response:
     response_class=Response,
     responses={
         200: {
-            "description": "The picture",
+            "description": "The image",
             "content": {form: {"schema": {"type": "string", "format": "binary"}} for form in FORMS},
-            "headers": {"ETag": _header("of this form"), "Cache-Control": _header("the picture never changes")},
+            "headers": {"ETag": _header("of this form"), "Cache-Control": _header("the image never changes")},
         },
         304: {"description": "The client has this form already", "headers": {"ETag": _header("of this form")}},
-        **answers("unknown-picture", "still-drawing", "invalid-value", "store-unreachable"),
+        **answers("unknown-image", "still-drawing", "invalid-value", "store-unreachable"),
     },
 )
 async def download(id: str, request: Request, wanted: Annotated[Wanted, Query()]) -> Response:
-    """A stored picture: the very PNG, or a WebP or JPEG made of it."""
+    """A stored image: the very PNG, or a WebP or JPEG made of it."""
     png = await request.app.state.studio.stored(id)
     form = "" if wanted.format == "png" else f"-{wanted.format}{wanted.quality or ''}"
     tag = f'"{hashlib.sha256(png).hexdigest()[:32]}{form}"'
@@ -277,10 +277,10 @@ async def _formed(png: bytes, form: str, quality: int | None) -> bytes:
 
 
 def convert(png: bytes, form: str, quality: int | None) -> bytes:
-    """The picture as WebP or JPEG; without `quality`, Pillow's own for the form. The record stays in the PNG."""
+    """The image as WebP or JPEG; without `quality`, Pillow's own for the form. The record stays in the PNG."""
     buffer = io.BytesIO()
     options = {} if quality is None else {"quality": quality}
-    open_picture(png).convert("RGB").save(buffer, form.upper(), **options)
+    open_image(png).convert("RGB").save(buffer, form.upper(), **options)
     return buffer.getvalue()
 
 

@@ -1,6 +1,6 @@
 """How a client wants its answer: what the headers of `POST /generate` and `POST /refine` say.
 
-Knows headers, and nothing of pictures.
+Knows headers, and nothing of images.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ IdempotencyKey = Annotated[
         min_length=1,
         max_length=128,
         pattern=r"^[ -~]*$",
-        description="id and seed are derived from it: a repeat gives the stored picture, joins the running one, or "
-        "makes the very same picture again",
+        description="id and seed are derived from it: a repeat gives the stored image, joins the running one, or "
+        "makes the very same image again",
         examples=["order-4711"],
     ),
 ]
@@ -39,7 +39,7 @@ class Wish:
 def wish(
     request: Request,
     prefer: Annotated[
-        str | None, Header(description="`respond-async`: 202 at once, and the picture is drawn whoever waits")
+        str | None, Header(description="`respond-async`: 202 at once, and the image is drawn whoever waits")
     ] = None,
     idempotency_key: IdempotencyKey = None,
     previews: Annotated[bool, Query(description="events of steps show previews: small JPEGs as data URLs")] = False,

@@ -58,7 +58,7 @@ data: {"type": "image_generation.completed", "b64_json": "iVBORw0KGgo...", ...}
     response_model_exclude_none=True,
     responses={
         200: {
-            "description": "The pictures; with `stream` their events",
+            "description": "The images; with `stream` their events",
             "content": {
                 EVENTS: described(STREAM, "image_generation.partial_image", "image_generation.completed", "error")
             },
@@ -76,7 +76,7 @@ data: {"type": "image_generation.completed", "b64_json": "iVBORw0KGgo...", ...}
     },
 )
 async def generations(asked: ImagesRequest, request: Request, idempotency_key: IdempotencyKey = None) -> Any:
-    """Draw one to ten pictures of a prompt. They share the engine's calls, each has a seed of its own, and if one of
+    """Draw one to ten images of a prompt. They share the engine's calls, each has a seed of its own, and if one of
     them fails the others are cancelled."""
     studio: Studio = request.app.state.studio
     check_model(asked.model, studio.served.slot.folder.name)
@@ -120,7 +120,7 @@ def _model(studio: Studio) -> Model:
 
 
 def _orders(asked: ImagesRequest, studio: Studio, request: Request, key: str | None) -> list[Order]:
-    """An order for each picture: neighbouring seeds, and with an idempotency key a key for each."""
+    """An order for each image: neighbouring seeds, and with an idempotency key a key for each."""
     config = asked.over(studio.served.slot.config)
     scope = f"{PREFIX} {getattr(request.state, 'client', '')}"  # keys of /generate are others
     seed = secrets.randbelow(2**32) if key is None else derived(scope, key)[1]
@@ -160,8 +160,8 @@ async def _all(drawings: Sequence[Drawing]) -> list[Any]:
 
 
 def _cancel(drawings: Sequence[Drawing], error: BaseException) -> None:
-    """One picture failed: nobody gets the others. A service that stops draws those with a key once it is back."""
-    why = error if isinstance(error, Stopping) else CancelledByClient("another picture of the request failed")
+    """One image failed: nobody gets the others. A service that stops draws those with a key once it is back."""
+    why = error if isinstance(error, Stopping) else CancelledByClient("another image of the request failed")
     for drawing in drawings:
         drawing.cancel(why)
 
@@ -184,8 +184,8 @@ async def _answered(asked: ImagesRequest, request: Request, record: Any) -> Answ
     return Answered(b64_json=await _stored(asked, request.app.state.studio, record["id"]))
 
 
-async def _stored(asked: ImagesRequest, studio: Studio, picture: str) -> str:
-    png = await studio.stored(picture)
+async def _stored(asked: ImagesRequest, studio: Studio, image: str) -> str:
+    png = await studio.stored(image)
     if asked.form != "png":
         png = await asyncio.to_thread(convert, png, asked.form, asked.compression)
     return base64.b64encode(png).decode()
@@ -195,9 +195,9 @@ async def _stored(asked: ImagesRequest, studio: Studio, picture: str) -> str:
 
 
 async def _told(asked: ImagesRequest, request: Request, drawings: Sequence[Drawing]) -> AsyncIterator[ServerSentEvent]:
-    """`image_generation.partial_image` with each preview, `image_generation.completed` with each picture, or an error.
+    """`image_generation.partial_image` with each preview, `image_generation.completed` with each image, or an error.
 
-    `image_index`, which is ours, says which of several pictures an event is about.
+    `image_index`, which is ours, says which of several images an event is about.
     """
     studio: Studio = request.app.state.studio
     shown = [0] * len(drawings)
@@ -236,7 +236,7 @@ async def _told(asked: ImagesRequest, request: Request, drawings: Sequence[Drawi
 
 
 async def _merged(drawings: Sequence[Drawing], previews: int) -> AsyncIterator[tuple[int, Event]]:
-    """The events of all, as they happen, each with its picture's index; or what went wrong first."""
+    """The events of all, as they happen, each with its image's index; or what went wrong first."""
     happened: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
 
     async def watch(index: int, drawing: Drawing) -> None:
@@ -262,7 +262,7 @@ async def _merged(drawings: Sequence[Drawing], previews: int) -> AsyncIterator[t
 
 
 def _partial(asked: ImagesRequest, preview: Image.Image, drawing: Drawing) -> str:
-    """A preview in the size and form of the picture that it announces."""
+    """A preview in the size and form of the image that it announces."""
     config = drawing.asked["config"]
     image = preview.resize((config["width"], config["height"]), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()

@@ -31,10 +31,10 @@ QUALITIES: Mapping[str, float] = {  # the promoted number of steps, times this, 
 TOLD_AS = {"standard": "medium", "auto": "medium", "hd": "high"}  # answers have the newer words only
 REFUSED: Mapping[str, str] = {
     "style": "a style is said in the prompt",
-    "complexity": "nothing is planned before the picture is drawn",
-    "frame_count": "a picture does not move",
-    "frame_duration_ms": "a picture does not move",
-    "svg": "pictures are pixels",
+    "complexity": "nothing is planned before the image is drawn",
+    "frame_count": "an image does not move",
+    "frame_duration_ms": "an image does not move",
+    "svg": "images are pixels",
 }
 CODES: Mapping[str, str] = {"unauthorized": "invalid_api_key", "queue-full": "rate_limit_exceeded"}
 FINAL = (409, 507)  # the official client would try these again, in vain
@@ -65,7 +65,7 @@ class UnknownModel(ConfigError):
 
 
 class ImagesRequest(Closed):
-    """Pictures to draw, as OpenAI's clients ask for them. What is left out or null is as promoted."""
+    """Images to draw, as OpenAI's clients ask for them. What is left out or null is as promoted."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -79,7 +79,7 @@ class ImagesRequest(Closed):
 
     prompt: Prompt
     model: Text | None = Field(None, description=f"the slot's name, or `{AUTO}`: whatever is served")
-    n: int | None = Field(None, ge=1, le=10, description="pictures: all of them, or an error")
+    n: int | None = Field(None, ge=1, le=10, description="images: all of them, or an error")
     size: Text | None = Field(
         None, description="`256x256`: width and height, multiples of 8 within the promoted limits; `auto`: as promoted"
     )
@@ -94,8 +94,8 @@ class ImagesRequest(Closed):
         None, ge=0, le=100, description="the quality of webp and jpeg; left out: 100"
     )
     stream: bool | None = Field(None, description="answer with events")
-    partial_images: int | None = Field(None, ge=0, le=3, description="previews of each picture; goes with `stream`")
-    background: Literal["opaque", "auto"] | None = Field(None, description="pictures are opaque")
+    partial_images: int | None = Field(None, ge=0, le=3, description="previews of each image; goes with `stream`")
+    background: Literal["opaque", "auto"] | None = Field(None, description="images are opaque")
     moderation: Literal["low", "auto"] | None = Field(None, description="without effect: prompts are not judged here")
     user: Text | None = Field(None, description="without effect, and not kept")
     safety_identifier: Text | None = Field(None, description="without effect, and not kept")
@@ -114,7 +114,7 @@ class ImagesRequest(Closed):
     def _fields_agree(self) -> Self:
         if self.stream and self.response_format == "url":
             raise _disagree(
-                "response_format", "must be b64_json, or left out, where stream is true: events hold pictures"
+                "response_format", "must be b64_json, or left out, where stream is true: events hold images"
             )
         if self.partial_images and not self.stream:
             raise _disagree("partial_images", "must be 0, or left out, where stream is not true")
@@ -185,14 +185,14 @@ def check_model(asked: str | None, served: str) -> None:
 
 
 class Image(BaseModel):
-    """A picture: its bytes in base64, or where it can be fetched."""
+    """An image: its bytes in base64, or where it can be fetched."""
 
     b64_json: str | None = None
     url: str | None = None
 
 
 class ImagesAnswer(BaseModel):
-    """The pictures. `created` in seconds since 1970; `size` is width x height."""
+    """The images. `created` in seconds since 1970; `size` is width x height."""
 
     model_config = ConfigDict(
         json_schema_extra={

@@ -30,9 +30,7 @@ async def config(request: Request) -> dict[str, Any]:
         "version": __version__,
     }
     if slot.evidence is None:
-        content["evidence_note"] = (
-            "this configuration was put here without evidence: nobody has judged its pictures yet"
-        )
+        content["evidence_note"] = "this configuration was put here without evidence: nobody has judged its images yet"
     return content
 
 
@@ -44,7 +42,7 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz", responses=answers("not-ready"))
 async def readyz(request: Request) -> dict[str, Any]:
-    """Whether a picture can be drawn now; 503 says why not. `attested` false comes with the reason."""
+    """Whether an image can be drawn now; 503 says why not. `attested` false comes with the reason."""
     studio: Studio = request.app.state.studio
     studio.served.ready_engine()
     attestation = studio.served.attestation

@@ -19,7 +19,7 @@ HEADERS = {
 
 
 class Files(StaticFiles):
-    """The folder's files; previews come as `data:`, pictures behind a key as `blob:`."""
+    """The folder's files; previews come as `data:`, images behind a key as `blob:`."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         response = await super().get_response(path, scope)

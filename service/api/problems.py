@@ -1,6 +1,6 @@
 """Errors to HTTP: one table from what went wrong inside to what the client is told (RFC 9457).
 
-Knows statuses and words; knows neither routes nor how a picture is drawn. The table names its errors as text, so that
+Knows statuses and words; knows neither routes nor how an image is drawn. The table names its errors as text, so that
 reading it imports no torch; a test holds that every name exists.
 """
 
@@ -34,7 +34,7 @@ class Unauthorized(PermissionError):
 
 
 class StillDrawing(LookupError):
-    """The picture is in the making, for so many more `seconds`, where that is known."""
+    """The image is in the making, for so many more `seconds`, where that is known."""
 
     def __init__(self, message: str, seconds: float | None = None) -> None:
         super().__init__(message)
@@ -42,7 +42,7 @@ class StillDrawing(LookupError):
 
 
 class Stopping(RuntimeError):
-    """The service stops before the picture is done."""
+    """The service stops before the image is done."""
 
 
 RETRY_AFTER = {"description": "seconds after which a new try may succeed", "schema": {"type": "integer", "minimum": 1}}
@@ -103,7 +103,7 @@ class Problem:
 @dataclass(frozen=True)
 class Entry:
     """How an error is told. `retry_after` in seconds, where a later try may succeed; `measured`: the speed of the last
-    pictures says better."""
+    images says better."""
 
     status: int
     kind: str
@@ -118,23 +118,23 @@ TABLE = {
     "service.api.problems.BodyTooSlow": Entry(408, "body-too-slow", "The body takes too long"),
     "service.api.problems.BodyTooLarge": Entry(413, "body-too-large", "The body is too large"),
     "sdxl_lab.config.ConfigError": Entry(422, "invalid-value", "A value is not valid"),
-    "service.jobs.store.UnknownPicture": Entry(404, "unknown-picture", "There is no such picture"),
+    "service.jobs.store.UnknownImage": Entry(404, "unknown-image", "There is no such image"),
     "service.api.problems.Unauthorized": Entry(
         401, "unauthorized", "A key is needed", headers={"WWW-Authenticate": 'Bearer realm="sdxl-lab"'}
     ),
-    "service.api.problems.StillDrawing": Entry(404, "still-drawing", "The picture is in the making", 1, measured=True),
+    "service.api.problems.StillDrawing": Entry(404, "still-drawing", "The image is in the making", 1, measured=True),
     "service.api.problems.NotReady": Entry(503, "not-ready", "The service is not ready", 5),
     "service.api.problems.Stopping": Entry(503, "stopping", "The service stops", 5),
     "service.jobs.job.KeyReused": Entry(409, "key-reused", "The idempotency key belongs to another request"),
-    "service.jobs.job.AlreadyOver": Entry(409, "already-over", "The picture cannot be cancelled any more"),
-    "service.jobs.job.NotOver": Entry(409, "not-over", "The picture is in the making"),
-    "service.jobs.job.CancelledByClient": Entry(409, "cancelled-by-client", "The picture was cancelled by its id"),
+    "service.jobs.job.AlreadyOver": Entry(409, "already-over", "The image cannot be cancelled any more"),
+    "service.jobs.job.NotOver": Entry(409, "not-over", "The image is in the making"),
+    "service.jobs.job.CancelledByClient": Entry(409, "cancelled-by-client", "The image was cancelled by its id"),
     "service.jobs.store.StoreUnreachable": Entry(503, "store-unreachable", "The store does not answer", 5),
-    "service.jobs.store.StoreRefused": Entry(507, "store-refused", "The store refuses to take the picture"),
+    "service.jobs.store.StoreRefused": Entry(507, "store-refused", "The store refuses to take the image"),
     "sdxl_lab.diffusion.engine.QueueFull": Entry(429, "queue-full", "The queue is full", 1, measured=True),
     "sdxl_lab.diffusion.engine.EngineStopped": Entry(503, "engine-stopped", "The engine has stopped", 5),
     "sdxl_lab.diffusion.engine.Cancelled": Entry(
-        503, "cancelled", "The picture was cancelled, since the service stops", 5
+        503, "cancelled", "The image was cancelled, since the service stops", 5
     ),
 }
 
@@ -167,7 +167,7 @@ def problem_of(
     measured: Callable[[], int | None] | None = None,
     examples: Mapping[str, Any] = EXAMPLES,
 ) -> Problem:
-    """What a client is told of `error`. `measured` gives seconds by the speed of the last pictures, and is asked only
+    """What a client is told of `error`. `measured` gives seconds by the speed of the last images, and is asked only
     where they are told; `examples` are good values by the name of their field."""
     if isinstance(error, RequestValidationError):
         return _of_validation(error, examples)

@@ -67,7 +67,7 @@ class Closed(BaseModel):
 
 
 class GenerateRequest(Closed):
-    """A picture to draw. What is left out is as promoted; the seed is then chosen at random."""
+    """An image to draw. What is left out is as promoted; the seed is then chosen at random."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "A cat in a hat"}]})
 
@@ -92,19 +92,19 @@ class GenerateRequest(Closed):
 
 
 class RefineRequest(Closed):
-    """A stored picture that the refiner goes over again."""
+    """A stored image that the refiner goes over again."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"id": EXAMPLES["id"], "strength": 0.3}]})
 
     id: str
-    prompt: Prompt | None = Field(None, description="left out: that of the stored picture")
-    negative_prompt: NegativePrompt | None = Field(None, description="left out: that of the stored picture")
+    prompt: Prompt | None = Field(None, description="left out: that of the stored image")
+    negative_prompt: NegativePrompt | None = Field(None, description="left out: that of the stored image")
     strength: float = Field(0.3, gt=0, le=1)
     steps: int | None = Field(None, description="within the promoted limits")
     seed: Seed | None = None
 
     def over(self, promoted: GenerationConfig, source: Mapping[str, Any], size: tuple[int, int]) -> GenerationConfig:
-        """The promoted configuration for a picture of this (width, height) with this record. Raises `ConfigError`."""
+        """The promoted configuration for an image of this (width, height) with this record. Raises `ConfigError`."""
         changes: dict[str, Any] = {"width": size[0], "height": size[1]}
         if self.steps is not None:
             changes["steps"] = self.steps
@@ -153,7 +153,7 @@ def overridden(promoted: GenerationConfig, config: GenerationConfig) -> list[str
 
 
 class Timings(BaseModel):
-    """Milliseconds: in the queue, from there to the decoded picture, all together."""
+    """Milliseconds: in the queue, from there to the decoded image, all together."""
 
     queued_ms: float
     denoise_ms: float
@@ -173,7 +173,7 @@ DRAWN = {
 
 
 class Drawn(BaseModel):
-    """A picture that is drawn and stored. `config` is the promoted digest; `overridden` names what differs from it."""
+    """An image that is drawn and stored. `config` is the promoted digest; `overridden` names what differs from it."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [DRAWN]})
 
@@ -184,7 +184,7 @@ class Drawn(BaseModel):
     height: int
     config: str
     overridden: list[str]
-    timings: Timings | None = Field(None, description="left out for a picture that was put into the store by hand")
+    timings: Timings | None = Field(None, description="left out for an image that was put into the store by hand")
     warnings: list[str] = []
 
     @classmethod
@@ -194,7 +194,7 @@ class Drawn(BaseModel):
 
 
 class Refined(Drawn):
-    """A refined picture, and the id of the one it comes from."""
+    """A refined image, and the id of the one it comes from."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [DRAWN | {"source": EXAMPLES["id"]}]})
 
@@ -220,7 +220,7 @@ def _answer(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 class Accepted(BaseModel):
-    """A picture that will be drawn: its id, and where its state is told."""
+    """An image that will be drawn: its id, and where its state is told."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"id": EXAMPLES["id"], "url": f"/images/{EXAMPLES['id']}"}]}
@@ -231,7 +231,7 @@ class Accepted(BaseModel):
 
 
 class Chosen(BaseModel):
-    """The settings that people compare pictures by."""
+    """The settings that people compare images by."""
 
     scheduler: str
     steps: int
@@ -250,8 +250,8 @@ INFO = {
 }
 
 
-class PictureInfo(BaseModel):
-    """A picture, stored or on its way. What is not known, or not yet, is left out."""
+class ImageInfo(BaseModel):
+    """An image, stored or on its way. What is not known, or not yet, is left out."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [INFO]})
 
@@ -269,16 +269,16 @@ class PictureInfo(BaseModel):
     created: float | None = Field(None, description="seconds since 1970")
     timings: Timings | None = None
     warnings: list[str] | None = None
-    source: str | None = Field(None, description="the id of the picture that this one refines")
+    source: str | None = Field(None, description="the id of the image that this one refines")
     position: int | None = Field(None, description="the place in the queue, from 1")
     eta: float | None = Field(None, description="seconds until it is drawn")
     step: int | None = Field(None, description="UNet calls made")
     steps: int | None = Field(None, description="UNet calls in all")
-    record: dict[str, Any] | None = Field(None, description="all that repeats the picture; of a single one only")
+    record: dict[str, Any] | None = Field(None, description="all that repeats the image; of a single one only")
 
     @classmethod
     def of(cls, content: Mapping[str, Any], prefix: str = "", state: State = "done", **more: Any) -> Self:
-        """What a stored record says, or what was written down of a picture that is promised."""
+        """What a stored record says, or what was written down of an image that is promised."""
         config, source = content["config"], content.get("source")
         return cls(
             id=content["id"],
@@ -305,17 +305,17 @@ class PictureInfo(BaseModel):
         )
 
 
-class PicturePage(BaseModel):
-    """Stored pictures, the newest first; `next` is the cursor of the page after this one."""
+class ImagePage(BaseModel):
+    """Stored images, the newest first; `next` is the cursor of the page after this one."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"images": [INFO]}]})
 
-    images: list[PictureInfo]
+    images: list[ImageInfo]
     next: str | None = None
 
 
 class Wanted(BaseModel):
-    """The form in which a picture is wanted. `quality` goes with webp and jpeg only."""
+    """The form in which an image is wanted. `quality` goes with webp and jpeg only."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -1,4 +1,4 @@
-"""A picture's events over HTTP: server-sent events, through sse-starlette.
+"""An image's events over HTTP: server-sent events, through sse-starlette.
 
 Knows how an event looks on the wire; what happens, `service/jobs/job.py` says.
 """
@@ -19,7 +19,7 @@ from service.api.problems import known, problem_of
 from service.jobs.job import Done, Drawing, Queued, Step
 
 PING = 15  # seconds between two comments, so that no proxy takes the connection for dead
-PREVIEWS = 8  # of one picture, at most
+PREVIEWS = 8  # of one image, at most
 log = logging.getLogger(__name__)
 
 

@@ -15,23 +15,23 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from sdxl_lab.images import Picture, encode_png
+from sdxl_lab.images import GeneratedImage, encode_png
 from service.api.problems import Stopping, known
 from service.api.schemas import overridden
 from service.deployment import Served, on_loop
 from service.jobs.job import LOOK, CancelledByClient, Drawing, Order
 from service.jobs.leases import STORING, Promises
-from service.jobs.store import JobChanged, Store, StoreRefused, StoreUnreachable, UnknownPicture, Version
+from service.jobs.store import JobChanged, Store, StoreRefused, StoreUnreachable, UnknownImage, Version
 from service.server.logging import note
 from service.server.telemetry import Metrics
 
 if TYPE_CHECKING:
-    from sdxl_lab.diffusion.engine import Ticket
+    from sdxl_lab.diffusion.engine import Job
 
 REMEMBERED = 600  # seconds, and at most
-MOST_REMEMBERED = 1000  # pictures that failed or were cancelled; those that are done the store knows
-OUTAGE = 60  # seconds for which a picture that is drawn waits for a store that does not answer
-ANSWER = 2  # seconds for a cancelled picture to leave the engine, and for what becomes of it to be written down
+MOST_REMEMBERED = 1000  # images that failed or were cancelled; those that are done the store knows
+OUTAGE = 60  # seconds for which an image that is drawn waits for a store that does not answer
+ANSWER = 2  # seconds for a cancelled image to leave the engine, and for what becomes of it to be written down
 
 log = logging.getLogger(__name__)
 
@@ -45,23 +45,23 @@ class Drawings:
         self.ended: dict[uuid.UUID, Drawing] = {}
         self._locks: WeakValueDictionary[uuid.UUID, asyncio.Lock] = WeakValueDictionary()
 
-    def lock(self, picture: uuid.UUID) -> asyncio.Lock:
-        """To be held by whoever looks whether a picture is drawn here, and begins it if not."""
-        return self._locks.setdefault(picture, asyncio.Lock())
+    def lock(self, image: uuid.UUID) -> asyncio.Lock:
+        """To be held by whoever looks whether an image is drawn here, and begins it if not."""
+        return self._locks.setdefault(image, asyncio.Lock())
 
-    def stored(self, picture: uuid.UUID) -> Drawing | None:
-        """The stored picture. One without a request beside it was being written when the process was killed. Blocks."""
+    def stored(self, image: uuid.UUID) -> Drawing | None:
+        """The stored image. One without a request beside it was being written when the process was killed. Blocks."""
         try:
-            record = self.store.record(picture)
-        except UnknownPicture:
+            record = self.store.record(image)
+        except UnknownImage:
             return None
-        return Drawing.stored(picture, record) if "request" in record else None
+        return Drawing.stored(image, record) if "request" in record else None
 
     # --- from the order to the engine ------------------------------------------------------------------------------
 
     async def begin(
         self,
-        picture: uuid.UUID,
+        image: uuid.UUID,
         order: Order,
         seed: int | None = None,
         before: Mapping[str, Any] | None = None,
@@ -71,7 +71,7 @@ class Drawings:
         is what was promised when it was begun the last time, `version` that of the promise that this one takes the
         place of. Raises `JobChanged` where another replica did so first."""
         engine = self.served.ready_engine()
-        from sdxl_lab.diffusion.denoising import Job, Source
+        from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
 
         if order.seed is not None:
             seed = order.seed
@@ -80,12 +80,12 @@ class Drawings:
         origin = order.source
         source = None
         if origin is not None:  # a PNG that somebody put into the store does not know under which id
-            source = Source(origin.image, origin.strength, {**origin.record, "id": str(origin.id)})
-        job = Job(order.config, order.prompt, seed, source)
+            source = SourceImage(origin.image, origin.strength, {**origin.record, "id": str(origin.id)})
+        job = ImageRequest(order.config, order.prompt, seed, source)
         asked = {
             "created": before["created"] if before else round(time.time(), 3),
             "attempts": before["attempts"] + 1 if before else 1,
-            "id": str(picture),
+            "id": str(image),
             "request": order.fingerprint,
             "prompt": job.prompt,
             "seed": job.seed,
@@ -95,16 +95,16 @@ class Drawings:
             "source": None if origin is None else str(origin.id),
             "strength": None if origin is None else origin.strength,
         }
-        drawing = Drawing(picture, asked, order.lasting or order.key is not None)
+        drawing = Drawing(image, asked, order.lasting or order.key is not None)
         loop = asyncio.get_running_loop()
 
         def stepped(calls: int, total: int) -> None:
             on_loop(loop, lambda: drawing.stepped(calls, total))
 
         drawing.ticket = engine.submit(job, stepped)
-        self._watch(picture, drawing.ticket)
-        self.making[picture] = drawing
-        self.ended.pop(picture, None)
+        self._watch(image, drawing.ticket)
+        self.making[image] = drawing
+        self.ended.pop(image, None)
         accepted = asyncio.Event()
         drawing.task = asyncio.create_task(self._follow(drawing, drawing.ticket, accepted, version))
         await accepted.wait()
@@ -112,27 +112,25 @@ class Drawings:
             raise drawing.error
         return drawing
 
-    def _watch(self, picture: uuid.UUID, ticket: "Ticket") -> None:
-        """Have the picture counted and logged when it is over, in a line that names the request it is for."""
-        note(picture=str(picture))
+    def _watch(self, image: uuid.UUID, ticket: "Job") -> None:
+        """Have the image counted and logged when it is over, in a line that names the request it is for."""
+        note(image=str(image))
         context = copy_context()
-        ticket.future.add_done_callback(lambda _: context.run(self._over, picture, ticket))
+        ticket.future.add_done_callback(lambda _: context.run(self._over, image, ticket))
 
-    def _over(self, picture: uuid.UUID, ticket: "Ticket") -> None:
+    def _over(self, image: uuid.UUID, ticket: "Job") -> None:
         self.metrics.count(ticket)
         calls, total = ticket.progress
-        fields: dict[str, Any] = {"picture": str(picture), "state": ticket.state, "steps": calls, "of": total}
+        fields: dict[str, Any] = {"image": str(image), "state": ticket.state, "steps": calls, "of": total}
         if ticket.first_step is not None:
             fields["first_step_ms"] = round(1000 * (ticket.first_step - ticket.submitted), 1)
         if ticket.state == "done":
             fields |= ticket.future.result().timings
-        log.info("picture %s", ticket.state, extra={"fields": fields})
+        log.info("image %s", ticket.state, extra={"fields": fields})
 
     # --- from the engine to the store ------------------------------------------------------------------------------
 
-    async def _follow(
-        self, drawing: Drawing, ticket: "Ticket", accepted: asyncio.Event, version: Version | None
-    ) -> None:
+    async def _follow(self, drawing: Drawing, ticket: "Job", accepted: asyncio.Event, version: Version | None) -> None:
         """From the acceptance to the end, whatever it is."""
         outcome: Mapping[str, Any] | Exception
         try:
@@ -142,21 +140,21 @@ class Drawings:
             if drawing.why is not None:  # meanwhile
                 raise drawing.why
             drawing.busy = False
-            picture = await _picture(ticket)
+            image = await _image(ticket)
             drawing.busy = True
             if isinstance(drawing.why, CancelledByClient):  # after its last step
                 raise drawing.why
-            outcome = await self._store(drawing, picture)
+            outcome = await self._store(drawing, image)
         except asyncio.CancelledError:
-            outcome = drawing.why or Stopping("the service stops before the picture is done")
+            outcome = drawing.why or Stopping("the service stops before the image is done")
         except Exception as error:
             outcome = drawing.why or error
         drawing.busy = True
         ticket.cancel()
         if isinstance(outcome, StoreRefused):
-            log.error("the store refuses the picture %s: %s", drawing.id, outcome.__cause__ or outcome)
+            log.error("the store refuses the image %s: %s", drawing.id, outcome.__cause__ or outcome)
         elif isinstance(outcome, Exception) and known(outcome) is None and accepted.is_set():
-            log.error("the picture %s failed", drawing.id, exc_info=outcome)
+            log.error("the image %s failed", drawing.id, exc_info=outcome)
         if drawing.lasting and accepted.is_set():
             await asyncio.to_thread(self._settle, drawing, outcome)
         drawing.end(outcome)
@@ -166,12 +164,12 @@ class Drawings:
             self.ended[drawing.id] = drawing
             self._forget()
 
-    async def _store(self, drawing: Drawing, picture: Picture) -> Mapping[str, Any]:
+    async def _store(self, drawing: Drawing, image: GeneratedImage) -> Mapping[str, Any]:
         """Store it, and where the store does not answer, try again for a while: it took long to draw."""
         ends = time.monotonic() + OUTAGE
         while True:
             try:
-                return await asyncio.to_thread(self._store_once, drawing, picture)
+                return await asyncio.to_thread(self._store_once, drawing, image)
             except StoreUnreachable:
                 if self.served.closing or time.monotonic() > ends:
                     raise
@@ -179,7 +177,7 @@ class Drawings:
                 raise drawing.why
             await asyncio.sleep(LOOK)
 
-    def _store_once(self, drawing: Drawing, picture: Picture) -> Mapping[str, Any]:
+    def _store_once(self, drawing: Drawing, image: GeneratedImage) -> Mapping[str, Any]:
         """Store it, unless it was cancelled from another replica, or another replica took it over and was faster."""
         if drawing.lasting and self.promises.shared:
             told = self.promises.renew(drawing.id, STORING)
@@ -191,35 +189,35 @@ class Drawings:
                 before = self.stored(drawing.id)
                 if before is not None:
                     return before.asked
-        return self._put(drawing, picture)
+        return self._put(drawing, image)
 
-    def _put(self, drawing: Drawing, picture: Picture) -> dict[str, Any]:
-        """Store the picture. What differs between two drawings of the same one stands beside it, not in it."""
+    def _put(self, drawing: Drawing, image: GeneratedImage) -> dict[str, Any]:
+        """Store the image. What differs between two drawings of the same one stands beside it, not in it."""
         assert self.served.counter is not None
         asked = drawing.asked
-        record = {**picture.record, **{name: asked[name] for name in ("id", "promoted", "overridden")}}
+        record = {**image.record, **{name: asked[name] for name in ("id", "promoted", "overridden")}}
         texts = {"prompt": asked["prompt"], "negative_prompt": asked["config"].get("negative_prompt", "")}
         beside = {
-            "timings": dict(picture.timings),
+            "timings": dict(image.timings),
             "warnings": self.served.counter.warnings(texts),
             "request": asked["request"],
         }
-        return self.store.put(drawing.id, encode_png(picture.image, record), record | beside)
+        return self.store.put(drawing.id, encode_png(image.image, record), record | beside)
 
     def _settle(self, drawing: Drawing, outcome: Mapping[str, Any] | Exception) -> None:
-        """Write down how a lasting picture ended; where the store refuses, it stays promised."""
+        """Write down how a lasting image ended; where the store refuses, it stays promised."""
         try:
             if not isinstance(outcome, Exception):
                 self.promises.keep(drawing.id)
             elif isinstance(outcome, Stopping):
                 self.promises.give_back(drawing.id)
             elif isinstance(outcome, CancelledByClient):
-                with contextlib.suppress(UnknownPicture):
+                with contextlib.suppress(UnknownImage):
                     self.promises.cancel(drawing.id)
             elif not isinstance(outcome, StoreRefused | StoreUnreachable):
                 self.promises.fail(drawing.id)
         except (StoreRefused, StoreUnreachable) as error:
-            log.error("the store refuses the end of the picture %s: %s", drawing.id, error.__cause__ or error)
+            log.error("the store refuses the end of the image %s: %s", drawing.id, error.__cause__ or error)
         finally:
             self.promises.let_go(drawing.id)
 
@@ -244,10 +242,10 @@ class Drawings:
     async def drain(self, seconds: float, answer: float = ANSWER) -> None:
         """Tell those who have not begun, give the others so many seconds, then tell them too.
 
-        Whoever is told gets `Stopping`; a lasting picture stays recorded as queued, for the next start. Returns when
+        Whoever is told gets `Stopping`; a lasting image stays recorded as queued, for the next start. Returns when
         everybody is told, at the latest `answer` seconds later, whether or not the engine and the store are done.
         """
-        stopping = Stopping("the service stops before the picture is done; ask again")
+        stopping = Stopping("the service stops before the image is done; ask again")
         for drawing in list(self.making.values()):
             if drawing.state == "queued":
                 _abandon(drawing, stopping)
@@ -273,8 +271,8 @@ async def _wait_for(drawings: Sequence[Drawing], seconds: float) -> None:
         await asyncio.wait(tasks, timeout=seconds)
 
 
-async def _picture(ticket: "Ticket") -> Picture:
-    """The ticket's picture, shielded: cancelling the future itself would pull it from under the engine."""
+async def _image(ticket: "Job") -> GeneratedImage:
+    """The ticket's image, shielded: cancelling the future itself would pull it from under the engine."""
     future = asyncio.wrap_future(ticket.future)
     # Whoever is cancelled asks no more; asyncio would log the exception as one that nobody retrieved.
     future.add_done_callback(lambda done: done.cancelled() or done.exception())

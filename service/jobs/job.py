@@ -1,4 +1,4 @@
-"""Pictures on their way: what is asked (`Order`), and one picture from its acceptance until it is stored (`Drawing`).
+"""Images on their way: what is asked (`Order`), and one image from its acceptance until it is stored (`Drawing`).
 
 Knows no HTTP and no store. A drawing lives on the event loop; the engine's thread reaches it through the loop only.
 
@@ -8,7 +8,7 @@ Knows no HTTP and no store. A drawing lives on the event loop; the engine's thre
             ...
         record = await drawing.result()  # or without the events
     finally:
-        drawing.leave()  # cancels the picture, unless it is over, or is to be drawn whoever waits
+        drawing.leave()  # cancels the image, unless it is over, or is to be drawn whoever waits
 """
 
 import asyncio
@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Self
 from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig, canonical
-from sdxl_lab.images import PictureError, open_picture, read_record
+from sdxl_lab.images import ImageError, open_image, read_record
 from service.api.schemas import EXAMPLES
 
 if TYPE_CHECKING:
-    from sdxl_lab.diffusion.engine import Ticket
+    from sdxl_lab.diffusion.engine import Job
 
 LOOK = 1.0  # seconds between two looks at one's place in the queue
 
@@ -36,23 +36,23 @@ class KeyReused(ValueError):
 
 
 class AlreadyOver(RuntimeError):
-    """A picture is to be cancelled that is finished, failed or cancelled."""
+    """An image is to be cancelled that is finished, failed or cancelled."""
 
 
 class NotOver(RuntimeError):
-    """A picture is to be deleted that is in the making."""
+    """An image is to be deleted that is in the making."""
 
 
 class CancelledByClient(Exception):
-    """Somebody cancelled the picture through its id, unless the message says otherwise."""
+    """Somebody cancelled the image through its id, unless the message says otherwise."""
 
-    def __init__(self, message: str = "the picture was cancelled by DELETE /jobs") -> None:
+    def __init__(self, message: str = "the image was cancelled by DELETE /jobs") -> None:
         super().__init__(message)
 
 
 @dataclass(frozen=True)
-class SourcePicture:
-    """The picture to refine, its record, and how much of the noise schedule is gone through again."""
+class StoredSource:
+    """The image to refine, its record, and how much of the noise schedule is gone through again."""
 
     id: uuid.UUID
     image: Image.Image
@@ -61,11 +61,11 @@ class SourcePicture:
 
     @classmethod
     def of(cls, origin: uuid.UUID, png: bytes, strength: float) -> Self:
-        """A picture as it is stored; `ConfigError` for one that is not ours."""
+        """An image as it is stored; `ConfigError` for one that is not ours."""
         try:
-            return cls(origin, open_picture(png), read_record(png), strength)
-        except PictureError as error:
-            rule = f"a picture that SDXL Lab drew ({error})"
+            return cls(origin, open_image(png), read_record(png), strength)
+        except ImageError as error:
+            rule = f"an image that SDXL Lab drew ({error})"
             raise ConfigError("id", str(origin), rule, EXAMPLES["id"]) from error
 
 
@@ -81,7 +81,7 @@ class Order:
     config: GenerationConfig
     prompt: str
     seed: int | None = None
-    source: SourcePicture | None = None
+    source: StoredSource | None = None
     key: str | None = None
     scope: str = ""
     fingerprint: str = ""
@@ -110,7 +110,7 @@ class Queued:
 
 @dataclass(frozen=True)
 class Step:
-    """`step` UNet calls of `steps` are made; `preview` is a small, rough picture, where one is due."""
+    """`step` UNet calls of `steps` are made; `preview` is a small, rough image, where one is due."""
 
     step: int
     steps: int
@@ -119,7 +119,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Done:
-    """The picture is stored, and this is its record."""
+    """The image is stored, and this is its record."""
 
     record: Mapping[str, Any]
 
@@ -128,12 +128,12 @@ Event = Queued | Step | Done
 
 
 class Drawing:
-    """A picture on its way. `state` is queued, running, done, failed or cancelled; `error` says why for the last two.
-    `asked` is what makes the very same picture again, as JSON holds it."""
+    """An image on its way. `state` is queued, running, done, failed or cancelled; `error` says why for the last two.
+    `asked` is what makes the very same image again, as JSON holds it."""
 
-    def __init__(self, picture_id: uuid.UUID, asked: Mapping[str, Any], lasting: bool) -> None:
-        self.id, self.asked, self.lasting = picture_id, asked, lasting
-        self.ticket: Ticket | None = None
+    def __init__(self, image_id: uuid.UUID, asked: Mapping[str, Any], lasting: bool) -> None:
+        self.id, self.asked, self.lasting = image_id, asked, lasting
+        self.ticket: Job | None = None
         self.task: asyncio.Task[None] | None = None
         self.error: Exception | None = None
         self.busy = True  # being written down or stored, which is not to be interrupted
@@ -145,9 +145,9 @@ class Drawing:
         self._watching: set[asyncio.Queue[tuple[int, int] | None]] = set()
 
     @classmethod
-    def stored(cls, picture_id: uuid.UUID, record: Mapping[str, Any]) -> "Drawing":
+    def stored(cls, image_id: uuid.UUID, record: Mapping[str, Any]) -> "Drawing":
         """One that is over, as the store has it."""
-        drawing = cls(picture_id, record, lasting=True)
+        drawing = cls(image_id, record, lasting=True)
         drawing.end(record)
         return drawing
 
@@ -178,7 +178,7 @@ class Drawing:
         return self.ticket.progress if self.ticket else self._progress
 
     async def result(self) -> Mapping[str, Any]:
-        """The stored picture's record. Raises what went wrong. Cancelling this leaves the picture alone."""
+        """The stored image's record. Raises what went wrong. Cancelling this leaves the image alone."""
         await self._over.wait()
         if self._record is None:
             assert self.error is not None
@@ -217,7 +217,7 @@ class Drawing:
         return await asyncio.to_thread(ticket.preview) if ticket else None
 
     def cancel(self, why: Exception) -> None:
-        """Stop at the next step; whoever waits is told `why`. A picture that is over stays as it is."""
+        """Stop at the next step; whoever waits is told `why`. An image that is over stays as it is."""
         if not self.over:
             self.why = self.why or why
             if self.ticket:
@@ -226,7 +226,7 @@ class Drawing:
     def leave(self) -> None:
         """The client that asked is gone."""
         if not self.lasting:
-            self.cancel(CancelledByClient("the client left before the picture was done"))
+            self.cancel(CancelledByClient("the client left before the image was done"))
 
     # --- for whoever has it drawn ----------------------------------------------------------------------------------
 
@@ -257,13 +257,11 @@ def _without_frames(error: Exception) -> Exception:
 
 
 class Elsewhere(Drawing):
-    """A picture that another replica draws, or drew. `arrive` waits until it is stored, failed or cancelled there, or
+    """An image that another replica draws, or drew. `arrive` waits until it is stored, failed or cancelled there, or
     is drawn here after all, and gives that drawing."""
 
-    def __init__(
-        self, picture_id: uuid.UUID, asked: Mapping[str, Any], arrive: Callable[[], Awaitable[Drawing]]
-    ) -> None:
-        super().__init__(picture_id, asked, lasting=True)
+    def __init__(self, image_id: uuid.UUID, asked: Mapping[str, Any], arrive: Callable[[], Awaitable[Drawing]]) -> None:
+        super().__init__(image_id, asked, lasting=True)
         self._arrive = arrive
 
     async def result(self) -> Mapping[str, Any]:

@@ -1,10 +1,10 @@
-"""Pictures that were promised, and who keeps each promise: a record in the store with a lease.
+"""Images that were promised, and who keeps each promise: a record in the store with a lease.
 
-A promise is `jobs/<id>.json`: what makes the picture, its `state`, and the lease: `holder` (a replica), `renewed`
-(seconds since 1970) and `lease` (seconds). The replica that draws a picture renews its lease until the picture is
+A promise is `jobs/<id>.json`: what makes the image, its `state`, and the lease: `holder` (a replica), `renewed`
+(seconds since 1970) and `lease` (seconds). The replica that draws an image renews its lease until the image is
 stored, and the promise dropped. A lease that has run out is anybody's to take. Nobody coordinates: writes are
 conditional on the version that was read, and where a store knows no conditions, or a replica was only slow, two of
-them draw one picture, which is waste and no harm: id, seed and configuration make the same pixels. Clocks have to agree
+them draw one image, which is waste and no harm: id, seed and configuration make the same pixels. Clocks have to agree
 within a lease; where they do not, that is waste, too.
 
 A folder has one owner, which holds every promise in it: leases are for stores that are shared.
@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from service.jobs.store import JobChanged, JobName, Store, UnknownPicture, Version
+from service.jobs.store import JobChanged, JobName, Store, UnknownImage, Version
 
 TOLD = 86_400  # seconds for which a promise that failed or was cancelled can be asked after
 LOOKS = 200  # promises read in one look through the store, at most
@@ -51,42 +51,42 @@ class Promises:
 
     # --- by the one that draws it ----------------------------------------------------------------------------------
 
-    def take(self, picture: uuid.UUID, asked: Mapping[str, Any], version: Version | None) -> None:
+    def take(self, image: uuid.UUID, asked: Mapping[str, Any], version: Version | None) -> None:
         """Promise to draw what is `asked`, in place of the `version` that was read (None: there was none). Durable by
         the time this returns. Raises `JobChanged` where another replica came first, and what the store raises."""
         try:
-            self.store.swap_job(picture, {**asked, **self._leased("queued")}, version)
+            self.store.swap_job(image, {**asked, **self._leased("queued")}, version)
         except JobChanged:
-            if not self._has(picture):  # else it was written, and the answer was lost
+            if not self._has(image):  # else it was written, and the answer was lost
                 raise
-        self._written[picture] = ("queued", time.monotonic())
+        self._written[image] = ("queued", time.monotonic())
 
-    def _has(self, picture: uuid.UUID) -> bool:
+    def _has(self, image: uuid.UUID) -> bool:
         try:
-            return bool(self.store.job(picture)["holder"] == self.replica)
-        except UnknownPicture:
+            return bool(self.store.job(image)["holder"] == self.replica)
+        except UnknownImage:
             return False
 
-    def due(self, picture: uuid.UUID, state: str) -> bool:
+    def due(self, image: uuid.UUID, state: str) -> bool:
         """Whether it is time to `renew`: a third of the lease is over, or another state is to be told."""
-        told, when = self._written.get(picture, ("", 0.0))
+        told, when = self._written.get(image, ("", 0.0))
         return self.shared and (told != state or time.monotonic() - when >= self.seconds / 3)
 
-    def renew(self, picture: uuid.UUID, state: str) -> Told:
+    def renew(self, image: uuid.UUID, state: str) -> Told:
         """Hold it for another lease, in this state. Without effect where it is "cancelled", "gone" (stored, as a rule),
         or "lost" to a replica that took it while we could not renew."""
         told: Told | None = None
         while told is None:
             with contextlib.suppress(JobChanged):
-                told = self._renewed(picture, state)
-        if picture in self._written:
-            self._written[picture] = (state, time.monotonic())
+                told = self._renewed(image, state)
+        if image in self._written:
+            self._written[image] = (state, time.monotonic())
         return told
 
-    def _renewed(self, picture: uuid.UUID, state: str) -> Told:
+    def _renewed(self, image: uuid.UUID, state: str) -> Told:
         try:
-            promise, version = self.store.read_job(picture)
-        except UnknownPicture:
+            promise, version = self.store.read_job(image)
+        except UnknownImage:
             return "gone"
         if promise["state"] == "cancelled":
             return "cancelled"
@@ -95,45 +95,45 @@ class Promises:
                 return "held"
         elif not self.free(promise):
             return "lost"
-        self.store.swap_job(picture, {**promise, **self._leased(state)}, version)
+        self.store.swap_job(image, {**promise, **self._leased(state)}, version)
         return "held"
 
-    def keep(self, picture: uuid.UUID) -> None:
-        """The picture is stored."""
-        self.store.drop_job(picture)
+    def keep(self, image: uuid.UUID) -> None:
+        """The image is stored."""
+        self.store.drop_job(image)
 
-    def give_back(self, picture: uuid.UUID) -> None:
+    def give_back(self, image: uuid.UUID) -> None:
         """Leave it to whoever comes first. It does not count as an attempt."""
-        self._change(picture, lambda promise: {"state": "queued", "lease": 0, "attempts": promise["attempts"] - 1})
+        self._change(image, lambda promise: {"state": "queued", "lease": 0, "attempts": promise["attempts"] - 1})
 
-    def fail(self, picture: uuid.UUID) -> None:
+    def fail(self, image: uuid.UUID) -> None:
         """It cannot be drawn. Another replica that has taken it may have another answer."""
-        self._change(picture, lambda _: {"state": "failed"})
+        self._change(image, lambda _: {"state": "failed"})
 
-    def let_go(self, picture: uuid.UUID) -> None:
+    def let_go(self, image: uuid.UUID) -> None:
         """This process draws it no more."""
-        self._written.pop(picture, None)
+        self._written.pop(image, None)
 
-    def _change(self, picture: uuid.UUID, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        with contextlib.suppress(UnknownPicture, JobChanged):  # whoever came first has it now
-            promise, version = self.store.read_job(picture)
+    def _change(self, image: uuid.UUID, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        with contextlib.suppress(UnknownImage, JobChanged):  # whoever came first has it now
+            promise, version = self.store.read_job(image)
             if self.free(promise) and promise["state"] not in OVER:
-                self.store.swap_job(picture, promise | change(promise), version)
+                self.store.swap_job(image, promise | change(promise), version)
 
     def _leased(self, state: str) -> dict[str, Any]:
         return {"state": state, "holder": self.replica, "renewed": round(time.time(), 3), "lease": self.seconds}
 
     # --- by any replica --------------------------------------------------------------------------------------------
 
-    def cancel(self, picture: uuid.UUID) -> str:
+    def cancel(self, image: uuid.UUID) -> str:
         """Mark it as cancelled, which its holder sees when it renews and before it stores. Returns "unfinished" if it
-        was, else the state that it has. Raises `UnknownPicture`."""
+        was, else the state that it has. Raises `UnknownImage`."""
         while True:
-            promise, version = self.store.read_job(picture)
+            promise, version = self.store.read_job(image)
             if promise["state"] in OVER or (promise["state"] == STORING and not self.free(promise)):
                 return str(promise["state"])
             try:
-                self.store.swap_job(picture, {**promise, "state": "cancelled"}, version)
+                self.store.swap_job(image, {**promise, "state": "cancelled"}, version)
             except JobChanged:
                 continue
             return "unfinished"
@@ -147,7 +147,7 @@ class Promises:
         """
         names = list(self.store.job_names())
         seen = {name.id: name.tag for name in names}
-        self._over = {picture: tag for picture, tag in self._over.items() if seen.get(picture) == tag}
+        self._over = {image: tag for image, tag in self._over.items() if seen.get(image) == tag}
         for name in names:
             if name.id in self._over and time.time() - name.changed > TOLD:
                 self.store.drop_job(name.id)
@@ -160,12 +160,12 @@ class Promises:
                     self._over[name.id] = name.tag
                 elif self.free(promise):
                     found.append((promise["created"], name.id))
-            except UnknownPicture:
+            except UnknownImage:
                 continue  # stored since
             except (KeyError, ValueError) as error:
                 log.error("the promise %s cannot be read: %r", name.id, error)
                 self._over[name.id] = name.tag
-        return [picture for _, picture in sorted(found)]
+        return [image for _, image in sorted(found)]
 
     def _fresh(self, name: JobName) -> bool:
         return self.shared and abs(time.time() - name.changed) < self.seconds

@@ -1,7 +1,7 @@
-"""What stands behind the routes: pictures that are asked for, looked for, cancelled and deleted.
+"""What stands behind the routes: images that are asked for, looked for, cancelled and deleted.
 
 Knows no HTTP. What is served is `service/deployment.py`'s business, a drawing under way `drawings.py`'s, and what was
-promised and left `keeper.py`'s; `jobs.py` says how a picture is asked for and followed.
+promised and left `keeper.py`'s; `jobs.py` says how an image is asked for and followed.
 """
 
 import asyncio
@@ -14,10 +14,10 @@ from sdxl_lab.config import ConfigError
 from service.api.problems import StillDrawing
 from service.deployment import Served
 from service.jobs.drawings import ANSWER, Drawings
-from service.jobs.job import AlreadyOver, Drawing, KeyReused, NotOver, Order, SourcePicture, derived
+from service.jobs.job import AlreadyOver, Drawing, KeyReused, NotOver, Order, StoredSource, derived
 from service.jobs.leases import OVER, STORING, Promises
 from service.jobs.recovery import Keeper
-from service.jobs.store import JobChanged, Page, Store, UnknownPicture, picture_id
+from service.jobs.store import JobChanged, Page, Store, UnknownImage, image_id
 from service.server.telemetry import Metrics
 from service.settings import Settings
 
@@ -42,11 +42,11 @@ class Studio:
         self.served.start(self.keeper.start)
 
     def close(self) -> None:
-        """Take no new pictures. Any thread, and a signal's handler, may call it."""
+        """Take no new images. Any thread, and a signal's handler, may call it."""
         self.served.closing = True
 
     async def drain(self, seconds: float, answer: float = ANSWER) -> None:
-        """Take no new pictures, and end those there are, within so many seconds and those to answer."""
+        """Take no new images, and end those there are, within so many seconds and those to answer."""
         self.close()
         await self.drawings.drain(seconds, answer)
 
@@ -56,57 +56,57 @@ class Studio:
         self.keeper.stop()
         await self.served.stop()
 
-    # --- pictures that are asked for -------------------------------------------------------------------------------
+    # --- images that are asked for -------------------------------------------------------------------------------
 
     async def submit(self, order: Order) -> Drawing:
         """Accept an order. Whoever submits calls `Drawing.leave` in the end.
 
-        With a key that was seen before, this is the picture in the making, here or on another replica, the stored one,
+        With a key that was seen before, this is the image in the making, here or on another replica, the stored one,
         or a new attempt at the same one. Returns once the order would survive a restart, where it is to. Raises
-        `NotReady`, `KeyReused`, `StoreRefused`, `StoreUnreachable`, and what `Job` and `Engine.submit` raise.
+        `NotReady`, `KeyReused`, `StoreRefused`, `StoreUnreachable`, and what `ImageRequest` and `Engine.submit` raise.
         """
         self.served.ready_engine()
         if order.key is None:
             return await self.drawings.begin(uuid.uuid4(), order)
-        picture, seed = derived(order.scope, order.key)
-        async with self.drawings.lock(picture):
+        image, seed = derived(order.scope, order.key)
+        async with self.drawings.lock(image):
             while True:
                 drawing = await self.repeated(order.scope, order.key, order.fingerprint)
                 if drawing is not None:
                     return drawing
                 with contextlib.suppress(JobChanged):  # another replica was asked at the same moment: look again
-                    return await self._ordered_again(picture, order, seed)
+                    return await self._ordered_again(image, order, seed)
 
     async def repeated(self, scope: str, key: str, request: str) -> Drawing | None:
-        """The picture of a key that was seen before, in the making here or stored. Raises `KeyReused` where it came
+        """The image of a key that was seen before, in the making here or stored. Raises `KeyReused` where it came
         with another request."""
-        picture, _ = derived(scope, key)
-        drawing = self.drawings.making.get(picture) or await asyncio.to_thread(self.drawings.stored, picture)
+        image, _ = derived(scope, key)
+        drawing = self.drawings.making.get(image) or await asyncio.to_thread(self.drawings.stored, image)
         if drawing is not None:
             _same_request(request, drawing.asked["request"])
         return drawing
 
-    async def _ordered_again(self, picture: uuid.UUID, order: Order, seed: int) -> Drawing:
+    async def _ordered_again(self, image: uuid.UUID, order: Order, seed: int) -> Drawing:
         try:
-            promise, version = await asyncio.to_thread(self.store.read_job, picture)
-        except UnknownPicture:
-            return await self.drawings.begin(picture, order, seed)
+            promise, version = await asyncio.to_thread(self.store.read_job, image)
+        except UnknownImage:
+            return await self.drawings.begin(image, order, seed)
         _same_request(order.fingerprint, promise["request"])
         if promise["state"] in OVER:
-            return await self.drawings.begin(picture, order, seed, version=version)
+            return await self.drawings.begin(image, order, seed, version=version)
         if not self.promises.free(promise):
-            return self.keeper.elsewhere(picture, promise)
+            return self.keeper.elsewhere(image, promise)
         try:
-            # the very picture, even if another configuration was promoted since
-            return await self.keeper.begin_again(picture, promise, version)
+            # the very image, even if another configuration was promoted since
+            return await self.keeper.begin_again(image, promise, version)
         except ConfigError as error:
             if self.keeper.leaves_to_others(promise, error):
-                return self.keeper.elsewhere(picture, promise)
+                return self.keeper.elsewhere(image, promise)
             raise
 
     async def cancel(self, text: str) -> None:
-        """Cancel a picture that is queued or running, and wait until it is. Raises `UnknownPicture`, `AlreadyOver`."""
-        wanted = picture_id(text)
+        """Cancel an image that is queued or running, and wait until it is. Raises `UnknownImage`, `AlreadyOver`."""
+        wanted = image_id(text)
         drawing = self.drawings.making.get(wanted)
         if drawing is not None:
             state = await self.drawings.cancel(drawing)
@@ -115,26 +115,26 @@ class Studio:
             try:
                 state = await asyncio.to_thread(self.promises.cancel, wanted)
                 cancelled = state == "unfinished"
-            except UnknownPicture:
+            except UnknownImage:
                 state, cancelled = (await self.find(text))[0], False
         if not cancelled:
-            raise AlreadyOver(f"the picture {wanted} is {state} and cannot be cancelled any more")
+            raise AlreadyOver(f"the image {wanted} is {state} and cannot be cancelled any more")
 
-    # --- pictures that there are -----------------------------------------------------------------------------------
+    # --- images that there are -----------------------------------------------------------------------------------
 
     async def find(self, text: str) -> tuple[str, Drawing | Mapping[str, Any]]:
-        """A picture's state, with the `Drawing` of one on its way or ended without a picture, the record of a stored
+        """An image's state, with the `Drawing` of one on its way or ended without an image, the record of a stored
         one, or what was promised before a restart or by another replica. What nobody holds any more is begun. Raises
-        `UnknownPicture`."""
-        wanted, ended = picture_id(text), self.drawings.ended
+        `UnknownImage`."""
+        wanted, ended = image_id(text), self.drawings.ended
         drawing = self.drawings.making.get(wanted)
         if drawing is not None:
             return drawing.state, drawing
-        with contextlib.suppress(UnknownPicture):
+        with contextlib.suppress(UnknownImage):
             return "done", await asyncio.to_thread(self.store.record, wanted)
         try:
             promise = await asyncio.to_thread(self.store.job, wanted)
-        except UnknownPicture:
+        except UnknownImage:
             if wanted in ended:
                 return ended[wanted].state, ended[wanted]
             return "done", await asyncio.to_thread(self.store.record, wanted)  # stored meanwhile
@@ -146,38 +146,38 @@ class Studio:
         return "running" if promise["state"] == STORING else promise["state"], promise
 
     async def stored(self, text: str) -> bytes:
-        """A picture's PNG. Raises `UnknownPicture`, or `StillDrawing` for one in the making."""
-        wanted = picture_id(text)
+        """An image's PNG. Raises `UnknownImage`, or `StillDrawing` for one in the making."""
+        wanted = image_id(text)
         try:
             return await asyncio.to_thread(self.store.get, wanted)
-        except UnknownPicture:
+        except UnknownImage:
             state, found = await self.find(text)
             if state == "done":  # meanwhile
                 return await asyncio.to_thread(self.store.get, wanted)
             if state not in ("queued", "running"):
                 raise
             eta = found.eta if isinstance(found, Drawing) else None
-            raise StillDrawing(f"the picture {wanted} is in the making: {state}", eta) from None
+            raise StillDrawing(f"the image {wanted} is in the making: {state}", eta) from None
 
-    async def source(self, text: str, strength: float) -> SourcePicture:
-        """A stored picture to refine. Raises as `stored` does, and `ConfigError` for one that is not ours."""
+    async def source(self, text: str, strength: float) -> StoredSource:
+        """A stored image to refine. Raises as `stored` does, and `ConfigError` for one that is not ours."""
         png = await self.stored(text)
-        return await asyncio.to_thread(SourcePicture.of, picture_id(text), png, strength)
+        return await asyncio.to_thread(StoredSource.of, image_id(text), png, strength)
 
     async def page(self, limit: int, cursor: str | None) -> Page:
-        """Stored pictures' records, the newest first. Raises `ConfigError` for a cursor that no page gave."""
+        """Stored images' records, the newest first. Raises `ConfigError` for a cursor that no page gave."""
         return await asyncio.to_thread(self.store.page, limit, cursor)
 
     async def delete(self, text: str) -> None:
-        """Remove a stored picture. Raises `UnknownPicture`, or `NotOver` for one in the making."""
-        wanted = picture_id(text)
+        """Remove a stored image. Raises `UnknownImage`, or `NotOver` for one in the making."""
+        wanted = image_id(text)
         try:
             if wanted not in self.drawings.making:
                 return await asyncio.to_thread(self.store.delete, wanted)
-        except UnknownPicture:
+        except UnknownImage:
             if (await self.find(text))[0] not in ("queued", "running"):
                 raise
-        raise NotOver(f"the picture {wanted} is in the making: DELETE /jobs/{wanted} cancels it")
+        raise NotOver(f"the image {wanted} is in the making: DELETE /jobs/{wanted} cancels it")
 
 
 def _same_request(now: str, before: str) -> None:

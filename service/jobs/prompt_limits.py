@@ -1,4 +1,4 @@
-"""What the text encoders cut: prompts counted in tokens. Knows tokenizers, and no picture."""
+"""What the text encoders cut: prompts counted in tokens. Knows tokenizers, and no image."""
 
 import copy
 import threading

@@ -14,9 +14,9 @@ from typing import Any
 from sdxl_lab.config import ConfigError, GenerationConfig
 from service.api.problems import NotReady, Stopping
 from service.jobs.drawings import Drawings
-from service.jobs.job import LOOK, CancelledByClient, Drawing, Elsewhere, Order, SourcePicture
+from service.jobs.job import LOOK, CancelledByClient, Drawing, Elsewhere, Order, StoredSource
 from service.jobs.leases import OVER
-from service.jobs.store import JobChanged, StoreRefused, StoreUnreachable, UnknownPicture, Version
+from service.jobs.store import JobChanged, StoreRefused, StoreUnreachable, UnknownImage, Version
 from service.settings import Settings
 
 CLEAN = 60  # seconds between two looks at the store
@@ -78,9 +78,9 @@ class Keeper:
         drawn here fits into one call, since other replicas look as well."""
         if self.served.trouble is not None:
             return
-        for picture in await asyncio.to_thread(self.promises.untended):
+        for image in await asyncio.to_thread(self.promises.untended):
             try:
-                await self._take(picture)
+                await self._take(image)
             except _not_now():
                 return
             if self.promises.shared and 2 * len(self.drawings.making) >= self.settings.max_rows:
@@ -97,59 +97,59 @@ class Keeper:
 
     # --- what somebody asks for ------------------------------------------------------------------------------------
 
-    def elsewhere(self, picture: uuid.UUID, promise: Mapping[str, Any]) -> Elsewhere:
+    def elsewhere(self, image: uuid.UUID, promise: Mapping[str, Any]) -> Elsewhere:
         """What another replica draws, as a drawing to wait for; drawn here once that one renews its lease no more."""
-        return Elsewhere(picture, promise, lambda: self._arrival(picture))
+        return Elsewhere(image, promise, lambda: self._arrival(image))
 
-    async def _arrival(self, picture: uuid.UUID) -> Drawing:
+    async def _arrival(self, image: uuid.UUID) -> Drawing:
         while not self.served.closing:
             with contextlib.suppress(StoreUnreachable):
-                drawing = self.drawings.making.get(picture) or await self._arrived(picture)
+                drawing = self.drawings.making.get(image) or await self._arrived(image)
                 if drawing is not None:
                     return drawing
             await asyncio.sleep(LOOK)
-        raise Stopping("the service stops before the picture is done; ask again")
+        raise Stopping("the service stops before the image is done; ask again")
 
-    async def _arrived(self, picture: uuid.UUID) -> Drawing | None:
+    async def _arrived(self, image: uuid.UUID) -> Drawing | None:
         try:
-            promise = await asyncio.to_thread(self.store.job, picture)
-        except UnknownPicture:
-            drawing = await asyncio.to_thread(self.drawings.stored, picture)
+            promise = await asyncio.to_thread(self.store.job, image)
+        except UnknownImage:
+            drawing = await asyncio.to_thread(self.drawings.stored, image)
             if drawing is None:
                 raise
             return drawing
         if promise["state"] in OVER:
-            drawing = Drawing(picture, promise, lasting=True)
+            drawing = Drawing(image, promise, lasting=True)
             if promise["state"] == "cancelled":
                 drawing.cancel(CancelledByClient())
-            drawing.end(drawing.why or RuntimeError(f"another replica could not draw the picture {picture}"))
+            drawing.end(drawing.why or RuntimeError(f"another replica could not draw the image {image}"))
             return drawing
-        return await self.take_now(picture, promise)
+        return await self.take_now(image, promise)
 
-    async def take_now(self, picture: uuid.UUID, promise: Mapping[str, Any]) -> Drawing | None:
+    async def take_now(self, image: uuid.UUID, promise: Mapping[str, Any]) -> Drawing | None:
         """Begin it, because it is asked for; None where it is another's, or cannot be begun now."""
         if self.served.trouble is None and self.promises.free(promise):
             with contextlib.suppress(*_not_now(), StoreRefused):
-                return await self._take(picture)
+                return await self._take(image)
         return None
 
-    async def _take(self, picture: uuid.UUID) -> Drawing | None:
+    async def _take(self, image: uuid.UUID) -> Drawing | None:
         """Begin what was promised, unless somebody else does, or did."""
-        async with self.drawings.lock(picture):
-            if picture in self.drawings.making:
-                return self.drawings.making[picture]
-            drawn = await asyncio.to_thread(self.drawings.stored, picture)
+        async with self.drawings.lock(image):
+            if image in self.drawings.making:
+                return self.drawings.making[image]
+            drawn = await asyncio.to_thread(self.drawings.stored, image)
             if drawn is not None:
-                await asyncio.to_thread(self.promises.keep, picture)
+                await asyncio.to_thread(self.promises.keep, image)
                 return drawn
             try:
-                promise, version = await asyncio.to_thread(self.store.read_job, picture)
-            except UnknownPicture:
+                promise, version = await asyncio.to_thread(self.store.read_job, image)
+            except UnknownImage:
                 return None
             if promise["state"] in OVER or not self.promises.free(promise):
                 return None
             try:
-                drawing = await self.begin_again(picture, promise, version)
+                drawing = await self.begin_again(image, promise, version)
             except JobChanged:
                 return None
             except (StoreRefused, StoreUnreachable):
@@ -159,19 +159,19 @@ class Keeper:
             except Exception as error:
                 if self.leaves_to_others(promise, error):
                     return None
-                log.error("cannot take up the picture %s: %s", picture, error)
-                await asyncio.to_thread(self.promises.fail, picture)
+                log.error("cannot take up the image %s: %s", image, error)
+                await asyncio.to_thread(self.promises.fail, image)
                 return None
-            log.info("took up the picture %s, promised before", picture)
+            log.info("took up the image %s, promised before", image)
             return drawing
 
-    async def begin_again(self, picture: uuid.UUID, promise: Mapping[str, Any], version: Version) -> Drawing:
-        """Begin what was promised, under the lock of the picture. Raises as `order` and `Drawings.begin` do, and
+    async def begin_again(self, image: uuid.UUID, promise: Mapping[str, Any], version: Version) -> Drawing:
+        """Begin what was promised, under the lock of the image. Raises as `order` and `Drawings.begin` do, and
         `RuntimeError` for a promise that was begun too often."""
         if promise["attempts"] >= ATTEMPTS:
             raise RuntimeError(f"it was begun {ATTEMPTS} times and never finished")
         order = await asyncio.to_thread(self.order, promise)
-        return await self.drawings.begin(picture, order, before=promise, version=version)
+        return await self.drawings.begin(image, order, before=promise, version=version)
 
     def leaves_to_others(self, promise: Mapping[str, Any], error: Exception) -> bool:
         """While one configuration takes the place of another, there are replicas with other models."""
@@ -186,7 +186,7 @@ class Keeper:
         source = None
         if promise["source"] is not None:
             origin = uuid.UUID(promise["source"])
-            source = SourcePicture.of(origin, self.store.get(origin), promise["strength"])
+            source = StoredSource.of(origin, self.store.get(origin), promise["strength"])
         return Order(config, promise["prompt"], promise["seed"], source, fingerprint=promise["request"], lasting=True)
 
 

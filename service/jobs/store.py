@@ -1,10 +1,10 @@
-"""Where pictures stay: a folder or an object store, behind one small class.
+"""Where images stay: a folder or an object store, behind one small class.
 
-Beside every picture `<id>.png` stands its record `<id>.json`, and `newest/<time>-<id>`, an empty object whose name
-sorts the newest first. They are written in the order name, picture, record and deleted in the order record, picture,
-name: a picture is listed only while it can be fetched, and an interruption leaves nothing that `remove_older` does not
+Beside every image `<id>.png` stands its record `<id>.json`, and `newest/<time>-<id>`, an empty object whose name
+sorts the newest first. They are written in the order name, image, record and deleted in the order record, image,
+name: an image is listed only while it can be fetched, and an interruption leaves nothing that `remove_older` does not
 find.
-`jobs/<id>.json` are pictures that were promised and are not drawn yet. Several processes may write them: `swap_job`
+`jobs/<id>.json` are images that were promised and are not drawn yet. Several processes may write them: `swap_job`
 takes the place of exactly the version that was read.
 
 An id is a UUID, minted or derived by the caller; anything else is unknown, and never becomes part of a path.
@@ -46,11 +46,11 @@ CLIENT = {"timeout": timedelta(seconds=30), "allow_http": True}  # http: only wh
 log = logging.getLogger(__name__)
 
 
-class UnknownPicture(KeyError):
-    """No picture has this id."""
+class UnknownImage(KeyError):
+    """No image has this id."""
 
     def __str__(self) -> str:
-        return f"no picture has the id {self.args[0]!r}"
+        return f"no image has the id {self.args[0]!r}"
 
 
 class StoreRefused(OSError):
@@ -83,22 +83,22 @@ class JobName:
 
 @dataclass(frozen=True)
 class Page:
-    """Some pictures' records, the newest first; `cursor` asks for the next ones, None after the last."""
+    """Some images' records, the newest first; `cursor` asks for the next ones, None after the last."""
 
     records: list[dict[str, Any]]
     cursor: str | None
 
 
-def picture_id(text: str | uuid.UUID) -> uuid.UUID:
-    """The id; `UnknownPicture` where the text is none."""
+def image_id(text: str | uuid.UUID) -> uuid.UUID:
+    """The id; `UnknownImage` where the text is none."""
     try:
         return text if isinstance(text, uuid.UUID) else uuid.UUID(text)
     except (ValueError, AttributeError, TypeError) as error:
-        raise UnknownPicture(str(text)) from error
+        raise UnknownImage(str(text)) from error
 
 
 class Store:
-    """Pictures, their records, and the jobs that are promised.
+    """Images, their records, and the jobs that are promised.
 
     `place` is a folder, which is made, or a URL: `file:///folder`, `s3://bucket/prefix`, `gs://bucket/prefix`,
     `az://container/prefix`, or `memory://`, which lasts as long as the process. Credentials come from the environment,
@@ -120,41 +120,41 @@ class Store:
             raise StoreRefused(f"the store {place} cannot be opened: {reason(error)}") from error
         self._adopt()
 
-    # --- pictures --------------------------------------------------------------------------------------------------
+    # --- images --------------------------------------------------------------------------------------------------
 
-    def put(self, picture_id: uuid.UUID, png: bytes, record: dict[str, Any]) -> dict[str, Any]:
-        """Keep a picture, durably by the time this returns, in place of an earlier one with this id. Returns its record
+    def put(self, image_id: uuid.UUID, png: bytes, record: dict[str, Any]) -> dict[str, Any]:
+        """Keep an image, durably by the time this returns, in place of an earlier one with this id. Returns its record
         with `id` and `created` (seconds since 1970). Raises `StoreRefused`; then nothing is listed."""
-        _check_id(picture_id)
+        _check_id(image_id)
         created = round(time.time(), 3)
-        kept = {**record, "id": str(picture_id), "created": created}
-        self._write(_newest(picture_id, created), b"")
-        self._write(f"{picture_id}.png", png)
-        self._write(f"{picture_id}.json", canonical(kept).encode())
+        kept = {**record, "id": str(image_id), "created": created}
+        self._write(_newest(image_id, created), b"")
+        self._write(f"{image_id}.png", png)
+        self._write(f"{image_id}.json", canonical(kept).encode())
         return kept
 
-    def get(self, picture_id: uuid.UUID) -> bytes:
-        """The PNG; `UnknownPicture` where there is none."""
-        _check_id(picture_id)
-        return self._read(f"{picture_id}.png", picture_id)
+    def get(self, image_id: uuid.UUID) -> bytes:
+        """The PNG; `UnknownImage` where there is none."""
+        _check_id(image_id)
+        return self._read(f"{image_id}.png", image_id)
 
-    def record(self, picture_id: uuid.UUID) -> dict[str, Any]:
-        """The picture's record; `UnknownPicture` where there is none."""
-        _check_id(picture_id)
-        record: dict[str, Any] = json.loads(self._read(f"{picture_id}.json", picture_id))
+    def record(self, image_id: uuid.UUID) -> dict[str, Any]:
+        """The image's record; `UnknownImage` where there is none."""
+        _check_id(image_id)
+        record: dict[str, Any] = json.loads(self._read(f"{image_id}.json", image_id))
         return record
 
-    def delete(self, picture_id: uuid.UUID) -> None:
-        """Remove a picture; `UnknownPicture` where there is none, `StoreRefused` where the store is read-only."""
-        self.get(picture_id)
+    def delete(self, image_id: uuid.UUID) -> None:
+        """Remove an image; `UnknownImage` where there is none, `StoreRefused` where the store is read-only."""
+        self.get(image_id)
         try:
-            created = self.record(picture_id)["created"]
-        except UnknownPicture:
+            created = self.record(image_id)["created"]
+        except UnknownImage:
             created = None
-        self._remove(picture_id, None if created is None else _newest(picture_id, created))
+        self._remove(image_id, None if created is None else _newest(image_id, created))
 
     def page(self, limit: int, cursor: str | None = None) -> Page:
-        """Up to `limit` pictures, the newest first, from after `cursor`. Raises `ConfigError` for a cursor of no
+        """Up to `limit` images, the newest first, from after `cursor`. Raises `ConfigError` for a cursor of no
         page."""
         if cursor is not None and not re.fullmatch(CURSOR, cursor):
             raise ConfigError("cursor", cursor, "what an earlier page gave as next", f"{0:015d}-{uuid.UUID(int=0)}")
@@ -167,14 +167,14 @@ class Store:
                     return Page(records, None)
                 for name, record in zip(batch, pool.map(self._listed, batch), strict=True):
                     cursor = name
-                    # A name of an earlier writing of the same picture is passed over.
+                    # A name of an earlier writing of the same image is passed over.
                     if record is not None and _newest(uuid.UUID(record["id"]), record["created"]).endswith(name):
                         records.append(record)
         return Page(records, cursor if next(names, None) else None)
 
     def remove_older(self, seconds: float) -> int:
-        """Remove the pictures that are older than this, the unfinished jobs that nobody wrote for as long, and what
-        interrupted writes left. How many pictures went."""
+        """Remove the images that are older than this, the unfinished jobs that nobody wrote for as long, and what
+        interrupted writes left. How many images went."""
         removed = 0
         bound = time.time() - seconds
         for name in self._names(f"{LAST - round(1000 * bound):015d}-"):
@@ -206,11 +206,11 @@ class Store:
         self._write(f"jobs/{job_id}.json", canonical({**job, "id": str(job_id)}).encode())
 
     def job(self, job_id: uuid.UUID) -> dict[str, Any]:
-        """What was promised under this id; `UnknownPicture` where nothing was."""
+        """What was promised under this id; `UnknownImage` where nothing was."""
         return self.read_job(job_id)[0]
 
     def read_job(self, job_id: uuid.UUID) -> tuple[dict[str, Any], Version]:
-        """A job and its version; `UnknownPicture` where nothing was promised."""
+        """A job and its version; `UnknownImage` where nothing was promised."""
         _check_id(job_id)
         content, version = self._read_version(f"jobs/{job_id}.json", job_id)
         return json.loads(content), version
@@ -253,7 +253,7 @@ class Store:
         except (BaseError, OSError) as error:
             if mode != "overwrite" and "501 Not Implemented" in str(error):
                 raise _Unconditional from error
-            raise self._failure(error, "take the picture") from error
+            raise self._failure(error, "take the image") from error
 
     def _read(self, path: str, asked: object) -> bytes:
         return self._read_version(path, asked)[0]
@@ -264,7 +264,7 @@ class Store:
             version = {name: tag for name in ("e_tag", "version") if (tag := got.meta[name])}
             return bytes(got.bytes()), version
         except FileNotFoundError as error:
-            raise UnknownPicture(str(asked)) from error
+            raise UnknownImage(str(asked)) from error
         except (BaseError, OSError) as error:
             raise StoreUnreachable(f"the store does not answer: {reason(error)}") from error
 
@@ -288,7 +288,7 @@ class Store:
                 self._erase(path)
 
     def _names(self, after: str | None = None) -> Iterator[str]:
-        """The pictures' names under `newest/`, in order, lazily where the store sorts."""
+        """The images' names under `newest/`, in order, lazily where the store sorts."""
         listing = self._listing("newest", None if after is None else f"newest/{after}")
         names = (meta["path"].removeprefix("newest/") for meta in listing)
         yield from names if self.folder is None else _sorted(names)
@@ -303,11 +303,11 @@ class Store:
     def _listed(self, name: str) -> dict[str, Any] | None:
         try:
             return self.record(uuid.UUID(name[16:]))
-        except UnknownPicture:
+        except UnknownImage:
             return None
 
     def _adopt(self) -> None:
-        """List the pictures of a folder that were put there by hand, or by a version that kept no records beside."""
+        """List the images of a folder that were put there by hand, or by a version that kept no records beside."""
         for path in self.folder.glob("*.png") if self.folder else ():
             if path.with_suffix(".json").exists() or not re.fullmatch(r"[0-9a-f-]{36}", path.stem):
                 continue
@@ -316,7 +316,7 @@ class Store:
                 self._write(_newest(uuid.UUID(path.stem), created), b"")
                 kept = {**record, "id": path.stem, "created": created}
                 self._write(f"{path.stem}.json", canonical(kept).encode())
-            except (StoreRefused, ValueError):  # no picture of ours, or a name that only looks like an id
+            except (StoreRefused, ValueError):  # no image of ours, or a name that only looks like an id
                 continue  # it can still be fetched
 
 
@@ -356,8 +356,8 @@ def _settle(path: Path) -> None:
             os.close(handle)
 
 
-def _newest(picture_id: uuid.UUID, created: float) -> str:
-    return f"newest/{LAST - round(1000 * created):015d}-{picture_id}"
+def _newest(image_id: uuid.UUID, created: float) -> str:
+    return f"newest/{LAST - round(1000 * created):015d}-{image_id}"
 
 
 def _sorted(names: Iterator[str]) -> Iterator[str]:
@@ -368,6 +368,6 @@ def _sorted(names: Iterator[str]) -> Iterator[str]:
         yield heapq.heappop(heap)
 
 
-def _check_id(picture_id: uuid.UUID) -> None:
-    if not isinstance(picture_id, uuid.UUID):
-        raise TypeError(f"a picture's id must be a UUID; received {picture_id!r}")
+def _check_id(image_id: uuid.UUID) -> None:
+    if not isinstance(image_id, uuid.UUID):
+        raise TypeError(f"an image's id must be a UUID; received {image_id!r}")

@@ -2,7 +2,7 @@
 
 import { toJson } from "./api.js";
 
-/** The command that makes the picture and writes it to `file`. A key is named by its variable, never written out. */
+/** The command that makes the image and writes it to `file`. A key is named by its variable, never written out. */
 export function curl(url, body, file, withKey) {
   const lines = [
     `curl -X POST ${quoted(url)}`,

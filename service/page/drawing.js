@@ -1,14 +1,14 @@
-// One picture on its way: asked for, followed, cancelled, asked for again. Knows no page.
+// One image on its way: asked for, followed, cancelled, asked for again. Knows no page.
 
 import { ask, Dropped, events, Problem } from "./api.js";
 
-const PATIENCE_MS = 3000; // how long a cancel waits for the picture's id before it just hangs up
+const PATIENCE_MS = 3000; // how long a cancel waits for the image's id before it just hangs up
 
 export class Drawing {
   #hangUp = new AbortController();
   #id = null;
 
-  /** `path` is "generate" or "refine". Whoever repeats a drawing gets the same picture: its key stays. */
+  /** `path` is "generate" or "refine". Whoever repeats a drawing gets the same image: its key stays. */
   constructor(path, body) {
     this.path = path;
     this.body = body;
@@ -29,7 +29,7 @@ export class Drawing {
     throw new Dropped();
   }
 
-  /** A key keeps a picture alive when its client hangs up, so cancelling takes a call of its own. */
+  /** A key keeps an image alive when its client hangs up, so cancelling takes a call of its own. */
   async cancel() {
     if (this.cancelled) return;
     this.cancelled = true;

@@ -1,4 +1,4 @@
-// The form for a new picture: what is asked, what of it differs from the promoted values, and which field is wrong.
+// The form for a new image: what is asked, what of it differs from the promoted values, and which field is wrong.
 
 import { changed, FIELDS, valuesOf } from "./settings.js";
 import { element, make, put } from "./dom.js";
@@ -83,7 +83,7 @@ export class Form {
     return body;
   }
 
-  /** The settings of a picture, its seed included. */
+  /** The settings of an image, its seed included. */
   fill({ prompt, values, seed }) {
     this.unmark();
     element("prompt").value = prompt;

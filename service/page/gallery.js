@@ -1,7 +1,7 @@
-// The recent pictures, newest first, page by page.
+// The recent images, newest first, page by page.
 
 import { element, make, put } from "./dom.js";
-import * as pictures from "./pictures.js";
+import * as images from "./images.js";
 
 const PAGE = 24;
 
@@ -10,7 +10,7 @@ export class Gallery {
   #tiles = new Map();
   #selected = null;
 
-  /** `onPick(id)` is called for the picture the user wants to see. */
+  /** `onPick(id)` is called for the image the user wants to see. */
   constructor(onPick) {
     this.onPick = onPick;
     element("refresh").addEventListener("click", () => this.load());
@@ -29,14 +29,14 @@ export class Gallery {
     this.#append(page);
   }
 
-  /** Put a new picture in front. */
-  add(picture) {
-    if (!this.#tiles.has(picture.id)) element("tiles").prepend(this.#tile(picture));
+  /** Put a new image in front. */
+  add(image) {
+    if (!this.#tiles.has(image.id)) element("tiles").prepend(this.#tile(image));
     this.#note();
-    this.select(picture.id);
+    this.select(image.id);
   }
 
-  /** Take a picture away and focus the one that takes its place. */
+  /** Take an image away and focus the one that takes its place. */
   remove(id) {
     const tile = this.#tiles.get(id);
     if (!tile) return;
@@ -63,9 +63,9 @@ export class Gallery {
 
   async #page(cursor) {
     try {
-      return await pictures.list(cursor, PAGE);
+      return await images.list(cursor, PAGE);
     } catch (error) {
-      this.#note(`The pictures cannot be listed: ${error.message}`);
+      this.#note(`The images cannot be listed: ${error.message}`);
       return null;
     }
   }
@@ -74,7 +74,7 @@ export class Gallery {
     this.#cursor = next ?? null;
     element("more").hidden = !next;
     const drawn = images.filter(({ id, state }) => state === "done" && !this.#tiles.has(id));
-    element("tiles").append(...drawn.map((picture) => this.#tile(picture)));
+    element("tiles").append(...drawn.map((image) => this.#tile(image)));
     this.#note();
     this.select(this.#selected);
   }
@@ -96,14 +96,14 @@ export class Gallery {
     const image = button.querySelector("img");
     image.addEventListener("error", () => button.classList.add("gone"), { once: true });
     try {
-      image.src = await pictures.addressOf(button.dataset.id, "webp");
+      image.src = await images.addressOf(button.dataset.id, "webp");
     } catch {
       button.classList.add("gone");
     }
   }
 
   #note(trouble) {
-    const note = trouble ?? (this.#tiles.size ? "" : "No pictures yet. What is drawn here or through the API is listed here.");
+    const note = trouble ?? (this.#tiles.size ? "" : "No images yet. What is drawn here or through the API is listed here.");
     put("gallery-note", note);
     element("gallery-note").hidden = !note;
   }

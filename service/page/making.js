@@ -1,4 +1,4 @@
-// The picture in the making, as the page shows it: its place in the queue, its steps, its preview, what holds it up.
+// The image in the making, as the page shows it: its place in the queue, its steps, its preview, what holds it up.
 
 import { element, put, spoken } from "./dom.js";
 

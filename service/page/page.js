@@ -6,7 +6,7 @@ import { element, put, toast } from "./dom.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
 import { Making } from "./making.js";
-import * as pictures from "./pictures.js";
+import * as images from "./images.js";
 import { Served } from "./served.js";
 import { Viewer } from "./viewer.js";
 
@@ -37,13 +37,13 @@ function generate() {
   run(new Drawing("generate", body), { prompt: body.prompt, ...form.values }, form);
 }
 
-function refine(body, picture) {
+function refine(body, image) {
   if (drawing) return;
-  const { width, height } = picture.values;
-  run(new Drawing("refine", body), { prompt: body.prompt ?? picture.prompt, width, height }, viewer);
+  const { width, height } = image.values;
+  run(new Drawing("refine", body), { prompt: body.prompt ?? image.prompt, width, height }, viewer);
 }
 
-/** See a drawing through, from its request to its picture. `origin` is the form whose fields an error may name. */
+/** See a drawing through, from its request to its image. `origin` is the form whose fields an error may name. */
 async function run(started, subject, origin) {
   drawing = started;
   element("generate").setAttribute("aria-disabled", "true");
@@ -56,10 +56,10 @@ async function run(started, subject, origin) {
   try {
     const done = await persist(started);
     if (done) {
-      const picture = await pictures.read(done.id);
-      gallery.add(picture);
-      await viewer.show(picture);
-      news = `The picture is ready: ${picture.prompt}`;
+      const image = await images.read(done.id);
+      gallery.add(image);
+      await viewer.show(image);
+      news = `The image is ready: ${image.prompt}`;
     }
   } catch (error) {
     news = "";
@@ -95,7 +95,7 @@ async function persist(started) {
 async function worthwhile(error, tries) {
   if (error instanceof Dropped) {
     served.recheck();
-    return making.ask("The connection was lost", "The picture may still be drawn; trying again asks for the same one.");
+    return making.ask("The connection was lost", "The image may still be drawn; trying again asks for the same one.");
   }
   if (!(error instanceof Problem)) return false;
   if (error.status === 401) {
@@ -134,15 +134,15 @@ const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 // --- look ------------------------------------------------------------------------------------------------------------
 
-/** Show a stored picture. */
+/** Show a stored image. */
 async function pick(id) {
   if (drawing) {
-    toast("A picture is being drawn. Cancel it, or wait, to look at another.");
+    toast("An image is being drawn. Cancel it, or wait, to look at another.");
     return;
   }
   element("problem").hidden = true;
   try {
-    await viewer.show(await pictures.read(id));
+    await viewer.show(await images.read(id));
     gallery.select(id);
     inSight(element("stage"));
   } catch (error) {
@@ -150,22 +150,22 @@ async function pick(id) {
   }
 }
 
-function use(picture) {
-  form.fill(picture);
+function use(image) {
+  form.fill(image);
   element("settings").open = true;
   element("prompt").focus();
-  toast("The form has this picture's settings");
+  toast("The form has this image's settings");
 }
 
 async function deleted(id) {
   try {
-    await pictures.remove(id);
+    await images.remove(id);
   } catch (error) {
     if (error.status !== 404) return tell(error);
   }
   viewer.clear();
   gallery.remove(id);
-  await pictures.release(id);
+  await images.release(id);
   toast("Deleted");
 }
 

@@ -90,7 +90,7 @@ function facts({ slot, digest, attested, attested_reason: reason, config, runtim
   return [
     ["Slot", slot],
     ["Digest", make("code", {}, digest)],
-    ["Attested", attested ? "Yes: the golden pictures were drawn again and are the same" : `No: ${reason ?? "not yet"}`],
+    ["Attested", attested ? "Yes: the golden images were drawn again and are the same" : `No: ${reason ?? "not yet"}`],
     ["Model", revision ? `${base} at ${revision.slice(0, 12)}` : base],
     ["Refiner", refiner ?? "none"],
     ["Runs on", runtime ? `${runtime.device}, ${runtime.dtype}` : "being loaded"],

@@ -13,7 +13,7 @@ export function valuesOf(config) {
 export const changed = (values, promoted) =>
   Object.fromEntries(FIELDS.filter((name) => values[name] !== promoted[name]).map((name) => [name, values[name]]));
 
-/** The request that makes a picture again under the configuration promoted now: `{path, body}`. */
+/** The request that makes an image again under the configuration promoted now: `{path, body}`. */
 export function requestOf({ prompt, seed, values, source, strength }, promoted) {
   if (!source) return { path: "generate", body: { prompt, ...changed(values, promoted), seed } };
   const { negative_prompt, steps } = values;

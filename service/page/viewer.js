@@ -1,22 +1,22 @@
-// The picture that is shown large: its settings, and what can be done with it.
+// The image that is shown large: its settings, and what can be done with it.
 
 import { address, key } from "./api.js";
 import { curl } from "./curl.js";
 import { describe, element, make, put, toast } from "./dom.js";
 import { follow, markField, unmarkFields } from "./form.js";
-import * as pictures from "./pictures.js";
+import * as images from "./images.js";
 import { changed, requestOf, valuesOf } from "./settings.js";
 
 export class Viewer {
-  picture = null;
+  image = null;
   #promoted = null;
   #refinable = false;
 
-  /** `actions`: `use(picture)`, `refine(body, picture)`, `deleted(id)`, `show(id)`. */
+  /** `actions`: `use(image)`, `refine(body, image)`, `deleted(id)`, `show(id)`. */
   constructor(actions) {
     this.actions = actions;
     follow(element("strength-range"), element("strength"));
-    element("use").addEventListener("click", () => actions.use(this.picture));
+    element("use").addEventListener("click", () => actions.use(this.image));
     element("copy").addEventListener("click", () => this.#copy());
     element("delete").addEventListener("click", () => this.#delete());
     element("refine-open").addEventListener("click", () => this.#refining(element("refine").hidden));
@@ -30,53 +30,53 @@ export class Viewer {
   promote({ config }) {
     this.#promoted = valuesOf(config);
     this.#refinable = Boolean(config.model.refiner);
-    if (this.picture) this.#tell(this.picture);
+    if (this.image) this.#tell(this.image);
   }
 
-  async show(picture) {
-    if (this.picture?.id !== picture.id) element("refine-prompt").value = picture.prompt;
-    this.picture = picture;
+  async show(image) {
+    if (this.image?.id !== image.id) element("refine-prompt").value = image.prompt;
+    this.image = image;
     this.#refining(false);
-    this.#tell(picture);
-    const image = element("picture");
-    const { width, height } = picture.values;
-    Object.assign(image, { alt: picture.prompt, width, height });
+    this.#tell(image);
+    const shown = element("image");
+    const { width, height } = image.values;
+    Object.assign(shown, { alt: image.prompt, width, height });
     element("frame").style.setProperty("--ratio", width / height);
-    const address = await pictures.addressOf(picture.id);
-    if (this.picture !== picture) return; // another one was chosen meanwhile
-    image.src = address;
+    const address = await images.addressOf(image.id);
+    if (this.image !== image) return; // another one was chosen meanwhile
+    shown.src = address;
     for (const link of element("shown").querySelectorAll("[data-format]")) {
       const { format } = link.dataset;
-      link.download = pictures.fileName(picture.id, format);
-      link.href = key.get() ? "#" : await pictures.addressOf(picture.id, format);
-      if (this.picture !== picture) return;
+      link.download = images.fileName(image.id, format);
+      link.href = key.get() ? "#" : await images.addressOf(image.id, format);
+      if (this.image !== image) return;
     }
     this.reveal(true);
   }
 
-  /** Whether the picture is to be seen; without a picture there is a placeholder. */
+  /** Whether the image is to be seen; without an image there is a placeholder. */
   reveal(wanted) {
-    element("shown").hidden = !wanted || !this.picture;
-    element("empty").hidden = !wanted || Boolean(this.picture);
+    element("shown").hidden = !wanted || !this.image;
+    element("empty").hidden = !wanted || Boolean(this.image);
     if (!wanted) this.#refining(false);
   }
 
-  /** Show no picture any more. */
+  /** Show no image any more. */
   clear() {
-    this.picture = null;
-    element("picture").removeAttribute("src");
+    this.image = null;
+    element("image").removeAttribute("src");
     this.reveal(true);
   }
 
   /** Mark a field of the refine form; false if it has no such field. */
   mark(name, message) {
-    if (!this.picture) return false;
+    if (!this.image) return false;
     this.#refining(true);
     return markField(element("refine"), name, message);
   }
 
-  #tell(picture) {
-    const { prompt, seed, source, timings, warnings = [], config, values } = picture;
+  #tell(image) {
+    const { prompt, seed, source, timings, warnings = [], config, values } = image;
     put("caption", prompt);
     put("caption-negative", values.negative_prompt && `Without: ${values.negative_prompt}`);
     element("caption-negative").hidden = !values.negative_prompt;
@@ -95,7 +95,7 @@ export class Viewer {
       ["Steps", value("steps")],
       ["Guidance scale", value("guidance_scale")],
       ["Scheduler", value("scheduler")],
-      source ? ["Refined from", this.#source(picture)] : ["Refiner", value("refiner", onOff)],
+      source ? ["Refined from", this.#source(image)] : ["Refiner", value("refiner", onOff)],
       ...(timings ? [["Drawn in", `${(timings.denoise_ms / 1000).toFixed(1)} s`]] : []),
       ["Configuration", make("code", {}, config)],
     ]);
@@ -108,21 +108,21 @@ export class Viewer {
   }
 
   async #copy() {
-    const { path, body } = requestOf(this.picture, this.#promoted);
-    const text = curl(address(path), body, pictures.fileName(this.picture.id, "png"), Boolean(key.get()));
+    const { path, body } = requestOf(this.image, this.#promoted);
+    const text = curl(address(path), body, images.fileName(this.image.id, "png"), Boolean(key.get()));
     toast((await copied(text)) ? "Copied the command" : "The browser did not allow copying");
   }
 
   async #download(event, format) {
     if (!key.get()) return;
     event.preventDefault();
-    const link = make("a", { href: await pictures.addressOf(this.picture.id, format) });
-    link.download = pictures.fileName(this.picture.id, format);
+    const link = make("a", { href: await images.addressOf(this.image.id, format) });
+    link.download = images.fileName(this.image.id, format);
     link.click();
   }
 
   #delete() {
-    const { id, prompt } = this.picture;
+    const { id, prompt } = this.image;
     const dialog = element("confirm");
     put("confirm-text", `“${prompt}” cannot be brought back, other than by drawing it again.`);
     dialog.returnValue = "cancel";
@@ -141,10 +141,10 @@ export class Viewer {
   #refine(event) {
     event.preventDefault();
     unmarkFields(element("refine"));
-    const body = { id: this.picture.id, strength: Number(element("strength").value) };
+    const body = { id: this.image.id, strength: Number(element("strength").value) };
     const prompt = element("refine-prompt").value;
-    if (prompt !== this.picture.prompt) body.prompt = prompt;
-    this.actions.refine(body, this.picture);
+    if (prompt !== this.image.prompt) body.prompt = prompt;
+    this.actions.refine(body, this.image);
   }
 }
 

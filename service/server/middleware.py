@@ -61,7 +61,7 @@ class Edge:
             status = 499
         except asyncio.CancelledError:
             if not status:  # and raised no further: the server that cancelled us would log a traceback
-                answer = told(scope, Stopping("the service stops before the picture is done"))
+                answer = told(scope, Stopping("the service stops before the image is done"))
                 await answer(scope, receive, send_marked)
         except Exception as error:
             if known(error) is None:

@@ -22,7 +22,7 @@ from service.server.connection import Connection
 if TYPE_CHECKING:
     from sdxl_lab.diffusion.engine import Engine
 
-# dstack kills a replica 10 s after it asked it to stop: 8 for pictures, the rest to answer and to end the engine.
+# dstack kills a replica 10 s after it asked it to stop: 8 for images, the rest to answer and to end the engine.
 DRAIN_SECONDS = 8.0
 TOLD_SECONDS = 0.2
 ANSWER_SECONDS = 0.5
@@ -71,7 +71,7 @@ class Server(uvicorn.Server):
                 faulthandler.dump_traceback_later(self._patience + REARM_SECONDS + END_SECONDS, exit=True)
             self.failure = self._studio.served.failure if engine is None else engine.failure
             if self.failure is None and standing >= self._patience:
-                self.failure = f"the engine is stuck: it has pictures to draw, and made no step in {standing:.0f} s"
+                self.failure = f"the engine is stuck: it has images to draw, and made no step in {standing:.0f} s"
             if self.failure is not None:
                 log.critical("the process ends: %s", self.failure)
                 self._stop(0)
@@ -106,7 +106,7 @@ class Server(uvicorn.Server):
 
 
 class Watchdog:
-    """Sees how long an engine that has pictures to draw stands still. Ask it often."""
+    """Sees how long an engine that has images to draw stands still. Ask it often."""
 
     def __init__(self) -> None:
         self._ticks, self._since = -1, time.monotonic()

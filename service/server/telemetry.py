@@ -1,6 +1,6 @@
 """What Prometheus is told. Every service has a registry of its own.
 
-The engine's numbers are read when they are asked for; what is over (pictures, answers) is counted. Knows no route.
+The engine's numbers are read when they are asked for; what is over (images, answers) is counted. Knows no route.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from sdxl_lab import __version__
 from service.deployment import Served
 
 if TYPE_CHECKING:
-    from sdxl_lab.diffusion.engine import Ticket
+    from sdxl_lab.diffusion.engine import Job
 
 # Seconds: from nano on a laptop to a full queue before SDXL.
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
@@ -29,28 +29,28 @@ class Metrics(Collector):
     def __init__(self, served: Served) -> None:
         self._served = served
         self._registry = registry = CollectorRegistry(auto_describe=False)
-        self.pictures = Counter("sdxl_pictures", "Pictures by what became of them", ["outcome"], registry=registry)
+        self.images = Counter("sdxl_images", "Images by what became of them", ["outcome"], registry=registry)
         self.answers = Counter(
             "sdxl_http_answers", "Answers by route and status", ["route", "status"], registry=registry
         )
         self.first_step = Histogram(
             "sdxl_first_step_seconds", "From being accepted to the first step", registry=registry, buckets=BUCKETS
         )
-        self.picture = Histogram(
-            "sdxl_picture_seconds", "From being accepted to the picture", registry=registry, buckets=BUCKETS
+        self.image = Histogram(
+            "sdxl_image_seconds", "From being accepted to the image", registry=registry, buckets=BUCKETS
         )
         for outcome in OUTCOMES:
-            self.pictures.labels(outcome)  # there at zero, so that a rate has a beginning
+            self.images.labels(outcome)  # there at zero, so that a rate has a beginning
         registry.register(self)
         ProcessCollector(registry=registry)
 
-    def count(self, ticket: "Ticket") -> None:
-        """A picture is over."""
-        self.pictures.labels(ticket.state).inc()
+    def count(self, ticket: "Job") -> None:
+        """An image is over."""
+        self.images.labels(ticket.state).inc()
         if ticket.first_step is not None:
             self.first_step.observe(ticket.first_step - ticket.submitted)
         if ticket.state == "done":
-            self.picture.observe(ticket.future.result().timings["total_ms"] / 1000)
+            self.image.observe(ticket.future.result().timings["total_ms"] / 1000)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """The metrics in the format that an `Accept` header asks for, and the format's media type."""
@@ -66,16 +66,16 @@ class Metrics(Collector):
         named = ",".join(f"{role}={value}" for role, value in sorted(weights.items()))
         yield InfoMetricFamily("sdxl_config", "What is served", value=info | {"weights": named})
         yield GaugeMetricFamily(
-            "sdxl_attested", "1: the golden pictures came out as promoted", value=served.attestation.passed
+            "sdxl_attested", "1: the golden images came out as promoted", value=served.attestation.passed
         )
-        yield GaugeMetricFamily("sdxl_ready", "1: a picture can be drawn now", value=served.trouble is None)
+        yield GaugeMetricFamily("sdxl_ready", "1: an image can be drawn now", value=served.trouble is None)
         if engine is None:
             return
         stats = engine.stats()
         for name, meaning, value in (
-            ("sdxl_queue_depth", "Pictures that wait", stats.queued),
-            ("sdxl_pictures_running", "Pictures that are being drawn", stats.running),
-            ("sdxl_rows_in_flight", "UNet rows of the pictures being drawn", stats.rows_in_flight),
+            ("sdxl_queue_depth", "Images that wait", stats.queued),
+            ("sdxl_images_running", "Images that are being drawn", stats.running),
+            ("sdxl_rows_in_flight", "UNet rows of the images being drawn", stats.rows_in_flight),
             ("sdxl_row_budget", "UNet rows that fit into one call", stats.row_budget),
             ("sdxl_batch_occupancy", "Share of the row budget that the last call used", stats.rows / stats.row_budget),
         ):

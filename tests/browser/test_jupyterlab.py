@@ -1,6 +1,6 @@
 """The explore notebook in a real JupyterLab in a real Chromium, as a person uses it.
 
-`SDXL_SCREENSHOT=docs/explore.png pytest tests/browser/test_jupyterlab.py -k looks` draws the README's picture again.
+`SDXL_SCREENSHOT=docs/explore.png pytest tests/browser/test_jupyterlab.py -k looks` draws the README's image again.
 """
 
 import json
@@ -102,9 +102,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 
 def done(panel: Locator, number: int, seconds: float = 60) -> bytes:
-    """Wait until a picture is on the panel; its pixels as the browser shows them."""
+    """Wait until an image is on the panel; its pixels as the browser shows them."""
     expect(panel).to_contain_text(f"#{number}: ", timeout=1000 * seconds)
-    return panel.locator(".sdxl-picture img").first.screenshot()
+    return panel.locator(".sdxl-image img").first.screenshot()
 
 
 def button(panel: Locator, name: str) -> Locator:
@@ -112,7 +112,7 @@ def button(panel: Locator, name: str) -> Locator:
 
 
 def seconds_to_stop(panel: Locator) -> float:
-    """Start a picture of 800 steps, stop it once it is under way; until the panel says so."""
+    """Start an image of 800 steps, stop it once it is under way; until the panel says so."""
     panel.get_by_label("Steps").fill("800")
     button(panel, "Generate").click()
     expect(panel).to_contain_text("of 800", timeout=60_000)
@@ -129,7 +129,7 @@ def test_the_panel_works_while_a_cell_runs_and_after(
 ) -> None:
     (lab.folder / "tiny.toml").write_text(tiny_config.to_toml())
     release = lab.folder / "release"
-    lab.write("tiny.ipynb", BUSY, config="tiny.toml", steps=4, out="pictures", release=str(release))
+    lab.write("tiny.ipynb", BUSY, config="tiny.toml", steps=4, out="images", release=str(release))
     panel = lab.open(page, "tiny.ipynb")
     running = page.locator(".jp-InputPrompt", has_text="[*]")  # the status bar says Idle whenever a subshell is
     before = done(panel, 6)  # of all the cells that drew
@@ -138,7 +138,7 @@ def test_the_panel_works_while_a_cell_runs_and_after(
     panel.get_by_label("Scheduler").select_option("ddim")
     button(panel, "Generate").click()
     during = done(panel, 7)
-    assert during != before, "the scheduler changes the picture"
+    assert during != before, "the scheduler changes the image"
     expect(panel).to_contain_text("ddim, 4 steps")
     panel.get_by_label("Guidance scale").fill("200")
     panel.get_by_label("Guidance scale").press("Enter")
@@ -151,19 +151,19 @@ def test_the_panel_works_while_a_cell_runs_and_after(
     expect(running).to_have_count(0, timeout=60_000)
 
     button(panel, "Generate").click()
-    assert done(panel, 9) == during, "the same settings and seed, the same picture"
+    assert done(panel, 9) == during, "the same settings and seed, the same image"
     took_idle = seconds_to_stop(panel)
     record_testsuite_property("seconds to stop in an idle kernel", took_idle)
     button(panel, "Save as candidate").click()
     expect(panel).to_contain_text("candidate.toml")
-    saved = GenerationConfig.from_toml(lab.folder / "pictures" / "candidate.toml")
+    saved = GenerationConfig.from_toml(lab.folder / "images" / "candidate.toml")
     assert saved == tiny_config.with_(scheduler="ddim")
 
 
 def test_it_looks_as_the_readme_shows(lab: Lab, page: Page, tmp_path: Path) -> None:
     """Drawn by nano; no label is cut, nothing sticks out, in the light and in the dark theme."""
     steps = 25 if SCREENSHOT else 6
-    lab.write("nano.ipynb", steps=steps, seed=6, schedulers=["euler_a"], out="pictures")
+    lab.write("nano.ipynb", steps=steps, seed=6, schedulers=["euler_a"], out="images")
     page.set_viewport_size({"width": 1440, "height": 1560})
     panel = lab.open(page, "nano.ipynb")
     done(panel, 3, seconds=180)

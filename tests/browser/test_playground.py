@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-from sdxl_lab.images import open_picture, read_record
+from sdxl_lab.images import open_image, read_record
 from service.settings import Settings
 from tests.service import conftest as shared
 from tests.service.conftest import serving, wait_for
@@ -69,7 +69,7 @@ def home(live):
 
 
 def draw(page, prompt=PROMPT, **settings):
-    """Generate through the form and wait for the picture; its id."""
+    """Generate through the form and wait for the image; its id."""
     page.get_by_label("Prompt", exact=True).fill(prompt)
     for name, value in settings.items():
         page.locator(f"#{name}").fill(str(value))
@@ -78,12 +78,12 @@ def draw(page, prompt=PROMPT, **settings):
 
 
 def shown(page, prompt=PROMPT):
-    """The id of the picture that is shown large once it is loaded."""
+    """The id of the image that is shown large once it is loaded."""
     expect(page.locator("#making")).to_be_hidden()
-    picture = page.locator("#picture")
-    expect(picture).to_be_visible()
-    expect(picture).to_have_attribute("alt", prompt)
-    page.wait_for_function("document.querySelector('#picture').naturalWidth > 0")
+    image = page.locator("#image")
+    expect(image).to_be_visible()
+    expect(image).to_have_attribute("alt", prompt)
+    page.wait_for_function("document.querySelector('#image').naturalWidth > 0")
     return page.locator(".tile[aria-current=true]").get_attribute("data-id")
 
 
@@ -104,10 +104,10 @@ def posted(home, path, body):
 
 
 def pixels(png):
-    return np.asarray(open_picture(png))
+    return np.asarray(open_image(png))
 
 
-def test_a_changed_setting_and_a_fixed_seed_make_the_picture_they_name(home, visit, promoted):
+def test_a_changed_setting_and_a_fixed_seed_make_the_image_they_name(home, visit, promoted):
     page = visit(home).page
     assert page.locator("#steps").input_value() == str(promoted.steps)
     expect(page.locator("#changes")).to_have_text("As promoted")
@@ -117,8 +117,8 @@ def test_a_changed_setting_and_a_fixed_seed_make_the_picture_they_name(home, vis
     page.get_by_text("Fixed", exact=True).click()
     page.locator("#seed").fill(str(2**63 - 1))
     page.get_by_label("Scheduler", exact=True).select_option("ddim")
-    picture = draw(page)
-    record = read_record(fetched(home, f"download/{picture}"))
+    image = draw(page)
+    record = read_record(fetched(home, f"download/{image}"))
     assert (record["prompt"], record["seed"]) == (PROMPT, 2**63 - 1)
     assert (record["config"]["steps"], record["config"]["scheduler"]) == (3, "ddim")
     assert sorted(record["overridden"]) == ["scheduler", "steps"]
@@ -140,7 +140,7 @@ def test_the_digest_and_the_attestation_are_in_sight(home, visit, promoted):
     expect(page.get_by_role("dialog", name="What is served")).to_contain_text(promoted.digest)
 
 
-def test_steps_and_previews_come_in_and_cancel_stops_the_picture(home, live, visit):
+def test_steps_and_previews_come_in_and_cancel_stops_the_image(home, live, visit):
     page = visit(home).page
     for name, value in LONG.items():
         page.locator(f"#{name}").fill(str(value))
@@ -186,7 +186,7 @@ def test_a_full_queue_is_waited_for_and_a_lost_connection_is_asked_again_under_t
         if not failures:
             route.continue_()
         elif failures.pop(0) == "full":
-            problem = {"title": "The queue is full", "status": 429, "detail": "100 pictures wait"}
+            problem = {"title": "The queue is full", "status": 429, "detail": "100 images wait"}
             headers = {"Retry-After": "1", "Content-Type": "application/problem+json"}
             route.fulfill(status=429, headers=headers, body=json.dumps(problem))
         else:
@@ -196,7 +196,7 @@ def test_a_full_queue_is_waited_for_and_a_lost_connection_is_asked_again_under_t
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#making-title")).to_have_text("The queue is full")
-    expect(page.locator("#making-detail")).to_have_text(re.compile(r"100 pictures wait\. Trying again in [01] s\."))
+    expect(page.locator("#making-detail")).to_have_text(re.compile(r"100 images wait\. Trying again in [01] s\."))
     expect(page.locator("#making-title")).to_have_text("The connection was lost")
     page.get_by_role("button", name="Try again now").click()
     shown(page)
@@ -204,11 +204,11 @@ def test_a_full_queue_is_waited_for_and_a_lost_connection_is_asked_again_under_t
     assert len(set(keys)) == 1
 
 
-def test_a_picture_is_refined(home, visit):
+def test_a_image_is_refined(home, visit):
     page = visit(home).page
     first = draw(page)
     page.get_by_role("button", name="Refine", exact=True).click()
-    form = page.get_by_role("form", name="Refine this picture")
+    form = page.get_by_role("form", name="Refine this image")
     form.get_by_label("Prompt for the refiner").fill("a green star")
     form.get_by_label("Strength", exact=True).fill("0.5")
     form.get_by_role("button", name="Refine").click()
@@ -221,7 +221,7 @@ def test_a_picture_is_refined(home, visit):
     assert shown(page) == first
 
 
-def test_use_these_settings_makes_the_picture_again(home, visit):
+def test_use_these_settings_makes_the_image_again(home, visit):
     page = visit(home).page
     first = draw(page, "a small <b>cat</b>", steps=3, width=72, negative_prompt="blue")
     draw(page, "a ring", steps=2, width=64, negative_prompt="")
@@ -243,26 +243,26 @@ def test_the_copied_command_makes_the_same_pixels(home, visit, tmp_path):
     page = visit(home, permissions=["clipboard-read", "clipboard-write"]).page
     first = draw(page, QUOTED, steps=3, negative_prompt="don't\nblur")
     page.get_by_role("button", name="Refine", exact=True).click()
-    form = page.get_by_role("form", name="Refine this picture")
+    form = page.get_by_role("form", name="Refine this image")
     form.get_by_label("Strength", exact=True).fill("0.6")
     form.get_by_role("button", name="Refine").click()
     expect(page.locator(".tile")).to_have_count(2)
     second = shown(page, QUOTED)
-    for picture in (second, first):
-        page.locator(f"[data-id='{picture}']").click()
-        expect(page.locator("#download-png")).to_have_attribute("download", f"sdxl-lab-{picture[:8]}.png")
+    for image in (second, first):
+        page.locator(f"[data-id='{image}']").click()
+        expect(page.locator("#download-png")).to_have_attribute("download", f"sdxl-lab-{image[:8]}.png")
         page.get_by_role("button", name="Copy as curl").click()
         expect(page.locator("#toast")).to_have_text("Copied the command")
         command = page.evaluate("navigator.clipboard.readText()")
         subprocess.run([shutil.which("bash"), "-c", command], cwd=tmp_path, check=True, capture_output=True)
-        made = (tmp_path / f"sdxl-lab-{picture[:8]}.png").read_bytes()
+        made = (tmp_path / f"sdxl-lab-{image[:8]}.png").read_bytes()
         assert read_record(made)["prompt"] == QUOTED
-        assert np.array_equal(pixels(made), pixels(fetched(home, f"download/{picture}")))
+        assert np.array_equal(pixels(made), pixels(fetched(home, f"download/{image}")))
 
 
-def test_pictures_are_listed_page_by_page_downloaded_and_deleted(home, visit):
+def test_images_are_listed_page_by_page_downloaded_and_deleted(home, visit):
     for seed in range(26):
-        body = json.dumps({"prompt": f"picture {seed}", "steps": 1, "seed": seed}).encode()
+        body = json.dumps({"prompt": f"image {seed}", "steps": 1, "seed": seed}).encode()
         request = urllib.request.Request(home + "generate", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request) as answer:
             assert answer.status == 200
@@ -272,22 +272,22 @@ def test_pictures_are_listed_page_by_page_downloaded_and_deleted(home, visit):
     page.get_by_role("button", name="Show older").click()
     expect(tiles).to_have_count(26)
     expect(tiles.nth(24)).to_be_focused()
-    page.get_by_role("button", name="picture 0", exact=True).click()
-    picture = shown(page, "picture 0")
+    page.get_by_role("button", name="image 0", exact=True).click()
+    image = shown(page, "image 0")
     for form in ("png", "webp", "jpeg"):
         with page.expect_download() as download:
             page.locator(f"#download-{form}").click()
-        assert open_picture(download.value.path()).format == form.upper()
+        assert open_image(download.value.path()).format == form.upper()
     page.get_by_role("button", name="Delete").click()
-    dialog = page.get_by_role("dialog", name="Delete this picture?")
+    dialog = page.get_by_role("dialog", name="Delete this image?")
     dialog.get_by_role("button", name="Keep it").click()
     expect(dialog).to_be_hidden()
-    assert fetched(home, f"download/{picture}")
+    assert fetched(home, f"download/{image}")
     page.get_by_role("button", name="Delete").click()
     dialog.get_by_role("button", name="Delete").click()
     expect(tiles).to_have_count(25)
     with pytest.raises(urllib.error.HTTPError, match="404"):
-        fetched(home, f"download/{picture}")
+        fetched(home, f"download/{image}")
 
 
 def test_the_keyboard_is_enough(home, live, visit):
@@ -334,20 +334,20 @@ def test_controls_have_names_and_progress_is_told_now_and_then(home, visit):
     draw(page, steps=30)
     told = page.evaluate("told")
     assert told[0] == "Drawing begins"
-    assert told[-1] == f"The picture is ready: {PROMPT}"
+    assert told[-1] == f"The image is ready: {PROMPT}"
     assert len(told) < 10
     assert page.locator("main, header, nav").count() == 3
     snapshot = page.locator("body").aria_snapshot()
     for line in (
         "- banner:",
         "- main:",
-        '- form "New picture":',
+        '- form "New image":',
         '- textbox "Prompt"',
         '- spinbutton "Steps": "30"',
         '- combobox "Scheduler"',
         '- switch "Refiner makes the last steps"',
         '- radio "Random" [checked]',
-        '- region "Recent pictures":',
+        '- region "Recent images":',
         f'- img "{PROMPT}"',
     ):
         assert line in snapshot, snapshot
@@ -430,7 +430,7 @@ def test_it_works_behind_a_prefix(prefixed, visit):
     page = visit(prefixed).page
     first = draw(page, steps=3)
     page.get_by_role("button", name="Refine", exact=True).click()
-    page.get_by_role("form", name="Refine this picture").get_by_role("button", name="Refine").click()
+    page.get_by_role("form", name="Refine this image").get_by_role("button", name="Refine").click()
     expect(page.locator(".tile")).to_have_count(2)
     shown(page)
     page.locator(f"[data-id='{first}']").click()
@@ -469,12 +469,12 @@ def test_where_a_key_is_asked_for_it_is_entered_once_and_sent_in_a_header(locked
     form.get_by_role("button").click()
     expect(form).to_be_hidden()
     expect(page.locator("#readiness")).to_have_text("Ready")
-    picture = draw(page)
-    assert page.locator("#picture").get_attribute("src").startswith("blob:")
+    image = draw(page)
+    assert page.locator("#image").get_attribute("src").startswith("blob:")
     page.wait_for_function("document.querySelector('.tile img').naturalWidth > 0")
     with page.expect_download() as download:
         page.locator("#download-webp").click()
-    assert open_picture(download.value.path()).format == "WEBP"
+    assert open_image(download.value.path()).format == "WEBP"
     page.get_by_role("button", name="Copy as curl").click()
     expect(page.locator("#toast")).to_have_text("Copied the command")
     command = page.evaluate("navigator.clipboard.readText()")
@@ -483,8 +483,8 @@ def test_where_a_key_is_asked_for_it_is_entered_once_and_sent_in_a_header(locked
     subprocess.run(
         [shutil.which("bash"), "-c", command], cwd=tmp_path, check=True, capture_output=True, env=environment
     )
-    made = (tmp_path / f"sdxl-lab-{picture[:8]}.png").read_bytes()
-    assert np.array_equal(pixels(made), pixels(fetched(locked, f"download/{picture}", **{"X-API-Key": KEY})))
+    made = (tmp_path / f"sdxl-lab-{image[:8]}.png").read_bytes()
+    assert np.array_equal(pixels(made), pixels(fetched(locked, f"download/{image}", **{"X-API-Key": KEY})))
     assert not [url for url in asked if KEY in url]
     assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
     page.reload()
@@ -497,19 +497,19 @@ def test_where_a_key_is_asked_for_it_is_entered_once_and_sent_in_a_header(locked
 def test_until_the_service_is_ready_the_page_says_why_and_asks_on(home, visit):
     page, _, expected = visit(home)
     expected.append("503")
-    problem = {"title": "The service is not ready", "status": 503, "detail": "the golden pictures differ"}
+    problem = {"title": "The service is not ready", "status": 503, "detail": "the golden images differ"}
     answer = {"status": 503, "content_type": "application/problem+json", "body": json.dumps(problem)}
     page.route("**/readyz", lambda route: route.fulfill(**answer))
     page.reload()
     expect(page.locator("#readiness")).to_have_text("Not ready")
-    expect(page.get_by_text("The golden pictures differ")).to_be_visible()
+    expect(page.get_by_text("The golden images differ")).to_be_visible()
     page.unroute("**/readyz")
     expect(page.locator("#readiness")).to_have_text("Ready")
-    expect(page.get_by_text("The golden pictures differ")).to_be_hidden()
+    expect(page.get_by_text("The golden images differ")).to_be_hidden()
 
 
-def test_a_picture_that_comes_late_does_not_take_the_place_of_the_one_chosen_since(locked, visit):
-    """What is seen is what "Delete" deletes. With a key pictures are fetched, and one may take longer."""
+def test_a_image_that_comes_late_does_not_take_the_place_of_the_one_chosen_since(locked, visit):
+    """What is seen is what "Delete" deletes. With a key images are fetched, and one may take longer."""
     late, other = (posted(locked, "generate", {"prompt": prompt})["id"] for prompt in ("a late ring", "a boat"))
     page, _, expected = visit(locked, ready=False)
     expected.append("401")
@@ -519,10 +519,10 @@ def test_a_picture_that_comes_late_does_not_take_the_place_of_the_one_chosen_sin
     form.get_by_label("API key").fill(KEY)
     form.get_by_role("button").click()
     page.locator(f".tile[data-id='{late}']").click()
-    expect(page.locator("#picture")).to_have_attribute("alt", "a late ring")
+    expect(page.locator("#image")).to_have_attribute("alt", "a late ring")
     page.locator(f".tile[data-id='{other}']").click()
     assert shown(page, "a boat") == other
-    before = page.locator("#picture").get_attribute("src")
+    before = page.locator("#image").get_attribute("src")
     assert held
     with page.expect_response(f"**/download/{late}") as answer:
         for route in held:
@@ -530,7 +530,7 @@ def test_a_picture_that_comes_late_does_not_take_the_place_of_the_one_chosen_sin
     answer.value.finished()
     page.evaluate("new Promise((done) => setTimeout(done, 200))")  # time for the page to do it wrong
     page.unroute(f"**/download/{late}*")
-    assert page.locator("#picture").get_attribute("src") == before
+    assert page.locator("#image").get_attribute("src") == before
     page.locator(f".tile[data-id='{late}']").click()
     assert shown(page, "a late ring") == late
-    assert page.locator("#picture").get_attribute("src") != before
+    assert page.locator("#image").get_attribute("src") != before

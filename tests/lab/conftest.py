@@ -73,22 +73,24 @@ def engine(start: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def submitted(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every job that reaches `engine`."""
-    jobs: list[Any] = []
+    """Every request that reaches `engine`."""
+    requests: list[Any] = []
     submit = engine.submit
-    monkeypatch.setattr(engine, "submit", lambda job, **more: (jobs.append(job), submit(job, **more))[1])
-    return jobs
+    monkeypatch.setattr(
+        engine, "submit", lambda request, **more: (requests.append(request), submit(request, **more))[1]
+    )
+    return requests
 
 
 @pytest.fixture
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C comes as soon as cells are drawn."""
-    from sdxl_lab.research.cache import Cells
+    from sdxl_lab.research.cache import ImageCache
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Cells, "complete", stop)
+    monkeypatch.setattr(ImageCache, "complete", stop)
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ from sdxl_lab import cli
 from sdxl_lab.cli import STOPPED, main
 from sdxl_lab.config import GenerationConfig, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine
-from sdxl_lab.diffusion.denoising import Job, Source
+from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import ModelError
 from sdxl_lab.evaluation import comparison as trial
 from sdxl_lab.evaluation import regression
-from sdxl_lab.images import max_difference, open_picture, read_record
+from sdxl_lab.images import max_difference, open_image, read_record
 from sdxl_lab.release import slot as promotion
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def out(tmp_path):
     return tmp_path / "new" / "cat.png"
 
 
-def test_generate_draws_the_picture_that_its_options_say(tiny_model, out, capsys):
+def test_generate_draws_the_image_that_its_options_say(tiny_model, out, capsys):
     options = {
         "--seed": "7",
         "--steps": "4",
@@ -58,7 +58,7 @@ def test_generate_draws_the_picture_that_its_options_say(tiny_model, out, capsys
     assert (record["prompt"], record["seed"]) == ("A cat in a hat", 7)
     assert (config["steps"], config["scheduler"], config["guidance_scale"]) == (4, "ddim", 2.5)
     assert (config["negative_prompt"], config["refiner"]["handover"]) == ("blurry", 0.8)
-    assert open_picture(out).size == (72, 64)
+    assert open_image(out).size == (72, 64)
     assert capsys.readouterr().out.startswith(f"{out}  seed 7  config {record['digest']}  ")
 
 
@@ -74,21 +74,21 @@ def test_like_draws_the_same_pixels(config_file, tmp_path):
     first, second = tmp_path / "first.png", tmp_path / "second.png"
     assert main(["generate", "a cat", "--config", str(config_file), "--refiner", "--out", str(first)]) == 0
     assert main(["generate", "--like", str(first), "--out", str(second)]) == 0
-    assert max_difference(open_picture(first), open_picture(second)) == 0
+    assert max_difference(open_image(first), open_image(second)) == 0
     assert read_record(first) == read_record(second)
 
 
-def test_like_draws_a_refined_picture_of_a_refined_picture_again(tiny_config, tiny_models, tmp_path):
+def test_like_draws_a_refined_image_of_a_refined_image_again(tiny_config, tiny_models, tmp_path):
     first, second = tmp_path / "first.png", tmp_path / "second.png"
     config = tiny_config.with_(steps=4, refiner=RefinerConfig(0.5))
     with Engine.load(config, RuntimeProfile()) as drawing:
-        picture = drawing.draw(Job(config, "a cat", 3))
+        image = drawing.draw(ImageRequest(config, "a cat", 3))
         for seed, strength in ((4, 0.5), (5, 0.75)):
-            source = Source(picture.image, strength, dict(picture.record))
-            picture = drawing.draw(Job(config, "a red cat", seed, source))
-    picture.save(first)
+            source = SourceImage(image.image, strength, dict(image.record))
+            image = drawing.draw(ImageRequest(config, "a red cat", seed, source))
+    image.save(first)
     assert main(["generate", "--like", str(first), "--out", str(second)]) == 0
-    assert max_difference(open_picture(first), open_picture(second)) == 0
+    assert max_difference(open_image(first), open_image(second)) == 0
     assert read_record(first) == read_record(second)
 
 
@@ -100,7 +100,7 @@ def test_like_takes_changes_on_top(config_file, tmp_path):
     record = read_record(second)
     assert (record["prompt"], record["seed"], record["config"]["scheduler"]) == ("a dog", 2, "ddim")
     assert record["config"]["steps"] == 3
-    assert max_difference(open_picture(first), open_picture(second)) > 0.01
+    assert max_difference(open_image(first), open_image(second)) > 0.01
 
 
 def test_show_prints_the_record_or_the_a1111_text(config_file, out, capsys):
@@ -149,7 +149,7 @@ def test_promote_draws_the_goldens_and_writes_a_new_slot(config_file, tmp_path, 
     assert (written.evidence["why"], written.evidence["who"], written.evidence["seeds"]) == ("sharper hats", "Ada", [5])
     printed = capsys.readouterr().out
     assert printed.startswith(f"### a new slot → `{written.digest}`")
-    assert printed.endswith(f"{slot} now holds {written.digest}, with 2 golden pictures\n")
+    assert printed.endswith(f"{slot} now holds {written.digest}, with 2 golden images\n")
 
 
 def test_promote_holds_the_candidate_against_what_is_served(slot, config_file, tmp_path, capsys):
@@ -167,18 +167,18 @@ def test_promote_holds_the_candidate_against_what_is_served(slot, config_file, t
     assert "| `steps` | 3 | 6 |" in capsys.readouterr().out
 
 
-def test_promote_takes_a_plan_and_a_picture(slot, config_file, tmp_path):
-    picture, plan = tmp_path / "cat.png", tmp_path / "plan.toml"
-    assert main(["generate", "a cat", "--config", str(config_file), "--steps", "2", "--out", str(picture)]) == 0
+def test_promote_takes_a_plan_and_a_image(slot, config_file, tmp_path):
+    image, plan = tmp_path / "cat.png", tmp_path / "plan.toml"
+    assert main(["generate", "a cat", "--config", str(config_file), "--steps", "2", "--out", str(image)]) == 0
     plan.write_text(f'prompts = {FIVE}\nseeds = [8]\ngates = ["unet_rows: better"]\ngoldens = 1\n')
-    assert main(["promote", str(picture), str(slot), "--plan", str(plan), *REASONS]) == 0
+    assert main(["promote", str(image), str(slot), "--plan", str(plan), *REASONS]) == 0
     promoted = promotion.load_slot(slot)
     assert (promoted.config.steps, [golden.seed for golden in promoted.goldens]) == (2, [8])
 
 
 def test_promote_takes_what_a_trial_found_before_while_it_is_true(slot, config_file, tmp_path, capsys):
     file, evidence = candidate(config_file, tmp_path, steps=2), tmp_path / "evidence.json"
-    plan = trial.Plan(prompts=FIVE, seeds=(5,), gates=("unet_rows: better",), metrics=(), goldens=1)
+    plan = trial.ComparisonPlan(prompts=FIVE, seeds=(5,), gates=("unet_rows: better",), metrics=(), goldens=1)
     judged = trial.run(GenerationConfig.from_toml(file), slot, plan).judged()
     command = ["promote", str(file), str(slot), "--evidence", str(evidence), *REASONS]
     for field, value in (("libraries", {"torch": "1.0"}), ("weights", {"base": "other"}), ("version", "0.0.1")):
@@ -203,10 +203,10 @@ def test_verify_ends_with_1_and_the_reason_where_a_golden_differs(slot, capsys, 
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "01-a-cat-5.png  as promoted  max-abs 0.0000, allowed 0.0039"
     assert len(printed) == 3
-    monkeypatch.setattr(regression, "Job", lambda config, *pair: Job(config.with_(steps=4), *pair))
+    monkeypatch.setattr(regression, "ImageRequest", lambda config, *pair: ImageRequest(config.with_(steps=4), *pair))
     assert main(["verify", str(slot)]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"error: {slot} has regressed: golden 01-a-cat-5.png: the picture differs by")
+    assert captured.err.startswith(f"error: {slot} has regressed: golden 01-a-cat-5.png: the image differs by")
     assert "01-a-cat-5.png  differs" in captured.out
 
 
@@ -238,7 +238,7 @@ BAD = [
     (["--model", "/nowhere"], "the base model must be a folder with the model_index.json of an SDXL pipeline"),
     (["--model", "/nowhere", "--refiner"], "refiner must be left out, since the model '/nowhere' has no refiner"),
     (["--watermark", "--width", "64"], "watermark must be false below 256x256 pixels of area"),
-    (["--like", "nowhere.png"], "cannot read nowhere.png as a picture"),
+    (["--like", "nowhere.png"], "cannot read nowhere.png as an image"),
     (["--out", "cat.jpg"], "--out must end in .png, since only PNG carries the record; received 'cat.jpg'"),
     (["--config", "nowhere.toml"], "nowhere.toml: No such file or directory"),
 ]
@@ -257,11 +257,11 @@ def test_bad_input_ends_with_one_line_that_says_why(options, said, out, capsys):
 
 def test_a_missing_prompt_is_asked_for(out, capsys):
     assert main(["generate", "--out", str(out)]) == 1
-    assert "prompt must be given, or taken from a picture with --like; received None" in capsys.readouterr().err
+    assert "prompt must be given, or taken from an image with --like; received None" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["show", "generate --out x.png --like"])
-def test_a_picture_without_a_record_is_refused(tmp_path, capsys, command):
+def test_a_image_without_a_record_is_refused(tmp_path, capsys, command):
     from PIL import Image
 
     Image.new("RGB", (8, 8)).save(tmp_path / "theirs.png")

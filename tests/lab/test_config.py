@@ -215,7 +215,7 @@ def test_every_field_moves_the_digest():
 
 
 def test_the_digest_of_the_default_configuration_is_the_known_one():
-    """It names promoted configurations and pictures: whoever changes it on purpose promotes again."""
+    """It names promoted configurations and images: whoever changes it on purpose promotes again."""
     assert GenerationConfig().digest == "fd2ed977e398"
     assert EVERYTHING.digest == "b43819ec542a"
 
@@ -225,7 +225,7 @@ def test_a_configuration_cannot_be_changed_in_place():
         GenerationConfig().steps = 3  # type: ignore[misc]
 
 
-NO_TOML = {"no TOML": b"steps: 25", "no text": b"\xff\xfe\x00", "a picture": b"\x89PNG\r\n\x1a\n"}
+NO_TOML = {"no TOML": b"steps: 25", "no text": b"\xff\xfe\x00", "an image": b"\x89PNG\r\n\x1a\n"}
 
 
 @pytest.mark.parametrize("content", NO_TOML.values(), ids=NO_TOML)

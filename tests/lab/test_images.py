@@ -1,4 +1,4 @@
-"""Pictures as files: the record, the A1111 text, the watermark, and what is no picture."""
+"""Images as files: the record, the A1111 text, the watermark, and what is no image."""
 
 import io
 import json
@@ -12,15 +12,15 @@ from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig, canonical
 from sdxl_lab.images import (
     RECORD_KEY,
     WATERMARK_BITS,
-    Picture,
-    PictureError,
+    GeneratedImage,
+    ImageError,
     a1111_parameters,
     beside,
     encode_png,
     finish,
     magnified_difference,
     max_difference,
-    open_picture,
+    open_image,
     read_record,
     read_watermark,
 )
@@ -40,7 +40,7 @@ def record(config: GenerationConfig | None = None, **more: object) -> dict[str, 
 
 
 def scene(size: int = 256) -> np.ndarray:
-    """Float pixels of a smooth picture with some edges."""
+    """Float pixels of a smooth image with some edges."""
     y, x = np.mgrid[0:size, 0:size] / size
     pixels = np.stack([x, y, (x + y) / 2], -1) * 0.6 + 0.2
     pixels[size // 4 : size // 2, size // 4 : size // 2] = (0.8, 0.3, 0.2)
@@ -59,16 +59,16 @@ def png(image: Image.Image, **text: str) -> bytes:
 
 
 def test_the_record_comes_back_from_the_file_as_it_went_in(tmp_path):
-    picture = Picture(finish(scene(), watermark=False), record(), {})
-    picture.save(tmp_path / "new" / "folder" / "cat.png")
+    image = GeneratedImage(finish(scene(), watermark=False), record(), {})
+    image.save(tmp_path / "new" / "folder" / "cat.png")
     assert read_record(tmp_path / "new" / "folder" / "cat.png") == record()
-    assert read_record(picture.png()) == record()
-    assert max_difference(open_picture(picture.png()), picture.image) == 0
-    assert picture._repr_png_() == picture.png()
+    assert read_record(image.png()) == record()
+    assert max_difference(open_image(image.png()), image.image) == 0
+    assert image._repr_png_() == image.png()
 
 
 def test_the_file_holds_the_canonical_json_and_the_a1111_text():
-    image = open_picture(encode_png(Image.new("RGB", (8, 8)), record()))
+    image = open_image(encode_png(Image.new("RGB", (8, 8)), record()))
     assert image.text[RECORD_KEY] == canonical(record())
     assert image.text["parameters"] == a1111_parameters(record())
 
@@ -111,11 +111,11 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
-def test_a_foreign_picture_has_no_record(content, tmp_path):
+def test_a_foreign_image_has_no_record(content, tmp_path):
     (tmp_path / "theirs.png").write_bytes(content)
-    with pytest.raises(PictureError, match=r"theirs\.png carries no sdxl_lab record; only PNGs written by SDXL Lab do"):
+    with pytest.raises(ImageError, match=r"theirs\.png carries no sdxl_lab record; only PNGs written by SDXL Lab do"):
         read_record(tmp_path / "theirs.png")
-    with pytest.raises(PictureError, match="the picture carries no sdxl_lab record"):
+    with pytest.raises(ImageError, match="the image carries no sdxl_lab record"):
         read_record(content)
 
 
@@ -124,17 +124,17 @@ NO_PICTURES = {"nothing": b"", "text": b"hello", "cut short": OURS[: len(OURS) /
 
 
 @pytest.mark.parametrize("content", NO_PICTURES.values(), ids=NO_PICTURES)
-def test_what_is_no_picture_is_refused(content, tmp_path):
+def test_what_is_no_image_is_refused(content, tmp_path):
     (tmp_path / "broken.png").write_bytes(content)
-    with pytest.raises(PictureError, match=r"cannot read .*broken\.png as a picture"):
-        open_picture(tmp_path / "broken.png")
-    with pytest.raises(PictureError, match="cannot read the bytes as a picture"):
+    with pytest.raises(ImageError, match=r"cannot read .*broken\.png as an image"):
+        open_image(tmp_path / "broken.png")
+    with pytest.raises(ImageError, match="cannot read the bytes as an image"):
         read_record(content)
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
-    with pytest.raises(PictureError, match=r"missing\.png"):
-        open_picture(tmp_path / "missing.png")
+    with pytest.raises(ImageError, match=r"missing\.png"):
+        open_image(tmp_path / "missing.png")
 
 
 # --- from floats to 8 bits -------------------------------------------------------------------------------------------
@@ -146,18 +146,18 @@ def test_pixels_are_rounded_not_cut():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_picture_with_one_non_finite_pixel_is_refused(bad):
+def test_a_image_with_one_non_finite_pixel_is_refused(bad):
     pixels = scene(64)
     pixels[3, 4, 1] = bad
     with pytest.raises(
-        PictureError, match=r"non-finite pixels: the denoising or the VAE overflowed.*use float32 or bfloat16"
+        ImageError, match=r"non-finite pixels: the denoising or the VAE overflowed.*use float32 or bfloat16"
     ):
         finish(pixels, watermark=False)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
-def test_a_picture_of_one_value_is_refused(value):
-    with pytest.raises(PictureError, match=f"every pixel of the picture is {value:g}"):
+def test_a_image_of_one_value_is_refused(value):
+    with pytest.raises(ImageError, match=f"every pixel of the image is {value:g}"):
         finish(np.full((64, 64, 3), value, dtype=np.float32), watermark=False)
 
 
@@ -174,7 +174,7 @@ def test_the_watermark_is_the_one_of_diffusers():
     assert THEIRS == WATERMARK_BITS
 
 
-# --- the difference of two pictures ----------------------------------------------------------------------------------
+# --- the difference of two images ----------------------------------------------------------------------------------
 
 
 def test_one_changed_channel_of_one_pixel_is_noticed():
@@ -187,12 +187,12 @@ def test_one_changed_channel_of_one_pixel_is_noticed():
     assert max_difference(second, first) == pytest.approx(245 / 255)
 
 
-def test_pictures_of_different_size_are_not_compared():
-    with pytest.raises(PictureError, match=r"different size cannot be compared: \(8, 8\) and \(8, 16\)"):
+def test_images_of_different_size_are_not_compared():
+    with pytest.raises(ImageError, match=r"different size cannot be compared: \(8, 8\) and \(8, 16\)"):
         max_difference(Image.new("RGB", (8, 8)), Image.new("RGB", (8, 16)))
 
 
-def test_what_is_shown_beside_a_picture_is_as_large_as_it_is() -> None:
+def test_what_is_shown_beside_a_image_is_as_large_as_it_is() -> None:
     first, second = Image.new("RGB", (4, 2)), Image.new("RGB", (4, 2), (10, 0, 0))
     after, difference, said = beside(first, second)
     assert (after, difference.getpixel((0, 0)), said) == (second, (255, 0, 0), "difference x25.5")
@@ -217,5 +217,5 @@ def test_a_damaged_record_is_no_record(text):
     info, buffer = PngInfo(), io.BytesIO()
     info.add_itxt(RECORD_KEY, text)
     Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=info)
-    with pytest.raises(PictureError, match="record of the picture is damaged"):
+    with pytest.raises(ImageError, match="record of the image is damaged"):
         read_record(buffer.getvalue())

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.images import max_difference, open_picture, read_record
+from sdxl_lab.images import max_difference, open_image, read_record
 from sdxl_lab.notebook.runner import EXECUTED, ROOT, NotebookError, run
 from sdxl_lab.release.slot import load_slot
 
@@ -19,23 +19,23 @@ def execute(**parameters: Any) -> None:
 @pytest.mark.slow
 def test_explore_draws_compares_and_promotes(tmp_path: Path) -> None:
     slot_folder = tmp_path / "slot"
-    execute(steps=6, seed=3, out=str(tmp_path / "pictures"), slot=str(slot_folder))
+    execute(steps=6, seed=3, out=str(tmp_path / "images"), slot=str(slot_folder))
 
-    written = sorted(path.name for path in (tmp_path / "pictures").iterdir())
-    assert written == ["golden.png", "picture.png", "refiner.png", "schedulers.png"]
-    assert read_record(tmp_path / "pictures" / "picture.png")["prompt"] == "A cat in a hat"
+    written = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert written == ["golden.png", "image.png", "refiner.png", "schedulers.png"]
+    assert read_record(tmp_path / "images" / "image.png")["prompt"] == "A cat in a hat"
 
     slot = load_slot(slot_folder)
     assert slot.config.steps == 6
     assert slot.config.refiner is not None
     assert len(slot.goldens) == 2
     with Engine.load(slot.config) as engine:
-        again = engine.draw(Job(slot.config, "A cat in a hat", 3))
-    assert max_difference(again.image, open_picture(tmp_path / "pictures" / "golden.png")) == 0
+        again = engine.draw(ImageRequest(slot.config, "A cat in a hat", 3))
+    assert max_difference(again.image, open_image(tmp_path / "images" / "golden.png")) == 0
 
 
 @pytest.mark.slow
 def test_a_parameter_that_breaks_a_rule_fails_the_run(tmp_path: Path) -> None:
     with pytest.raises(NotebookError, match="steps must be a whole number from 1 to 1000"):
-        execute(steps=0, out=str(tmp_path / "pictures"))
-    assert not (tmp_path / "pictures").exists()
+        execute(steps=0, out=str(tmp_path / "images"))
+    assert not (tmp_path / "images").exists()

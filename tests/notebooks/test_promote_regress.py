@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from sdxl_lab.config import GenerationConfig
-from sdxl_lab.evaluation.comparison import Plan
+from sdxl_lab.evaluation.comparison import ComparisonPlan
 from sdxl_lab.evaluation.comparison import run as try_candidate
-from sdxl_lab.images import open_picture
+from sdxl_lab.images import open_image
 from sdxl_lab.notebook.runner import EXECUTED, ROOT, NotebookError, run
 from sdxl_lab.release.slot import load_slot, promote
 
@@ -33,9 +33,9 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 def slot(model: Path, tiny_config: GenerationConfig, tmp_path: Path) -> Path:
     """The random model promoted, with five prompts as its metric set."""
     config = tiny_config.with_(model=tiny_config.model.named(str(model)))
-    found = try_candidate(config, tmp_path / "slot", Plan(prompts=tuple(PROMPTS), seeds=(0,), goldens=2))
+    found = try_candidate(config, tmp_path / "slot", ComparisonPlan(prompts=tuple(PROMPTS), seeds=(0,), goldens=2))
     promote(
-        config, tmp_path / "slot", pictures=found.goldens, why="w", who="Ada", judged=found.judged(), allow_dirty=True
+        config, tmp_path / "slot", images=found.goldens, why="w", who="Ada", judged=found.judged(), allow_dirty=True
     )
     return tmp_path / "slot"
 
@@ -54,7 +54,7 @@ def test_promoting_rehearses_by_default_and_leaves_the_slot_alone(slot, tmp_path
     assert (notebook["file"], notebook["parameters"]["changes"]) == ("04_promote.ipynb", {"steps": 3})
     assert len(rehearsed.goldens) == 3
     assert "| `steps` | 4 | 3 |" in (out / "difference.md").read_text()
-    assert open_picture(out / "pictures.png").width > 4 * 64
+    assert open_image(out / "images.png").width > 4 * 64
     assert json.loads((out / "evidence.json").read_text())["prompts"] == PROMPTS
 
 
@@ -78,7 +78,7 @@ def test_regression_passes_on_what_was_promoted_and_raises_on_a_swapped_weight_f
     result = json.loads((out / "result.json").read_text())
     assert (result["passed"], len(result["reasons"])) == (False, 2)
     assert result["promoted"]["weights"] != result["redrawn"]["weights"]
-    assert open_picture(out / "regression.png").width > 3 * 64
+    assert open_image(out / "regression.png").width > 3 * 64
 
 
 @pytest.mark.slow

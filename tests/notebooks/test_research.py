@@ -30,7 +30,7 @@ def execute(name: str, folder: Path, /, **parameters: object) -> str:
 def whole(table: pd.DataFrame, rows: int) -> pd.DataFrame:
     assert len(table) == rows
     assert table.error.isna().all()
-    assert table.picture.nunique() == rows
+    assert table.image.nunique() == rows
     return table
 
 
@@ -67,7 +67,7 @@ def test_the_refiner_is_held_against_the_base_alone(tmp_path: Path) -> None:
     handed = whole(read_table(out / "handover"), 2 * 4)
     scored = whole(read_table(out / "score"), 2 * 4)
     assert set(alone.digest) & set(handed.digest) == set()
-    assert scored.groupby(["prompt", "seed"]).sharpness.nunique().min() == 2, "the aesthetic score changes the picture"
+    assert scored.groupby(["prompt", "seed"]).sharpness.nunique().min() == 2, "the aesthetic score changes the image"
 
     chosen = GenerationConfig.from_toml(out / "config.toml")
     assert (chosen.scheduler, chosen.steps) == ("dpmpp_2m", 6)

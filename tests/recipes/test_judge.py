@@ -1,4 +1,4 @@
-"""The judge against pictures whose truth is known: what is so is accepted, what is not so is refused."""
+"""The judge against images whose truth is known: what is so is accepted, what is not so is refused."""
 
 import ast
 import random
@@ -27,14 +27,14 @@ def truth(scene: Scene) -> Description:
     return scene.background, [(thing.colour, thing.noun) for thing in scene.things], scene.relation
 
 
-def worn(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The picture as a small model might have drawn it: blurred, noisy, a little out of shape."""
+def worn(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The image as a small model might have drawn it: blurred, noisy, a little out of shape."""
     (a, b), (c, d) = np.eye(2) + rng.uniform(-0.04, 0.04, (2, 2))
-    middle = picture.width / 2
+    middle = image.width / 2
     corner = (middle * (1 - a - b), middle * (1 - c - d))
-    ground = picture.getpixel((1, picture.height // 2))
-    bent = picture.transform(
-        picture.size,
+    ground = image.getpixel((1, image.height // 2))
+    bent = image.transform(
+        image.size,
         Image.Transform.AFFINE,
         (a, b, corner[0], c, d, corner[1]),
         Image.Resampling.BICUBIC,
@@ -66,9 +66,9 @@ def lies(scene: Scene, rng: random.Random) -> Iterator[tuple[str, Description]]:
 
 def drawn(outline: list[tuple[float, float]]) -> Image.Image:
     """A red polygon on blue; its points are fractions of the side."""
-    picture = Image.new("RGB", (256, 256), COLOURS["blue"])
-    ImageDraw.Draw(picture).polygon([(256 * x, 256 * y) for x, y in outline], fill=COLOURS["red"])
-    return picture
+    image = Image.new("RGB", (256, 256), COLOURS["blue"])
+    ImageDraw.Draw(image).polygon([(256 * x, 256 * y) for x, y in outline], fill=COLOURS["red"])
+    return image
 
 
 @pytest.mark.slow
@@ -78,16 +78,16 @@ def test_true_descriptions_are_right_and_false_ones_are_refused(monkeypatch: pyt
     refused: Counter[str] = Counter()
     told: Counter[str] = Counter()
     for scene in scenes(count, seed=4):
-        picture = render(scene)
-        seen = look(picture)
-        with monkeypatch.context() as patch:  # one look serves every description of the picture
+        image = render(scene)
+        seen = look(image)
+        with monkeypatch.context() as patch:  # one look serves every description of the image
             patch.setattr(judging, "look", lambda _, seen=seen: seen)
-            verdict = judge(picture, *truth(scene))
+            verdict = judge(image, *truth(scene))
             for part in ("right", "background", "count", "colour", "noun", "relation"):
                 right[part] += getattr(verdict, part)
             for attribute, description in lies(scene, rng):
                 told[attribute] += 1
-                denied = judge(picture, *description)
+                denied = judge(image, *description)
                 refused[attribute] += not denied.right and not getattr(denied, attribute)
     assert right["right"] >= 0.97 * count, right
     assert min(right.values()) >= 0.97 * count, right
@@ -97,14 +97,14 @@ def test_true_descriptions_are_right_and_false_ones_are_refused(monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_blurred_noisy_and_bent_pictures_are_still_read() -> None:
+def test_blurred_noisy_and_bent_images_are_still_read() -> None:
     rng = np.random.default_rng(6)
     right = [judge(worn(render(scene), rng), *truth(scene)).right for scene in scenes(40, seed=7)]
     assert np.mean(right) >= 0.93
 
 
 @pytest.mark.parametrize("side", [128, 200, 512])
-def test_pictures_of_other_sides_are_read_alike(side: int) -> None:
+def test_images_of_other_sides_are_read_alike(side: int) -> None:
     right = [judge(render(scene, side), *truth(scene)).right for scene in scenes(6, seed=8)]
     assert all(right)
 
@@ -193,9 +193,9 @@ def test_a_thing_of_two_colours_has_no_colour() -> None:
 def test_things_are_matched_to_the_best_of_what_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = [Seen("cat", "red", 0.2, 0.5, 0.2), Seen("fish", "red", 0.8, 0.5, 0.2)]
     monkeypatch.setattr(judging, "look", lambda _: ("white", seen))
-    picture = Image.new("RGB", (8, 8))
-    assert judge(picture, "white", [("red", "fish"), ("red", "cat")], "right of").right
-    third = judge(picture, "white", [("red", "fish"), ("blue", "cat")], "right of")
+    image = Image.new("RGB", (8, 8))
+    assert judge(image, "white", [("red", "fish"), ("red", "cat")], "right of").right
+    third = judge(image, "white", [("red", "fish"), ("blue", "cat")], "right of")
     assert (third.count, third.colour, third.noun, third.relation) == (True, False, True, True)
 
 

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from recipes.nano.__main__ import TINY, main, train
 from recipes.nano.evaluate import sides_in_noise
 from sdxl_lab.config import GenerationConfig, Limits, ModelRef, RefinerConfig, RuntimeProfile
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import NANO
 
@@ -93,8 +93,8 @@ def test_the_engine_draws_with_base_and_refiner(trained):
         model=model, steps=5, width=64, height=64, refiner=RefinerConfig(), limits=Limits(side=(64, 512))
     )
     with Engine.load(config, RuntimeProfile(device="cpu")) as engine:
-        picture = engine.draw(Job(config, "A cat in a hat", 1))
-    assert picture.record["unet_calls"] == {"base": 4, "refiner": 1}
+        image = engine.draw(ImageRequest(config, "A cat in a hat", 1))
+    assert image.record["unet_calls"] == {"base": 4, "refiner": 1}
 
 
 def test_training_goes_on_from_shipped_weights_without_anyones_checkpoints(tiny_model, tmp_path):
@@ -113,7 +113,7 @@ def test_training_goes_on_from_shipped_weights_without_anyones_checkpoints(tiny_
         assert str(tiny_model) not in config.read_text(), "a published model names no folder of the machine"
 
 
-def test_the_larger_the_picture_the_better_noise_tells_which_side_things_are_on():
+def test_the_larger_the_image_the_better_noise_tells_which_side_things_are_on():
     autoencoder = AutoencoderKL.from_pretrained(NANO / "base" / "vae", variant="fp16", torch_dtype=torch.float32)
     small, large = (sides_in_noise(autoencoder, side, count=8) for side in (64, 256))
     assert 0.5 < small < 0.75 < large < 1

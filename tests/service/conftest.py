@@ -22,7 +22,7 @@ from service.server.connection import Connection
 from service.settings import Settings
 
 Serve = Callable[..., TestClient]
-NOBODYS = "5f2b8c1e-3d47-4a6b-9e0f-7c1d2a3b4c5d"  # a well-formed id that no picture has
+NOBODYS = "5f2b8c1e-3d47-4a6b-9e0f-7c1d2a3b4c5d"  # a well-formed id that no image has
 
 
 class Live(NamedTuple):
@@ -41,13 +41,13 @@ def promoted(tiny_model: Path) -> GenerationConfig:
 @pytest.fixture(scope="session")
 def slot(promoted: GenerationConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Promoted with two goldens, so that a service that starts on it is attested in a moment."""
-    from sdxl_lab.diffusion.denoising import Job
+    from sdxl_lab.diffusion.denoising import ImageRequest
     from sdxl_lab.diffusion.engine import Engine
 
     folder = tmp_path_factory.mktemp("promoted") / "tiny"
     with Engine.load(promoted) as engine:
-        goldens = [engine.draw(Job(promoted, prompt, seed)) for prompt, seed in (("a ring", 3), ("a boat", 4))]
-    promote(promoted, folder, pictures=goldens, why="a test", who="the tests", allow_dirty=True)
+        goldens = [engine.draw(ImageRequest(promoted, prompt, seed)) for prompt, seed in (("a ring", 3), ("a boat", 4))]
+    promote(promoted, folder, images=goldens, why="a test", who="the tests", allow_dirty=True)
     return folder
 
 

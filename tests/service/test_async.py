@@ -1,4 +1,4 @@
-"""Pictures that are drawn whoever waits: asked for now, told later, through restarts."""
+"""Images that are drawn whoever waits: asked for now, told later, through restarts."""
 
 import asyncio
 import gc
@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from sdxl_lab.diffusion import engine as engines
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.images import max_difference, open_picture
+from sdxl_lab.images import max_difference, open_image
 from service.api.problems import Stopping
 from service.jobs import drawings
 from service.jobs import recovery as keeper
 from service.jobs.job import Order, Step
-from service.jobs.store import UnknownPicture
+from service.jobs.store import UnknownImage
 from tests.service.conftest import wait_for
 
 PROMPT = {"prompt": "a red ring"}
@@ -29,11 +29,11 @@ LATER = {"Prefer": "respond-async"}
 LONG = {**PROMPT, "steps": 100, "width": 512, "height": 512}
 
 
-def state(client, picture):
-    return client.get(f"/images/{picture}").json()["state"]
+def state(client, image):
+    return client.get(f"/images/{image}").json()["state"]
 
 
-def test_a_picture_is_promised_at_once_and_drawn_later(client):
+def test_a_image_is_promised_at_once_and_drawn_later(client):
     answer = client.post("/generate", json=PROMPT, headers=LATER)
     body = answer.json()
     assert answer.status_code == 202
@@ -52,14 +52,14 @@ def test_another_preference_changes_nothing(client):
     assert client.post("/generate", json=PROMPT, headers={"Prefer": "return=minimal"}).status_code == 200
 
 
-def test_a_refined_picture_may_be_promised_too(client):
+def test_a_refined_image_may_be_promised_too(client):
     source = client.post("/generate", json=PROMPT).json()["id"]
     body = client.post("/refine", json={"id": source}, headers=LATER).json()
     wait_for(lambda: state(client, body["id"]) == "done")
     assert client.get(body["url"]).json()["source"] == source
 
 
-def test_the_states_of_two_pictures_from_the_queue_to_their_ends(serve):
+def test_the_states_of_two_images_from_the_queue_to_their_ends(serve):
     client = serve(max_rows=2)
     first, second = (client.post("/generate", json=LONG, headers=LATER).json()["id"] for _ in range(2))
     wait_for(lambda: client.get(f"/images/{first}").json().get("step", 0) > 0)
@@ -77,47 +77,47 @@ def test_the_states_of_two_pictures_from_the_queue_to_their_ends(serve):
     assert client.get("/images").json()["images"] == []
 
 
-def test_a_finished_picture_is_not_cancelled(client):
-    picture = client.post("/generate", json=PROMPT).json()
-    answer = client.delete(f"/jobs/{picture['id']}")
+def test_a_finished_image_is_not_cancelled(client):
+    image = client.post("/generate", json=PROMPT).json()
+    answer = client.delete(f"/jobs/{image['id']}")
     assert (answer.status_code, "retry-after" in answer.headers) == (409, False)
-    assert client.get(picture["url"]).status_code == 200
+    assert client.get(image["url"]).status_code == 200
 
 
-def test_a_picture_in_the_making_is_not_deleted(client):
-    picture = client.post("/generate", json=LONG, headers=LATER).json()["id"]
-    answer = client.delete(f"/images/{picture}")
-    assert client.delete(f"/jobs/{picture}").status_code == 204
+def test_a_image_in_the_making_is_not_deleted(client):
+    image = client.post("/generate", json=LONG, headers=LATER).json()["id"]
+    answer = client.delete(f"/images/{image}")
+    assert client.delete(f"/jobs/{image}").status_code == 204
     assert (answer.status_code, answer.json()["type"]) == (409, "urn:sdxl-lab:not-over")
 
 
-def test_a_picture_that_fails_says_so(client, monkeypatch):
+def test_a_image_that_fails_says_so(client, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError
 
     monkeypatch.setattr(client.app.state.studio.drawings, "_put", broken)
-    picture = client.post("/generate", json=PROMPT, headers=LATER).json()["id"]
-    wait_for(lambda: state(client, picture) == "failed")
-    assert client.get(f"/download/{picture}").status_code == 404
+    image = client.post("/generate", json=PROMPT, headers=LATER).json()["id"]
+    wait_for(lambda: state(client, image) == "failed")
+    assert client.get(f"/download/{image}").status_code == 404
 
 
 def test_an_engine_that_fails_ends_all_that_it_draws(serve, monkeypatch):
     client = serve()
     studio = client.app.state.studio
     kept = client.post("/generate", json=PROMPT).json()
-    picture = client.post("/generate", json=LONG, headers=LATER).json()["id"]
+    image = client.post("/generate", json=LONG, headers=LATER).json()["id"]
 
     def broken(*_):
         raise MemoryError("the engine's own bug")
 
     monkeypatch.setattr(studio.served.engine, "_tick", broken)
     wait_for(lambda: not studio.drawings.making)
-    assert state(client, picture) == "failed"
+    assert state(client, image) == "failed"
     assert client.post("/generate", json=PROMPT).status_code == 503
     assert client.get(kept["url"]).status_code == 200
 
 
-def test_what_ended_without_a_picture_is_forgotten_in_time(client, monkeypatch):
+def test_what_ended_without_a_image_is_forgotten_in_time(client, monkeypatch):
     studio = client.app.state.studio
 
     async def ended():
@@ -137,12 +137,12 @@ def test_what_ended_without_a_picture_is_forgotten_in_time(client, monkeypatch):
     assert not studio.drawings.ended
 
 
-def drawn(client, promoted, asked, picture):
-    """Whether the stored picture is what the engine draws of this request."""
-    info = client.get(f"/images/{picture}").json()
+def drawn(client, promoted, asked, image):
+    """Whether the stored image is what the engine draws of this request."""
+    info = client.get(f"/images/{image}").json()
     config = promoted.with_(**{name: value for name, value in asked.items() if name != "prompt"})
-    expected = client.app.state.studio.served.engine.draw(Job(config, asked["prompt"], info["seed"])).image
-    stored = open_picture(client.get(info["url"]).content)
+    expected = client.app.state.studio.served.engine.draw(ImageRequest(config, asked["prompt"], info["seed"])).image
+    stored = open_image(client.get(info["url"]).content)
     return max_difference(stored, expected) <= 1 / 255  # another batch rounds another pixel
 
 
@@ -166,14 +166,14 @@ def test_what_a_service_that_stops_has_promised_the_next_one_draws(serve, promot
 
 
 def promise(client, **more):
-    """What a process that was killed leaves of a promised picture."""
+    """What a process that was killed leaves of a promised image."""
     studio = client.app.state.studio
     config = studio.served.slot.config.to_dict()
     asked = {"request": "", "prompt": "a ring", "seed": 1, "config": config, "promoted": "", "overridden": []}
     begun = {"state": "queued", "created": 1.0, "holder": "another", "renewed": 1.0, "lease": 30, "attempts": 1}
-    picture = uuid.uuid4()
-    studio.store.put_job(picture, asked | begun | {"source": None, "strength": None} | more)
-    return picture
+    image = uuid.uuid4()
+    studio.store.put_job(image, asked | begun | {"source": None, "strength": None} | more)
+    return image
 
 
 def take_up(client):
@@ -181,16 +181,16 @@ def take_up(client):
 
 
 def test_a_promise_that_ends_the_process_each_time_is_given_up(client):
-    picture = promise(client, attempts=keeper.ATTEMPTS)
+    image = promise(client, attempts=keeper.ATTEMPTS)
     take_up(client)
-    assert state(client, picture) == "failed"
+    assert state(client, image) == "failed"
 
 
 def test_a_promise_for_other_models_fails(client, promoted):
     other = promoted.with_(model=promoted.model.with_(base="elsewhere")).to_dict()
-    picture = promise(client, config=other)
+    image = promise(client, config=other)
     take_up(client)
-    assert state(client, picture) == "failed"
+    assert state(client, image) == "failed"
 
 
 def test_a_promise_that_was_kept_is_not_drawn_again(client):
@@ -201,7 +201,7 @@ def test_a_promise_that_was_kept_is_not_drawn_again(client):
     before = studio.served.engine.stats().ticks
     take_up(client)
     assert studio.served.engine.stats().ticks == before
-    with pytest.raises(UnknownPicture):
+    with pytest.raises(UnknownImage):
         studio.store.job(uuid.UUID(body["id"]))
 
 
@@ -323,7 +323,7 @@ def test_retry_after_is_within_a_factor_of_two_of_the_wait(serve, monkeypatch):
     assert 0.5 <= sorted(ratios)[1] <= 2, ratios
 
 
-def test_a_failed_picture_keeps_nothing_of_what_it_was_drawn_with(serve, monkeypatch):
+def test_a_failed_image_keeps_nothing_of_what_it_was_drawn_with(serve, monkeypatch):
     client, held = serve(), []
 
     def failing(*_):
@@ -364,25 +364,25 @@ def held_back(monkeypatch, owner, name):
     return came, go
 
 
-def test_a_picture_cancelled_after_its_last_step_is_not_stored(client, monkeypatch):
+def test_a_image_cancelled_after_its_last_step_is_not_stored(client, monkeypatch):
     decoding, go = held_back(monkeypatch, Engine, "_decode")
     monkeypatch.setattr(drawings, "ANSWER", 0.1)
-    picture = client.post("/generate", json=PROMPT, headers=LATER).json()["id"]
+    image = client.post("/generate", json=PROMPT, headers=LATER).json()["id"]
     assert decoding.wait(60)
-    assert client.delete(f"/jobs/{picture}").status_code == 204
+    assert client.delete(f"/jobs/{image}").status_code == 204
     go.set()
-    wait_for(lambda: state(client, picture) == "cancelled")
-    assert client.get(f"/download/{picture}").status_code == 404
+    wait_for(lambda: state(client, image) == "cancelled")
+    assert client.get(f"/download/{image}").status_code == 404
 
 
-def test_whoever_cancels_a_picture_that_is_being_stored_learns_what_came_first(client, monkeypatch):
+def test_whoever_cancels_a_image_that_is_being_stored_learns_what_came_first(client, monkeypatch):
     storing, go = held_back(monkeypatch, client.app.state.studio.store, "put")
     monkeypatch.setattr(drawings, "ANSWER", 0.1)
-    picture = client.post("/generate", json=PROMPT, headers=LATER).json()["id"]
+    image = client.post("/generate", json=PROMPT, headers=LATER).json()["id"]
     assert storing.wait(60)
     threading.Timer(0.5, go.set).start()
-    assert client.delete(f"/jobs/{picture}").json()["type"] == "urn:sdxl-lab:already-over"
-    assert state(client, picture) == "done"
+    assert client.delete(f"/jobs/{image}").json()["type"] == "urn:sdxl-lab:already-over"
+    assert state(client, image) == "done"
 
 
 def test_a_drain_does_not_wait_for_a_store_that_is_stuck(serve, monkeypatch):
@@ -404,20 +404,20 @@ def test_a_drain_does_not_wait_for_a_store_that_is_stuck(serve, monkeypatch):
     wait_for(lambda: not studio.drawings.making)
 
 
-def test_a_key_counts_how_often_its_picture_was_begun(client, promoted, monkeypatch):
-    """A picture that ends the process must not do so for ever because its client comes back."""
+def test_a_key_counts_how_often_its_image_was_begun(client, promoted, monkeypatch):
+    """An image that ends the process must not do so for ever because its client comes back."""
     studio, keyed = client.app.state.studio, {"Idempotency-Key": "again and again"}
     begun = []
     begin = studio.drawings.begin
     monkeypatch.setattr(studio.drawings, "begin", lambda *of, **more: begun.append(more) or begin(*of, **more))
-    picture = uuid.UUID(client.post("/generate", json=PROMPT, headers=keyed).json()["id"])
-    record = studio.store.record(picture)
+    image = uuid.UUID(client.post("/generate", json=PROMPT, headers=keyed).json()["id"])
+    record = studio.store.record(image)
     asked = {"request": record["request"], "prompt": "a red ring", "seed": record["seed"], "config": promoted.to_dict()}
     asked |= {"promoted": promoted.digest, "overridden": [], "source": None, "strength": None}
     asked |= {"state": "running", "created": 1.0, "holder": "another", "renewed": 1.0, "lease": 30}
     for attempts, status in ((2, 200), (keeper.ATTEMPTS, 500)):
-        client.delete(f"/images/{picture}")
-        studio.store.put_job(picture, asked | {"attempts": attempts})
+        client.delete(f"/images/{image}")
+        studio.store.put_job(image, asked | {"attempts": attempts})
         assert client.post("/generate", json=PROMPT, headers=keyed).status_code == status
     assert begun[1]["before"]["attempts"] == 2
     assert len(begun) == 2

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from sdxl_lab.config import ModelRef
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.images import encode_png, open_picture, read_record
+from sdxl_lab.images import encode_png, open_image, read_record
 from sdxl_lab.release.slot import load_slot, promote
 from service.app import create_app
 from service.settings import Settings
@@ -40,14 +40,14 @@ def first_golden(folder: Path) -> Path:
 def repaint(folder: Path) -> None:
     """Three of 255 in one sample of one pixel: nobody would see it."""
     path = first_golden(folder)
-    record, pixels = read_record(path), np.array(open_picture(path))
+    record, pixels = read_record(path), np.array(open_image(path))
     pixels[5, 5, 1] = pixels[5, 5, 1] - 3 if pixels[5, 5, 1] > 100 else pixels[5, 5, 1] + 3
     path.write_bytes(encode_png(Image.fromarray(pixels), record))
 
 
 def reseed(folder: Path) -> None:
     path = first_golden(folder)
-    path.write_bytes(encode_png(open_picture(path), {**read_record(path), "seed": 99}))
+    path.write_bytes(encode_png(open_image(path), {**read_record(path), "seed": 99}))
 
 
 def change_field(folder: Path) -> None:
@@ -71,13 +71,13 @@ def change_evidence(folder: Path, **changes) -> None:
 
 DAMAGE = [
     ("a missing golden", lambda folder: first_golden(folder).unlink(), "01-a-ring-3.png is missing"),
-    ("a golden with another pixel", repaint, "01-a-ring-3.png: the picture differs by 0.0118 (max-abs on [0, 1])"),
+    ("a golden with another pixel", repaint, "01-a-ring-3.png: the image differs by 0.0118 (max-abs on [0, 1])"),
     ("a golden with another record", reseed, "must have the seed 3 of its slot; received 99"),
     ("half a golden", lambda folder: halve(first_golden(folder)), "01-a-ring-3.png"),
     ("a changed field", change_field, "must have the digest"),
-    ("no goldens", lambda folder: change_evidence(folder, goldens=[]), "has no golden pictures to compare with"),
+    ("no goldens", lambda folder: change_evidence(folder, goldens=[]), "has no golden images to compare with"),
     ("goldens without seeds", lambda folder: change_evidence(folder, goldens=[{"file": "a.png"}]), "file, prompt and"),
-    ("no evidence", lambda folder: (folder / "evidence.json").unlink(), "has no golden pictures to compare with"),
+    ("no evidence", lambda folder: (folder / "evidence.json").unlink(), "has no golden images to compare with"),
 ]
 
 
@@ -103,8 +103,8 @@ def test_another_weight_file_keeps_the_service_red_although_no_pixel_may_show_it
     model, folder = Path(shutil.copytree(tiny_model, tmp_path / "model")), tmp_path / "slot"
     config = promoted.with_(model=ModelRef(base=str(model / "base"), refiner=str(model / "refiner")))
     with Engine.load(config) as engine:
-        golden = engine.draw(Job(config, "a ring", 3))
-    promote(config, folder, pictures=[golden], why="a test", who="the tests", allow_dirty=True)
+        golden = engine.draw(ImageRequest(config, "a ring", 3))
+    promote(config, folder, images=[golden], why="a test", who="the tests", allow_dirty=True)
     weights = next((model / "refiner" / "unet").glob("*.safetensors"))
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1  # the last bit but seven of the refiner, which this configuration never asks
@@ -139,7 +139,7 @@ def test_warn_serves_what_is_not_attested_and_says_so(serve, copy, caplog):
     client = serve(slot=copy, attest="warn")
     for told in (client.get("/readyz").json(), client.get("/config").json()):
         assert told["attested"] is False
-        assert "01-a-ring-3.png: the picture differs" in told["attested_reason"]
+        assert "01-a-ring-3.png: the image differs" in told["attested_reason"]
     assert [each["passed"] for each in client.get("/config").json()["comparisons"]] == [False, True]
     assert client.post("/generate", json=ASKED).status_code == 200
     assert [r.levelname for r in caplog.records if "not attested" in r.message] == ["WARNING"]
@@ -165,7 +165,7 @@ def test_a_service_that_stops_while_it_attests_does_not_wait_for_the_goldens(ser
     client = serve(ready=False)
     studio = client.app.state.studio
     wait_for(lambda: drawn)
-    assert "golden pictures are being drawn" in client.get("/readyz").json()["detail"]
+    assert "golden images are being drawn" in client.get("/readyz").json()["detail"]
     studio.served.engine.close()
     wait_for(lambda: not studio.served.attesting)
     assert len(drawn) < 8

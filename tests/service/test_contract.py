@@ -17,7 +17,7 @@ from tests.service.conftest import serving
 # goes with webp, `lcm` takes few steps; and 25.0 is an integer for JSON Schema, not for us.
 RUN = (
     *("--exclude-checks", "positive_data_acceptance", "--generation-database", "none", "--continue-on-failure"),
-    *("--request-timeout", "60"),  # seconds: a large picture of many steps on a busy machine is no fault
+    *("--request-timeout", "60"),  # seconds: a large image of many steps on a busy machine is no fault
 )
 # The document, and its streams: which form is answered is the Accept header's to say.
 PARTS = {
@@ -92,7 +92,7 @@ def test_links_name_operations_that_exist(document):
         for answer in operation["responses"].values()
         for link in answer.get("links", {}).values()
     ]
-    assert {link["operationId"] for link in links} == {"picture", "download", "delete", "refine", "cancel"}
+    assert {link["operationId"] for link in links} == {"image", "download", "delete", "refine", "cancel"}
     assert all(link["operationId"] in operations for link in links)
 
 

@@ -1,4 +1,4 @@
-"""Server-sent events: what a picture tells on its way."""
+"""Server-sent events: what an image tells on its way."""
 
 import base64
 import io
@@ -31,7 +31,7 @@ def parsed(text):
     return found
 
 
-def test_a_picture_tells_its_way_from_the_queue_to_its_end(client):
+def test_a_image_tells_its_way_from_the_queue_to_its_end(client):
     answer = client.post("/generate", json=PROMPT | {"seed": 3}, headers=EVENTS)
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["x-accel-buffering"] == "no"
@@ -64,7 +64,7 @@ def test_previews_are_evenly_spread_and_never_of_the_last_step(steps, previews):
     assert max(gaps) - min(gaps) <= 1
 
 
-def test_a_refined_picture_names_its_source(client):
+def test_a_refined_image_names_its_source(client):
     source = client.post("/generate", json=PROMPT).json()["id"]
     told = parsed(client.post("/refine", json={"id": source, "strength": 1}, headers=EVENTS).text)
     assert told[-1][0] == "done"
@@ -139,8 +139,8 @@ def test_a_comment_keeps_the_connection_alive(live, monkeypatch):
 def test_cancelling_by_the_id_of_the_first_event_ends_the_stream(live):
     with stream(live.port, LONG) as connection:
         text = read_until(connection, b"event: step").decode()
-        picture = re.search(r'event: queued\s+data: {"id": "([^"]+)"', text)[1]
-        request = urllib.request.Request(f"http://127.0.0.1:{live.port}/jobs/{uuid.UUID(picture)}", method="DELETE")
+        image = re.search(r'event: queued\s+data: {"id": "([^"]+)"', text)[1]
+        request = urllib.request.Request(f"http://127.0.0.1:{live.port}/jobs/{uuid.UUID(image)}", method="DELETE")
         with urllib.request.urlopen(request) as answer:
             assert answer.status == 204
         rest = read_until(connection, b"event: error").decode()

@@ -6,14 +6,14 @@ import time
 
 import pytest
 
-from sdxl_lab.images import open_picture
+from sdxl_lab.images import open_image
 
 PROMPT = {"prompt": "a red ring", "steps": 1}
 OPENAI = {"prompt": "a red ring"}
 
 
 def until_refused(client):
-    """Pictures that were acknowledged before the disk was full, and the refusal."""
+    """Images that were acknowledged before the disk was full, and the refusal."""
     kept = []
     for _ in range(100):
         answer = client.post("/generate", json=PROMPT)
@@ -35,7 +35,7 @@ def test_a_full_disk_is_507_and_what_was_acknowledged_stays(serve, small_disk):
     events = client.post("/generate", json=PROMPT, headers={"Accept": "text/event-stream"}).text
     assert "store-refused" in events
     for each in kept:
-        assert open_picture(client.get(each["url"]).content).size == (64, 64)
+        assert open_image(client.get(each["url"]).content).size == (64, 64)
     assert {image["id"] for image in client.get("/images").json()["images"]} == {each["id"] for each in kept}
     assert client.get("/readyz").status_code == 200
     for each in kept:
@@ -57,7 +57,7 @@ def test_a_read_only_disk_is_507_and_what_was_acknowledged_stays(serve, small_di
     ):
         assert client.post(path, json=body, headers=headers).status_code == 507
     assert client.delete(f"/images/{kept['id']}").status_code == 507
-    assert open_picture(client.get(kept["url"]).content).size == (64, 64)
+    assert open_image(client.get(kept["url"]).content).size == (64, 64)
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     assert client.post("/generate", json=PROMPT, headers={"Idempotency-Key": "read-only"}).status_code == 200
 
@@ -94,4 +94,4 @@ def test_a_clock_that_jumps_changes_no_wait_and_loses_nothing(serve, monkeypatch
     assert {before["id"], during["id"], promised["id"]} <= set(listed)
     assert len(listed) == len(set(listed)) == 4
     for each in (before, during, again):
-        assert open_picture(client.get(each["url"]).content).size == (64, 64)
+        assert open_image(client.get(each["url"]).content).size == (64, 64)

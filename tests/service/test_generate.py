@@ -9,8 +9,8 @@ import uuid
 import numpy as np
 import pytest
 
-from sdxl_lab.diffusion.denoising import Job
-from sdxl_lab.images import open_picture, read_record
+from sdxl_lab.diffusion.denoising import ImageRequest
+from sdxl_lab.images import open_image, read_record
 from service.api.problems import Stopping
 from service.jobs.job import Order
 from tests.service.conftest import wait_for
@@ -59,16 +59,16 @@ def test_the_pixels_are_those_of_the_engine(client, promoted, asked, overridden)
         assert record["unet_calls"] == {"base": 3, "refiner": 1}
     assert config == promoted.with_(**changes)
     engine = client.app.state.studio.served.engine
-    drawn = engine.draw(Job(config, PROMPT["prompt"], body["seed"])).image
-    assert np.array_equal(np.asarray(open_picture(png)), np.asarray(drawn))
+    drawn = engine.draw(ImageRequest(config, PROMPT["prompt"], body["seed"])).image
+    assert np.array_equal(np.asarray(open_image(png)), np.asarray(drawn))
 
 
-def test_without_a_seed_each_picture_has_its_own_and_it_repeats_the_picture(client):
+def test_without_a_seed_each_image_has_its_own_and_it_repeats_the_image(client):
     first, second = (client.post("/generate", json=PROMPT).json() for _ in range(2))
     assert first["seed"] != second["seed"]
     again = client.post("/generate", json={**PROMPT, "seed": first["seed"]}).json()
     assert again["id"] != first["id"]
-    pixels = [np.asarray(open_picture(client.get(body["url"]).content)) for body in (first, again, second)]
+    pixels = [np.asarray(open_image(client.get(body["url"]).content)) for body in (first, again, second)]
     assert np.array_equal(pixels[0], pixels[1])
     assert not np.array_equal(pixels[0], pixels[2])
 
@@ -86,7 +86,7 @@ def test_a_prompt_beyond_77_tokens_is_drawn_with_a_warning(client):
     assert "77 tokens" in body["warnings"][0]
 
 
-def test_many_pictures_at_once_with_long_prompts_all_come_out(client):
+def test_many_images_at_once_with_long_prompts_all_come_out(client):
     answers = []
 
     def ask(number):
@@ -112,7 +112,7 @@ def post(port, body):
     return connection
 
 
-def test_a_client_that_goes_away_cancels_its_picture(live):
+def test_a_client_that_goes_away_cancels_its_image(live):
     port, studio, _ = live
     connection = post(port, LONG)
     wait_for(lambda: any(drawing.progress[0] for drawing in studio.drawings.making.values()))
@@ -129,7 +129,7 @@ def test_a_client_that_goes_away_cancels_its_picture(live):
         assert answer.status == 200
 
 
-def test_health_answers_while_a_picture_is_drawn(live):
+def test_health_answers_while_a_image_is_drawn(live):
     port, studio, _ = live
     with post(port, LONG):
         wait_for(lambda: any(drawing.state == "running" for drawing in studio.drawings.making.values()))

@@ -29,7 +29,7 @@ def live(slot, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def still_draws(live):
-    """After every test: nothing is in the making, a picture is drawn, and no request failed by a bug."""
+    """After every test: nothing is in the making, an image is drawn, and no request failed by a bug."""
     yield
     wait_for(lambda: not live.studio.drawings.making)
     status, _, body = exchange(live, post("/generate", json.dumps(PROMPT | {"steps": 1})))
@@ -266,7 +266,7 @@ def test_answers_are_not_mixed_up_when_requests_come_at_once(live):
     with connect(live) as sock:
         sock.sendall(b"".join(request("GET", path) for path in paths))
         received = b""
-        while received.count(b"no picture has the id") < 10:
+        while received.count(b"no image has the id") < 10:
             chunk = sock.recv(65536)
             assert chunk
             received += chunk
@@ -341,17 +341,17 @@ def test_a_body_that_is_in_time_may_be_drawn_for_longer(live, monkeypatch):
 
 def test_an_answer_that_is_not_read_is_not_kept(live, impatient):
     big = PROMPT | {"steps": 1, "width": 512, "height": 512}
-    picture = json.loads(exchange(live, post("/generate", json.dumps(big)))[2])["id"]
+    image = json.loads(exchange(live, post("/generate", json.dumps(big)))[2])["id"]
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", live.port))
-        sock.sendall(request("GET", f"/download/{picture}") * 20)
+        sock.sendall(request("GET", f"/download/{image}") * 20)
         wait_for(lambda: live.server.server_state.connections)
         wait_for(lambda: not live.server.server_state.connections)
 
 
 def test_two_hundred_connections_opened_and_dropped(live):
-    """In every stage of a request; half of them wait for a picture."""
+    """In every stage of a request; half of them wait for an image."""
     content = json.dumps(PROMPT | {"steps": 50}).encode()
     full = post("/generate", content)
     stages = [b"", full[:10], full[:-5], full]

@@ -1,4 +1,4 @@
-"""One key, one picture: by construction of its id and seed, not by luck."""
+"""One key, one image: by construction of its id and seed, not by luck."""
 
 import json
 import socket
@@ -8,7 +8,7 @@ import uuid
 import numpy as np
 import pytest
 
-from sdxl_lab.images import open_picture, read_record
+from sdxl_lab.images import open_image, read_record
 from service.jobs.job import derived
 from tests.service.conftest import wait_for
 
@@ -20,15 +20,15 @@ def keyed(key, **more):
     return {"Idempotency-Key": key, **more}
 
 
-def test_a_repeat_gives_the_stored_picture(client):
+def test_a_repeat_gives_the_stored_image(client):
     ticks = client.app.state.studio.served.engine.stats
     first = client.post("/generate", json=PROMPT, headers=keyed("repeat"))
     before = ticks().ticks
     again = client.post("/generate", json=PROMPT, headers=keyed("repeat"))
     assert first.json() == again.json()
     assert ticks().ticks == before
-    picture, seed = derived("anyone", "repeat")
-    assert (first.json()["id"], first.json()["seed"]) == (str(picture), seed)
+    image, seed = derived("anyone", "repeat")
+    assert (first.json()["id"], first.json()["seed"]) == (str(image), seed)
     assert uuid.UUID(first.json()["id"]).version == 5
 
 
@@ -104,7 +104,7 @@ def test_a_concurrent_repeat_joins_the_running_one(client):
     assert len({answer.text for answer in answers}) == 1
 
 
-def test_a_picture_with_a_key_is_drawn_although_its_client_leaves(live):
+def test_a_image_with_a_key_is_drawn_although_its_client_leaves(live):
     port, studio, _ = live
     content = json.dumps(LONG).encode()
     with socket.create_connection(("127.0.0.1", port)) as connection:
@@ -115,8 +115,8 @@ def test_a_picture_with_a_key_is_drawn_although_its_client_leaves(live):
     assert studio.store.record(derived("anyone", "left")[0])["prompt"] == "a red ring"
 
 
-def test_after_a_crash_the_very_same_picture_is_made_under_the_very_same_id(serve, tmp_path):
-    """The process was killed as it drew: what was promised is there, the picture is not."""
+def test_after_a_crash_the_very_same_image_is_made_under_the_very_same_id(serve, tmp_path):
+    """The process was killed as it drew: what was promised is there, the image is not."""
     first = serve(store=tmp_path / "first")
     body = first.post("/generate", json=PROMPT, headers=keyed("crash")).json()
     png = first.get(body["url"]).content
@@ -127,7 +127,7 @@ def test_after_a_crash_the_very_same_picture_is_made_under_the_very_same_id(serv
 
 
 def test_a_repeat_of_a_promise_keeps_the_configuration_of_then(serve, promoted, tmp_path):
-    """Another configuration was promoted since: the picture is still the one that was promised."""
+    """Another configuration was promoted since: the image is still the one that was promised."""
     client = serve()
     studio = client.app.state.studio
     drawn = client.post("/generate", json=PROMPT, headers=keyed("then")).json()
@@ -141,10 +141,10 @@ def test_a_repeat_of_a_promise_keeps_the_configuration_of_then(serve, promoted, 
     again = client.post("/generate", json=PROMPT, headers=keyed("then")).json()
     now = client.get(again["url"]).content
     assert read_record(now)["config"]["steps"] == 4
-    assert np.array_equal(np.asarray(open_picture(now)), np.asarray(open_picture(png)))
+    assert np.array_equal(np.asarray(open_image(now)), np.asarray(open_image(png)))
 
 
-def test_a_failed_picture_is_tried_again(client, monkeypatch):
+def test_a_failed_image_is_tried_again(client, monkeypatch):
     studio = client.app.state.studio
     keep = studio.drawings._put
 
@@ -153,9 +153,9 @@ def test_a_failed_picture_is_tried_again(client, monkeypatch):
 
     monkeypatch.setattr(studio.drawings, "_put", broken)
     assert client.post("/generate", json=PROMPT, headers=keyed("again")).status_code == 500
-    picture = derived("anyone", "again")[0]
-    assert client.get(f"/images/{picture}").json()["state"] == "failed"
+    image = derived("anyone", "again")[0]
+    assert client.get(f"/images/{image}").json()["state"] == "failed"
     monkeypatch.setattr(studio.drawings, "_put", keep)
     assert client.post("/generate", json=PROMPT, headers=keyed("again")).status_code == 200
-    assert client.get(f"/images/{picture}").json()["state"] == "done"
-    assert picture not in [name.id for name in studio.store.job_names()]
+    assert client.get(f"/images/{image}").json()["state"] == "done"
+    assert image not in [name.id for name in studio.store.job_names()]

@@ -1,4 +1,4 @@
-"""Stored pictures: listed, told, deleted."""
+"""Stored images: listed, told, deleted."""
 
 import pytest
 
@@ -10,16 +10,16 @@ PROMPT = {"prompt": "a red ring", "negative_prompt": "blue", "seed": 3}
 
 
 @pytest.fixture(scope="module")
-def picture(client):
+def image(client):
     return client.post("/generate", json=PROMPT | {"steps": 3}).json()
 
 
-def test_a_picture_is_told_with_all_that_repeats_it(client, picture, promoted):
-    info = client.get(f"/images/{picture['id']}").json()
+def test_a_image_is_told_with_all_that_repeats_it(client, image, promoted):
+    info = client.get(f"/images/{image['id']}").json()
     record = info.pop("record")
     assert info.pop("created") > 1.7e9
     assert info == {
-        **{name: picture[name] for name in ("id", "url", "seed", "width", "height", "config", "timings")},
+        **{name: image[name] for name in ("id", "url", "seed", "width", "height", "config", "timings")},
         "overridden": ["steps", "negative_prompt"],
         "state": "done",
         "prompt": "a red ring",
@@ -27,15 +27,15 @@ def test_a_picture_is_told_with_all_that_repeats_it(client, picture, promoted):
         "settings": {"scheduler": "euler", "steps": 3, "guidance_scale": 5.0, "refiner": False},
     }
     assert info["config"] == promoted.digest
-    assert read_record(client.get(picture["url"]).content).items() <= record.items()
+    assert read_record(client.get(image["url"]).content).items() <= record.items()
 
 
-def test_a_refined_picture_names_its_source(client, picture):
-    refined = client.post("/refine", json={"id": picture["id"], "strength": 0.5}).json()
-    assert client.get(f"/images/{refined['id']}").json()["source"] == picture["id"]
+def test_a_refined_image_names_its_source(client, image):
+    refined = client.post("/refine", json={"id": image["id"], "strength": 0.5}).json()
+    assert client.get(f"/images/{refined['id']}").json()["source"] == image["id"]
 
 
-def test_the_newest_pictures_come_first_page_by_page(serve):
+def test_the_newest_images_come_first_page_by_page(serve):
     client = serve()
     assert client.get("/images").json() == {"images": []}
     ids = [client.post("/generate", json=PROMPT | {"steps": 1}).json()["id"] for _ in range(5)]
@@ -58,14 +58,14 @@ def test_a_bad_page_is_refused_by_name(client, query, field):
     assert (answer.status_code, answer.json()["field"]) == (422, field)
 
 
-def test_a_deleted_picture_is_gone(client):
-    picture = client.post("/generate", json=PROMPT).json()
-    answer = client.delete(f"/images/{picture['id']}")
+def test_a_deleted_image_is_gone(client):
+    image = client.post("/generate", json=PROMPT).json()
+    answer = client.delete(f"/images/{image['id']}")
     assert (answer.status_code, answer.content) == (204, b"")
-    for path in (picture["url"], f"/images/{picture['id']}"):
+    for path in (image["url"], f"/images/{image['id']}"):
         assert client.get(path).status_code == 404
-    assert client.delete(f"/images/{picture['id']}").status_code == 404
-    assert client.post("/refine", json={"id": picture["id"]}).status_code == 404
+    assert client.delete(f"/images/{image['id']}").status_code == 404
+    assert client.post("/refine", json={"id": image["id"]}).status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_an_unknown_id_is_404(client, method, path, unknown):
 @pytest.mark.parametrize(
     ("form", "head"), [("png", b"\x89PNG"), ("webp", b"RIFF"), ("jpeg", b"\xff\xd8\xff"), ("*", b"\x89PNG")]
 )
-def test_the_answer_may_be_the_picture_itself(client, promoted, form, head):
+def test_the_answer_may_be_the_image_itself(client, promoted, form, head):
     answer = client.post("/generate", json=PROMPT, headers={"Accept": f"image/{form}"})
     assert answer.status_code == 200
     assert answer.content.startswith(head)

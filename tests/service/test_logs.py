@@ -1,4 +1,4 @@
-"""A line of the log is one JSON object, and says whose request and which picture it is about."""
+"""A line of the log is one JSON object, and says whose request and which image it is about."""
 
 import asyncio
 import io
@@ -60,15 +60,15 @@ def test_requests_that_run_at_once_do_not_share_their_fields(lines):
         log.warning("answered")
 
     async def work(name):
-        logs.note(picture=f"{name}1")
+        logs.note(image=f"{name}1")
         await asyncio.to_thread(log.warning, "in a thread")
 
     async def both():
         await asyncio.gather(request("a"), request("b"))
 
-    logs.note(picture="nobody's")
+    logs.note(image="nobody's")
     asyncio.run(both())
-    assert sorted((line["request"], line["message"], line["picture"]) for line in lines()) == [
+    assert sorted((line["request"], line["message"], line["image"]) for line in lines()) == [
         ("a", "answered", "a1"),
         ("a", "in a thread", "a1"),
         ("b", "answered", "b1"),
@@ -76,19 +76,19 @@ def test_requests_that_run_at_once_do_not_share_their_fields(lines):
     ]
 
 
-def test_a_picture_has_a_line_and_its_request_another(client, promoted, lines):
+def test_a_image_has_a_line_and_its_request_another(client, promoted, lines):
     body = client.post("/generate", json={"prompt": "a secret ring"}, headers={"X-Request-Id": "r-1"}).json()
     found = lines()
     assert "secret" not in json.dumps(found)
-    picture, request = (
+    image, request = (
         next(line for line in found if line["logger"] == name) for name in ("service.jobs.drawings", "service.access")
     )
-    for line in (picture, request):
+    for line in (image, request):
         assert line["request"] == "r-1"
         assert line["digest"] == promoted.digest
-        assert line["picture"] == body["id"]
-    assert (picture["state"], picture["steps"], picture["of"]) == ("done", 4, 4)
-    assert {name: picture[name] for name in body["timings"]} == body["timings"]
-    assert 0 < picture["first_step_ms"] <= picture["total_ms"]
+        assert line["image"] == body["id"]
+    assert (image["state"], image["steps"], image["of"]) == ("done", 4, 4)
+    assert {name: image[name] for name in body["timings"]} == body["timings"]
+    assert 0 < image["first_step_ms"] <= image["total_ms"]
     assert (request["method"], request["path"], request["status"]) == ("POST", "/generate", 200)
-    assert request["ms"] >= picture["total_ms"]
+    assert request["ms"] >= image["total_ms"]

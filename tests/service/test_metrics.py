@@ -27,15 +27,15 @@ def read(client, **headers):
 def test_a_service_tells_what_it_did(serve, slot, promoted):
     client = serve(max_rows=8)
     at_start = read(client)
-    assert at_start["sdxl_pictures_total", "done"] == 0, "goldens are nobody's pictures"
+    assert at_start["sdxl_images_total", "done"] == 0, "goldens are nobody's images"
     for _ in range(2):
         client.post("/generate", json=RING)
     client.post("/generate", json={"steps": 0})
     after = read(client)
-    assert after["sdxl_pictures_total", "done"] == 2
-    assert after["sdxl_pictures_total", "cancelled"] == 0
-    assert after["sdxl_first_step_seconds_count",] == after["sdxl_picture_seconds_count",] == 2
-    assert 0 < after["sdxl_first_step_seconds_sum",] < after["sdxl_picture_seconds_sum",]
+    assert after["sdxl_images_total", "done"] == 2
+    assert after["sdxl_images_total", "cancelled"] == 0
+    assert after["sdxl_first_step_seconds_count",] == after["sdxl_image_seconds_count",] == 2
+    assert 0 < after["sdxl_first_step_seconds_sum",] < after["sdxl_image_seconds_sum",]
     assert after["sdxl_tick_seconds_count",] - at_start["sdxl_tick_seconds_count",] == 2 * promoted.steps
     assert after["sdxl_tick_rows_sum",] - at_start["sdxl_tick_rows_sum",] == 4 * promoted.steps
     assert after["sdxl_tick_seconds_sum",] > at_start["sdxl_tick_seconds_sum",] > 0
@@ -44,7 +44,7 @@ def test_a_service_tells_what_it_did(serve, slot, promoted):
     assert after["sdxl_http_answers_total", "/generate", "200"] == 2
     assert after["sdxl_http_answers_total", "/generate", "422"] == 1
     assert after["sdxl_attested",] == after["sdxl_ready",] == 1
-    assert after["sdxl_queue_depth",] == after["sdxl_pictures_running",] == after["sdxl_rows_in_flight",] == 0
+    assert after["sdxl_queue_depth",] == after["sdxl_images_running",] == after["sdxl_rows_in_flight",] == 0
     assert after["process_resident_memory_bytes",] > 1e6
 
 

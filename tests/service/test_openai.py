@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from sdxl_lab.config import GenerationConfig
-from sdxl_lab.images import open_picture, read_record
+from sdxl_lab.images import open_image, read_record
 from service.api.openai_schemas import QUALITIES, ImagesRequest, answers
 from service.settings import Settings
 from tests.service.conftest import serving, wait_for
@@ -52,7 +52,7 @@ def long(monkeypatch):
 
 @pytest.fixture
 def busy(live, monkeypatch):
-    """One picture is being drawn for some seconds, one waits, and the queue takes no more."""
+    """One image is being drawn for some seconds, one waits, and the queue takes no more."""
     engine = live.studio.served.engine
     monkeypatch.setattr(engine, "rows", 2)
     jobs = [later(live, {"prompt": PROMPT, "steps": 100, "width": 128, "height": 128}) for _ in range(2)]
@@ -81,7 +81,7 @@ def delete(live, job):
                 raise
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_is_enough(client, promoted):
@@ -99,13 +99,13 @@ def test_a_prompt_is_enough(client, promoted):
     assert abs(answer.created - time.time()) < 60
 
 
-def test_the_picture_is_the_one_that_generate_draws(live, client):
+def test_the_image_is_the_one_that_generate_draws(live, client):
     png = decoded(client.images.generate(prompt=PROMPT, size="64x128").data[0].b64_json)
     body = {"prompt": PROMPT, "width": 64, "height": 128, "seed": read_record(png)["seed"]}
     job = later(live, body)
     wait_for(lambda: uuid.UUID(job) not in live.studio.drawings.making)
     again = live.studio.store.get(uuid.UUID(job))
-    assert np.array_equal(np.asarray(open_picture(png)), np.asarray(open_picture(again)))
+    assert np.array_equal(np.asarray(open_image(png)), np.asarray(open_image(again)))
 
 
 @pytest.mark.parametrize(
@@ -117,12 +117,12 @@ def test_the_picture_is_the_one_that_generate_draws(live, client):
     ],
 )
 @pytest.mark.parametrize("response_format", ["b64_json", "url"])
-def test_pictures_come_in_the_form_and_size_asked_for(live, client, asked, kind, size, response_format):
+def test_images_come_in_the_form_and_size_asked_for(live, client, asked, kind, size, response_format):
     answer = client.images.with_raw_response.generate(prompt=PROMPT, response_format=response_format, **asked)
     (image,) = answer.parse().data
-    picture = answer.headers["x-image-id"]
+    image_id = answer.headers["x-image-id"]
     if response_format == "url":
-        assert image.url.startswith(f"http://127.0.0.1:{live.port}/download/{picture}")
+        assert image.url.startswith(f"http://127.0.0.1:{live.port}/download/{image_id}")
         with urllib.request.urlopen(image.url) as download:
             assert download.headers["content-type"] == f"image/{kind}"
             content = download.read()
@@ -131,14 +131,14 @@ def test_pictures_come_in_the_form_and_size_asked_for(live, client, asked, kind,
     with Image.open(io.BytesIO(content)) as opened:
         assert (opened.format, opened.size) == (kind.upper(), size)
     if kind == "png":
-        assert content == live.studio.store.get(uuid.UUID(picture))
+        assert content == live.studio.store.get(uuid.UUID(image_id))
 
 
 def test_a_url_has_the_prefix_of_the_proxy(serve):
-    answer = serve(root_path="/pictures").post(
-        "/pictures/v1/images/generations", json={"prompt": PROMPT, "response_format": "url"}
+    answer = serve(root_path="/images").post(
+        "/images/v1/images/generations", json={"prompt": PROMPT, "response_format": "url"}
     )
-    assert answer.json()["data"][0]["url"].startswith("http://testserver/pictures/download/")
+    assert answer.json()["data"][0]["url"].startswith("http://testserver/images/download/")
 
 
 def test_compression_is_the_quality_of_the_form(client):
@@ -150,7 +150,7 @@ def test_compression_is_the_quality_of_the_form(client):
     assert sizes[0] < sizes[2] / 2
 
 
-def test_three_pictures_share_calls_and_have_seeds_of_their_own(live, client):
+def test_three_images_share_calls_and_have_seeds_of_their_own(live, client):
     before = live.studio.served.engine.stats()
     answer = client.images.with_raw_response.generate(prompt=PROMPT, n=3, quality="max", size="128x128")
     after = live.studio.served.engine.stats()
@@ -197,7 +197,7 @@ def test_what_is_harmless_is_accepted(client, name, null):
     assert client.images.generate(prompt=PROMPT, **{name: None if null else HARMLESS[name]}).data
 
 
-def test_an_idempotency_key_gives_the_same_pictures(live, client):
+def test_an_idempotency_key_gives_the_same_images(live, client):
     asked = {"prompt": PROMPT, "n": 2, "extra_headers": {"Idempotency-Key": "openai"}}
     first, again = (client.images.generate(**asked) for _ in range(2))
     assert first.data == again.data
@@ -213,11 +213,11 @@ def test_an_idempotency_key_gives_the_same_pictures(live, client):
 
 
 @pytest.mark.parametrize("partial_images", [0, 1, 3])
-def test_partial_images_come_before_the_picture(live, client, partial_images):
+def test_partial_images_come_before_the_image(live, client, partial_images):
     asked = {"output_format": "webp", "size": "128x64", "quality": "hd"}
     with client.images.generate(prompt=PROMPT, stream=True, partial_images=partial_images, **asked) as stream:
         events = list(stream)
-        picture = stream.response.headers["x-image-id"]
+        image = stream.response.headers["x-image-id"]
     *partial, completed = events
     assert [event.type for event in partial] == ["image_generation.partial_image"] * partial_images
     assert [event.partial_image_index for event in partial] == list(range(partial_images))
@@ -229,10 +229,10 @@ def test_partial_images_come_before_the_picture(live, client, partial_images):
         told = (event.size, event.quality, event.output_format, event.background)
         assert told == ("128x64", "high", "webp", "opaque")
     assert len({event.b64_json for event in events}) == len(events)
-    assert live.studio.store.record(uuid.UUID(picture))["prompt"] == PROMPT
+    assert live.studio.store.record(uuid.UUID(image))["prompt"] == PROMPT
 
 
-def test_several_pictures_are_streamed_with_their_index(client):
+def test_several_images_are_streamed_with_their_index(client):
     events = list(client.images.generate(prompt=PROMPT, stream=True, n=2, partial_images=1))
     assert sorted((event.type.rpartition(".")[2], event.image_index) for event in events) == [
         ("completed", 0),
@@ -368,7 +368,7 @@ def test_the_client_comes_back_by_itself_when_it_is_told(live, busy, monkeypatch
         assert answers[0].data
 
 
-def test_all_pictures_are_taken_or_none(live, client, long, monkeypatch):
+def test_all_images_are_taken_or_none(live, client, long, monkeypatch):
     engine = live.studio.served.engine
     monkeypatch.setattr(engine, "rows", 2)
     monkeypatch.setattr(engine, "max_queue", 2)
@@ -379,7 +379,7 @@ def test_all_pictures_are_taken_or_none(live, client, long, monkeypatch):
     assert len(live.studio.store.page(100).records) == before
 
 
-def test_if_one_picture_fails_the_others_are_cancelled(live, client, long):
+def test_if_one_image_fails_the_others_are_cancelled(live, client, long):
     caught = []
 
     def ask():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdxl_lab.config import ConfigError, ModelRef
-from sdxl_lab.images import open_picture
+from sdxl_lab.images import open_image
 from sdxl_lab.release.slot import SlotError
 from service.app import create_app
 from service.settings import Settings
@@ -155,7 +155,7 @@ def test_the_example_works_as_typed_and_the_service_stops_when_told(slot, tmp_pa
             time.sleep(0.2)
         example = ["-X", "POST", "-H", "Content-Type: application/json", "-d", '{ "prompt": "A cat in a hat" }']
         body = json.loads(curl(f"{address[0]}/generate", *example))
-        assert open_picture(curl(address[0] + body["url"])).size == (64, 64)
+        assert open_image(curl(address[0] + body["url"])).size == (64, 64)
     finally:
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 KEY = "a-key-that-nobody-may-read"
 TOKEN = "Bearer a-token-of-the-proxy"
 
-# `python -m service`, whose engine is slow, or is stuck once it has begun a picture.
+# `python -m service`, whose engine is slow, or is stuck once it has begun an image.
 PROGRAM = """
 import sys, time
 from sdxl_lab.diffusion.engine import Engine
@@ -70,7 +70,7 @@ def process(slot, folder, pause, **environment):
 
 
 def running(served):
-    return gauge(served, "sdxl_pictures_running")
+    return gauge(served, "sdxl_images_running")
 
 
 def queued(served):
@@ -124,7 +124,7 @@ def test_an_engine_that_is_stuck_ends_the_process_with_an_error(slot, tmp_path):
         status, headers, content = served.ask("POST", "/generate", {"prompt": "a ring"})
         assert (status, "retry-after" in headers) == (503, True), content
         assert served.child.wait(60) == 1
-    assert "the engine is stuck: it has pictures to draw, and made no step in 1 s" in served.log()
+    assert "the engine is stuck: it has images to draw, and made no step in 1 s" in served.log()
     assert "in _step" in served.log(), "it says where"
 
 
@@ -158,7 +158,7 @@ def test_the_watchdog_barks_at_an_engine_with_work_that_stands_still(monkeypatch
     engine, watchdog = Engine(), Watchdog()
     steps = [
         ("idle for long", 1000, {}, False),
-        ("a picture comes", 0, {"queued": 1}, False),
+        ("an image comes", 0, {"queued": 1}, False),
         ("it is begun", 9, {"queued": 0, "running": 1, "ticks": 1}, False),
         ("a slow step", 9, {}, False),
         ("it goes on", 0.5, {"ticks": 2}, False),

@@ -8,14 +8,14 @@ import obstore
 import pytest
 from starlette.testclient import TestClient
 
-from sdxl_lab.diffusion.denoising import Job
-from sdxl_lab.images import max_difference, open_picture
+from sdxl_lab.diffusion.denoising import ImageRequest
+from sdxl_lab.images import max_difference, open_image
 from service.app import create_app
 from service.jobs import drawings
 from service.jobs import store as stores
 from service.jobs.job import derived, fingerprint
 from service.jobs.leases import Promises
-from service.jobs.store import Store, StoreUnreachable, UnknownPicture
+from service.jobs.store import Store, StoreUnreachable, UnknownImage
 from service.settings import Settings
 from tests.service.conftest import wait_for, wait_until_ready
 
@@ -53,8 +53,8 @@ def replicas(slot, objects):
 def two(replicas, shared):
     yield replicas[:2]
     for client in replicas:
-        for picture in list(studio(client).drawings.making):
-            client.delete(f"/jobs/{picture}")
+        for image in list(studio(client).drawings.making):
+            client.delete(f"/jobs/{image}")
         wait_for(lambda client=client: not studio(client).drawings.making)
 
 
@@ -62,24 +62,24 @@ def studio(client):
     return client.app.state.studio
 
 
-def state(client, picture):
-    return client.get(f"/images/{picture}").json()["state"]
+def state(client, image):
+    return client.get(f"/images/{image}").json()["state"]
 
 
 def promise(shared, config, age=0.0, **more):
     """What a replica leaves that was killed so many seconds ago."""
     asked = {"request": "", "prompt": "a ring", "seed": 1, "config": config.to_dict(), "promoted": "", "overridden": []}
     asked |= {"source": None, "strength": None, "created": 1.0, "attempts": 1, "state": "running"}
-    picture = uuid.uuid4()
-    shared.put_job(picture, asked | {"holder": "another", "renewed": time.time() - age, "lease": 30} | more)
-    return picture
+    image = uuid.uuid4()
+    shared.put_job(image, asked | {"holder": "another", "renewed": time.time() - age, "lease": 30} | more)
+    return image
 
 
 def running(client, **more):
-    """A long picture that is being drawn."""
-    picture = client.post("/generate", json=LONG, headers=LATER | more).json()["id"]
-    wait_for(lambda: client.get(f"/images/{picture}").json()["step"] > 0)
-    return picture
+    """A long image that is being drawn."""
+    image = client.post("/generate", json=LONG, headers=LATER | more).json()["id"]
+    wait_for(lambda: client.get(f"/images/{image}").json()["step"] > 0)
+    return image
 
 
 def test_generate_on_one_replica_refine_on_another_download_from_a_third(replicas, shared):
@@ -95,29 +95,29 @@ def test_generate_on_one_replica_refine_on_another_download_from_a_third(replica
 
 def test_another_replica_tells_the_state_and_leaves_a_held_promise_alone(two):
     first, second = two
-    picture = running(first)
-    wait_for(lambda: state(second, picture) == "running")  # told as soon as it changes, not when the lease is renewed
-    missing = second.get(f"/download/{picture}")
+    image = running(first)
+    wait_for(lambda: state(second, image) == "running")  # told as soon as it changes, not when the lease is renewed
+    missing = second.get(f"/download/{image}")
     assert (missing.status_code, missing.json()["type"]) == (404, "urn:sdxl-lab:still-drawing")
-    assert second.delete(f"/images/{picture}").json()["type"] == "urn:sdxl-lab:not-over"
+    assert second.delete(f"/images/{image}").json()["type"] == "urn:sdxl-lab:not-over"
     second.portal.call(studio(second).keeper.take_up)
     assert not studio(second).drawings.making
-    first.delete(f"/jobs/{picture}")
+    first.delete(f"/jobs/{image}")
 
 
 def test_a_promise_whose_lease_ran_out_is_drawn_by_the_replica_that_is_asked(two, shared, promoted):
     client = two[0]
-    expected = studio(client).served.engine.draw(Job(promoted, "a ring", 1)).image
+    expected = studio(client).served.engine.draw(ImageRequest(promoted, "a ring", 1)).image
     held = promise(shared, promoted, age=31, lease=3600)
     assert (state(client, held), client.get(f"/download/{held}").status_code) == ("running", 404)
     assert not studio(client).drawings.making
     for ask in ("images", "download"):
-        picture = promise(shared, promoted, age=31)
-        client.get(f"/{ask}/{picture}")
-        wait_for(lambda picture=picture: state(client, picture) == "done")
-        assert max_difference(open_picture(client.get(f"/download/{picture}").content), expected) <= 1 / 255
-        with pytest.raises(UnknownPicture):
-            shared.job(picture)
+        image = promise(shared, promoted, age=31)
+        client.get(f"/{ask}/{image}")
+        wait_for(lambda image=image: state(client, image) == "done")
+        assert max_difference(open_image(client.get(f"/download/{image}").content), expected) <= 1 / 255
+        with pytest.raises(UnknownImage):
+            shared.job(image)
 
 
 def test_a_promise_that_nobody_asks_for_is_found(two, shared, promoted, monkeypatch):
@@ -137,48 +137,48 @@ def test_a_look_takes_only_what_this_replica_can_begin(serve, shared, promoted, 
     client = serve(store="memory://", max_rows=2)
     monkeypatch.setattr(studio(client).promises, "seconds", 0)
     slow = promoted.with_(steps=100, width=256, height=256)
-    pictures = [promise(shared, slow, age=31, created=float(number)) for number in range(4)]
+    images = [promise(shared, slow, age=31, created=float(number)) for number in range(4)]
     client.portal.call(studio(client).keeper.take_up)
-    assert list(studio(client).drawings.making) == pictures[: len(studio(client).drawings.making)]
+    assert list(studio(client).drawings.making) == images[: len(studio(client).drawings.making)]
     assert len(studio(client).drawings.making) == 1
-    for picture in pictures:
-        client.delete(f"/jobs/{picture}")
+    for image in images:
+        client.delete(f"/jobs/{image}")
 
 
-def test_a_lease_is_renewed_while_the_picture_is_drawn(two, shared):
+def test_a_lease_is_renewed_while_the_image_is_drawn(two, shared):
     first = two[0]
-    picture = uuid.UUID(running(first))
+    image = uuid.UUID(running(first))
     promises = studio(first).promises
-    wait_for(lambda: shared.job(picture)["state"] == "running")
-    before = shared.job(picture)
+    wait_for(lambda: shared.job(image)["state"] == "running")
+    before = shared.job(image)
     assert (before["holder"], before["lease"]) == (promises.replica, 30)
-    promises._written[picture] = ("running", time.monotonic() - promises.seconds / 3)
-    wait_for(lambda: shared.job(picture)["renewed"] > before["renewed"])
-    first.delete(f"/jobs/{picture}")
+    promises._written[image] = ("running", time.monotonic() - promises.seconds / 3)
+    wait_for(lambda: shared.job(image)["renewed"] > before["renewed"])
+    first.delete(f"/jobs/{image}")
 
 
-def test_a_picture_is_cancelled_through_any_replica(two):
+def test_a_image_is_cancelled_through_any_replica(two):
     first, second = two
-    picture = running(first)
-    assert second.delete(f"/jobs/{picture}").status_code == 204
-    assert state(second, picture) == "cancelled"
-    assert second.delete(f"/jobs/{picture}").json()["type"] == "urn:sdxl-lab:already-over"
-    studio(first).promises._written[uuid.UUID(picture)] = ("running", -1e9)  # it is time to renew
+    image = running(first)
+    assert second.delete(f"/jobs/{image}").status_code == 204
+    assert state(second, image) == "cancelled"
+    assert second.delete(f"/jobs/{image}").json()["type"] == "urn:sdxl-lab:already-over"
+    studio(first).promises._written[uuid.UUID(image)] = ("running", -1e9)  # it is time to renew
     wait_for(lambda: not studio(first).drawings.making)
-    assert state(first, picture) == "cancelled"
+    assert state(first, image) == "cancelled"
 
 
-def test_a_picture_cancelled_elsewhere_is_not_stored_even_if_it_was_drawn_before_the_mark_was_seen(two, monkeypatch):
+def test_a_image_cancelled_elsewhere_is_not_stored_even_if_it_was_drawn_before_the_mark_was_seen(two, monkeypatch):
     first, second = two
     monkeypatch.setattr(studio(first).promises, "due", lambda *_: False)
-    picture = first.post("/generate", json=PROMPT | {"steps": 40}, headers=LATER).json()["id"]
-    assert second.delete(f"/jobs/{picture}").status_code == 204
+    image = first.post("/generate", json=PROMPT | {"steps": 40}, headers=LATER).json()["id"]
+    assert second.delete(f"/jobs/{image}").status_code == 204
     wait_for(lambda: not studio(first).drawings.making)
-    assert [state(client, picture) for client in two] == ["cancelled"] * 2
-    assert first.get(f"/download/{picture}").status_code == 404
+    assert [state(client, image) for client in two] == ["cancelled"] * 2
+    assert first.get(f"/download/{image}").status_code == 404
 
 
-def test_a_picture_that_is_being_stored_is_not_cancelled_elsewhere(two, shared, promoted):
+def test_a_image_that_is_being_stored_is_not_cancelled_elsewhere(two, shared, promoted):
     storing = promise(shared, promoted, state="storing")
     answer = two[0].delete(f"/jobs/{storing}")
     assert answer.json()["type"] == "urn:sdxl-lab:already-over"
@@ -186,7 +186,7 @@ def test_a_picture_that_is_being_stored_is_not_cancelled_elsewhere(two, shared, 
 
 
 @pytest.mark.slow
-def test_a_key_joins_the_picture_that_another_replica_draws(two):
+def test_a_key_joins_the_image_that_another_replica_draws(two):
     first, second = two
     keyed = {"Idempotency-Key": "joined"}
     asked = PROMPT | {"steps": 100, "width": 128, "height": 128}
@@ -203,22 +203,22 @@ def test_a_key_joins_the_picture_that_another_replica_draws(two):
     assert studio(second).served.engine.stats().ticks == before
 
 
-def test_whoever_waits_for_a_replica_that_dies_gets_the_picture_all_the_same(two, shared, promoted, monkeypatch):
+def test_whoever_waits_for_a_replica_that_dies_gets_the_image_all_the_same(two, shared, promoted, monkeypatch):
     """The lease runs out while a client waits elsewhere."""
     client = two[0]
-    picture, seed = derived("anyone", "orphan")
+    image, seed = derived("anyone", "orphan")
     client.post("/generate", json=PROMPT, headers={"Idempotency-Key": "orphan"})
-    kept = shared.record(picture)
-    png = shared.get(picture)
-    shared.delete(picture)
+    kept = shared.record(image)
+    png = shared.get(image)
+    shared.delete(image)
     names = ("request", "prompt", "seed", "config", "promoted", "overridden")
     asked = {name: kept[name] for name in names} | {"source": None, "strength": None, "created": 1.0, "attempts": 1}
     lease = {"state": "running", "holder": "another", "renewed": time.time(), "lease": 2}
-    shared.put_job(picture, asked | lease)
+    shared.put_job(image, asked | lease)
     answer = client.post("/generate", json=PROMPT, headers={"Idempotency-Key": "orphan"}).json()
     assert time.time() - lease["renewed"] >= 2
-    assert (answer["id"], answer["seed"]) == (str(picture), seed)
-    assert max_difference(open_picture(shared.get(picture)), open_picture(png)) <= 1 / 255
+    assert (answer["id"], answer["seed"]) == (str(image), seed)
+    assert max_difference(open_image(shared.get(image)), open_image(png)) <= 1 / 255
 
 
 @pytest.mark.parametrize(("ended", "status"), [("failed", 500), ("cancelled", 409)])
@@ -226,14 +226,14 @@ def test_whoever_waits_is_told_how_it_ended_elsewhere(two, shared, promoted, end
     client = two[0]
     key = {"Idempotency-Key": ended}
     held = promise(shared, promoted)
-    picture, _ = derived("anyone", ended)
+    image, _ = derived("anyone", ended)
     job = shared.job(held)
     monkeypatch.setattr("service.jobs.manager._same_request", lambda *_: None)
-    shared.put_job(picture, job)
+    shared.put_job(image, job)
     arrived = studio(client).keeper._arrived
 
     async def ends(wanted):
-        shared.put_job(picture, job | {"state": ended})
+        shared.put_job(image, job | {"state": ended})
         return await arrived(wanted)
 
     monkeypatch.setattr(studio(client).keeper, "_arrived", ends)
@@ -242,41 +242,41 @@ def test_whoever_waits_is_told_how_it_ended_elsewhere(two, shared, promoted, end
     assert client.post("/generate", json=PROMPT, headers=key).status_code == status
 
 
-def test_two_replicas_that_get_one_key_at_once_draw_one_picture(two, shared, monkeypatch):
+def test_two_replicas_that_get_one_key_at_once_draw_one_image(two, shared, monkeypatch):
     """The second one looks before the first has written, and writes after it."""
     first, second = two
     key = {"Idempotency-Key": "at once", **LATER}
     read, blind = Store.read_job, [True]
 
-    def late(self, picture):
+    def late(self, image):
         if self is studio(second).store and blind:
             blind.clear()
             first.post("/generate", json=LONG, headers=key)
-            raise UnknownPicture(str(picture))
-        return read(self, picture)
+            raise UnknownImage(str(image))
+        return read(self, image)
 
     monkeypatch.setattr(Store, "read_job", late)
-    picture = second.post("/generate", json=LONG, headers=key).json()["id"]
+    image = second.post("/generate", json=LONG, headers=key).json()["id"]
     assert not studio(second).drawings.making
-    assert uuid.UUID(picture) not in studio(second).drawings.ended
-    assert shared.job(uuid.UUID(picture))["holder"] == studio(first).promises.replica
-    assert second.delete(f"/jobs/{picture}").status_code == 204
+    assert uuid.UUID(image) not in studio(second).drawings.ended
+    assert shared.job(uuid.UUID(image))["holder"] == studio(first).promises.replica
+    assert second.delete(f"/jobs/{image}").status_code == 204
 
 
 def test_what_another_replica_stored_first_stands(two, shared, monkeypatch):
-    """A replica that was too slow to renew finds its picture stored."""
+    """A replica that was too slow to renew finds its image stored."""
     first = two[0]
     monkeypatch.setattr(studio(first).promises, "due", lambda *_: False)
-    picture = uuid.UUID(first.post("/generate", json=PROMPT | {"steps": 40}, headers=LATER).json()["id"])
-    asked = shared.job(picture)
-    kept = shared.put(picture, b"theirs", asked)
-    shared.drop_job(picture)
+    image = uuid.UUID(first.post("/generate", json=PROMPT | {"steps": 40}, headers=LATER).json()["id"])
+    asked = shared.job(image)
+    kept = shared.put(image, b"theirs", asked)
+    shared.drop_job(image)
     wait_for(lambda: not studio(first).drawings.making)
-    assert shared.get(picture) == b"theirs"
-    assert shared.record(picture) == kept
+    assert shared.get(image) == b"theirs"
+    assert shared.record(image) == kept
 
 
-def test_a_picture_waits_for_a_store_that_does_not_answer(two, monkeypatch):
+def test_a_image_waits_for_a_store_that_does_not_answer(two, monkeypatch):
     first = two[0]
     monkeypatch.setattr(drawings, "LOOK", 0.01)
     put, refused = Store.put, []
@@ -295,7 +295,7 @@ def test_a_picture_waits_for_a_store_that_does_not_answer(two, monkeypatch):
     assert len(refused) == 3
 
 
-def test_a_store_that_stays_away_costs_an_attempt_and_no_picture(two, shared, monkeypatch):
+def test_a_store_that_stays_away_costs_an_attempt_and_no_image(two, shared, monkeypatch):
     first, second = two
     monkeypatch.setattr(drawings, "OUTAGE", 0)
     put = Store.put
@@ -307,21 +307,21 @@ def test_a_store_that_stays_away_costs_an_attempt_and_no_picture(two, shared, mo
     answer = first.post("/generate", json=PROMPT, headers={"Idempotency-Key": "away"})
     assert (answer.status_code, answer.json()["type"]) == (503, "urn:sdxl-lab:store-unreachable")
     monkeypatch.setattr(Store, "put", put)
-    picture = derived("anyone", "away")[0]
-    assert state(second, picture) == "running"  # by the lease that the first one still has
-    assert first.post("/generate", json=PROMPT, headers={"Idempotency-Key": "away"}).json()["id"] == str(picture)
-    assert state(second, picture) == "done"
+    image = derived("anyone", "away")[0]
+    assert state(second, image) == "running"  # by the lease that the first one still has
+    assert first.post("/generate", json=PROMPT, headers={"Idempotency-Key": "away"}).json()["id"] == str(image)
+    assert state(second, image) == "done"
 
 
 def test_what_a_stop_gives_back_is_free_at_once_and_no_attempt(serve, two, shared):
     first, second = serve(store="memory://"), two[0]
-    picture = running(first)
+    image = running(first)
     first.portal.call(studio(first).drain, 0)
-    left = shared.job(uuid.UUID(picture))
+    left = shared.job(uuid.UUID(image))
     assert (left["lease"], left["attempts"], left["state"]) == (0, 0, "queued")
-    assert state(second, picture) in ("queued", "running")
-    assert uuid.UUID(picture) in studio(second).drawings.making
-    second.delete(f"/jobs/{picture}")
+    assert state(second, image) in ("queued", "running")
+    assert uuid.UUID(image) in studio(second).drawings.making
+    second.delete(f"/jobs/{image}")
 
 
 def test_a_promise_for_other_models_is_left_to_their_replicas_for_a_while(two, shared, promoted):
@@ -337,7 +337,7 @@ def test_a_promise_is_not_failed_because_the_store_does_not_answer(two, shared, 
     refined = promise(shared, promoted, 31, source=str(ID), strength=0.3)
     get = Store.get
 
-    def out(self, picture):
+    def out(self, image):
         raise StoreUnreachable("the store does not answer")
 
     monkeypatch.setattr(Store, "get", out)
@@ -403,7 +403,7 @@ def test_a_renewal_and_a_cancel_at_once_keep_the_mark(pair, shared, monkeypatch)
     assert first.renew(ID, "running") == "cancelled"
 
 
-def test_a_renewal_that_comes_late_does_not_hide_that_the_picture_is_being_stored(pair, shared):
+def test_a_renewal_that_comes_late_does_not_hide_that_the_image_is_being_stored(pair, shared):
     first, second = pair
     first.take(ID, ASKED, None)
     assert first.renew(ID, "storing") == "held"
@@ -467,12 +467,12 @@ def test_a_key_waits_for_a_replica_that_has_the_models_of_its_promise(two, share
     """While one configuration takes the place of another: the client must not be told of a model it never named."""
     first, _ = two
     keyed = {"Idempotency-Key": "rolled out"}
-    picture, _ = derived("anyone", "rolled out")
+    image, _ = derived("anyone", "rolled out")
     other = promoted.with_(model=promoted.model.with_(base="elsewhere"))
     left = promise(
         shared, other, age=100.0, created=time.time(), request=fingerprint({"request": "GenerateRequest", **PROMPT})
     )
-    shared.put_job(picture, shared.job(left))
+    shared.put_job(image, shared.job(left))
     answer = first.post("/generate", json=PROMPT, headers=keyed | LATER)
-    assert (answer.status_code, answer.json()["id"]) == (202, str(picture))
-    shared.drop_job(picture)
+    assert (answer.status_code, answer.json()["id"]) == (202, str(image))
+    shared.drop_job(image)

@@ -3,8 +3,8 @@ import uuid
 import numpy as np
 import pytest
 
-from sdxl_lab.diffusion.denoising import Job, Source
-from sdxl_lab.images import open_picture, read_record
+from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
+from sdxl_lab.images import open_image, read_record
 from tests.service.conftest import NOBODYS
 
 
@@ -14,7 +14,7 @@ def source(client):
     return client.post("/generate", json=asked).json()
 
 
-def test_a_stored_picture_is_refined_as_the_engine_does_it(client, promoted, source):
+def test_a_stored_image_is_refined_as_the_engine_does_it(client, promoted, source):
     body = client.post("/refine", json={"id": source["id"], "seed": 5}).json()
     assert body["source"] == source["id"]
     assert body["id"] != source["id"]
@@ -25,12 +25,12 @@ def test_a_stored_picture_is_refined_as_the_engine_does_it(client, promoted, sou
     assert record["source"] == read_record(before)
     assert record["id"] == body["id"]
     config = promoted.with_(width=128, height=64, negative_prompt="blue")
-    job = Job(config, "a red ring", 5, Source(open_picture(before), 0.3, read_record(before)))
+    job = ImageRequest(config, "a red ring", 5, SourceImage(open_image(before), 0.3, read_record(before)))
     drawn = client.app.state.studio.served.engine.draw(job).image
-    assert np.array_equal(np.asarray(open_picture(png)), np.asarray(drawn))
+    assert np.array_equal(np.asarray(open_image(png)), np.asarray(drawn))
 
 
-def test_what_is_asked_goes_before_what_the_picture_had(client, source):
+def test_what_is_asked_goes_before_what_the_image_had(client, source):
     asked = {"id": source["id"].upper(), "prompt": "a blue ring", "negative_prompt": "", "strength": 1, "steps": 2}
     body = client.post("/refine", json=asked).json()
     assert body["source"] == source["id"]
@@ -39,7 +39,7 @@ def test_what_is_asked_goes_before_what_the_picture_had(client, source):
     assert record["unet_calls"] == {"refiner": 2}
 
 
-def test_a_refined_picture_can_be_refined(client, source):
+def test_a_refined_image_can_be_refined(client, source):
     once = client.post("/refine", json={"id": source["id"]}).json()
     twice = client.post("/refine", json={"id": once["id"]}).json()
     assert read_record(client.get(twice["url"]).content)["source"]["source"]["id"] == source["id"]
@@ -67,14 +67,14 @@ def test_a_bad_value_is_refused_by_name(client, source, asked, field):
     assert (answer.status_code, answer.json()["field"]) == (422, field)
 
 
-def test_a_picture_that_is_not_ours_is_refused(client, source):
+def test_a_image_that_is_not_ours_is_refused(client, source):
     foreign = uuid.uuid4()
-    client.app.state.studio.store.put(foreign, b"no picture", {})
+    client.app.state.studio.store.put(foreign, b"no image", {})
     answer = client.post("/refine", json={"id": str(foreign)})
     assert (answer.status_code, answer.json()["field"]) == (422, "id")
 
 
-def test_a_picture_that_somebody_put_into_the_store_is_refined_and_listed(slot, serve, tmp_path):
+def test_a_image_that_somebody_put_into_the_store_is_refined_and_listed(slot, serve, tmp_path):
     """Its own record does not know under which id it was put there."""
     origin, golden = uuid.uuid4(), next((slot / "golden").iterdir())
     (tmp_path / "images").mkdir()
@@ -86,7 +86,7 @@ def test_a_picture_that_somebody_put_into_the_store_is_refined_and_listed(slot, 
     assert {image["id"] for image in client.get("/images").json()["images"]} == {str(origin), refined.json()["id"]}
 
 
-def test_a_key_stands_for_its_picture_even_when_the_source_is_gone(client):
+def test_a_key_stands_for_its_image_even_when_the_source_is_gone(client):
     keyed = {"Idempotency-Key": "of a source that goes"}
     origin = client.post("/generate", json={"prompt": "a red ring"}).json()["id"]
     asked = {"id": origin, "seed": 5}
@@ -94,4 +94,4 @@ def test_a_key_stands_for_its_picture_even_when_the_source_is_gone(client):
     assert client.delete(f"/images/{origin}").status_code == 204
     assert client.post("/refine", json=asked, headers=keyed).json() == made
     assert client.post("/refine", json=asked | {"seed": 6}, headers=keyed).json()["type"] == "urn:sdxl-lab:key-reused"
-    assert client.post("/refine", json=asked).json()["type"] == "urn:sdxl-lab:unknown-picture"
+    assert client.post("/refine", json=asked).json()["type"] == "urn:sdxl-lab:unknown-image"

@@ -11,15 +11,15 @@ from bench import replicas
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # five processes that load torch, on a machine that may be busy
-def test_pictures_outlive_their_replicas_and_an_outage_of_the_store(tiny_model, tmp_path, monkeypatch):
+def test_images_outlive_their_replicas_and_an_outage_of_the_store(tiny_model, tmp_path, monkeypatch):
     """Where nginx is missing (`make system` installs it) the clients go from replica to replica themselves."""
     monkeypatch.setattr(replicas, "OUTAGE", 2.0)
-    arguments = ["replicas", "--model", str(tiny_model), "--folder", str(tmp_path), "--pictures", "10"]
+    arguments = ["replicas", "--model", str(tiny_model), "--folder", str(tmp_path), "--images", "10"]
     bench.main([*arguments, "--side", "64", "--steps", "60"])
     report = json.loads((tmp_path / "replicas.json").read_text())
     values = {label: value for label, (value,) in report["values"].items()}
     assert report["wrong"] == []
-    assert values["acknowledged pictures"] == values["equal to an undisturbed run"] == 10
+    assert values["acknowledged images"] == values["equal to an undisturbed run"] == 10
     assert values["acknowledged and lost"] == values["stored and asked for by nobody"] == values["promises left"] == 0
     assert values["replicas killed with SIGKILL"] == 1
     assert values["being drawn on a replica as it was hit"] > 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_lab.images import max_difference, open_picture
+from sdxl_lab.images import max_difference, open_image
 from tests.service.conftest import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -74,13 +74,13 @@ def test_after_a_kill_the_acknowledged_is_there_and_the_promised_is_drawn(slot, 
             first.process.wait()
         with service(slot, store, log) as second:
             for each in stored:
-                assert open_picture(second.call(each["url"])).size == (64, 64)
+                assert open_image(second.call(each["url"])).size == (64, 64)
             listed = json.loads(second.call("/images"))["images"]
             assert {each["id"] for each in stored} <= {image["id"] for image in listed}
             assert json.loads(second.call(promised["url"]))["state"] in ("queued", "running", "done")
             again = json.loads(second.call("/generate", long, Idempotency_Key="killed"))  # joins, or repeats
             assert again["id"] == promised["id"]
             seeded = json.loads(second.call("/generate", long | {"seed": again["seed"]}))
-            pictures = [open_picture(second.call(each["url"])) for each in (again, seeded)]
-            assert max_difference(*pictures) <= 1 / 255
+            images = [open_image(second.call(each["url"])) for each in (again, seeded)]
+            assert max_difference(*images) <= 1 / 255
     assert "Traceback" not in (tmp_path / "log").read_text()

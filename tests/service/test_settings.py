@@ -11,7 +11,7 @@ GOOD = [
     ({"PATH": "/bin", "SDXLX": "?"}, Settings()),
     ({"SDXL_CONFIG": "sdxl"}, Settings(slot=PROMOTED / "sdxl")),
     ({"SDXL_CONFIG": "./mine"}, Settings(slot=Path("mine"))),
-    ({"SDXL_STORE": "/tmp/pictures"}, Settings(store=Path("/tmp/pictures"))),
+    ({"SDXL_STORE": "/tmp/images"}, Settings(store=Path("/tmp/images"))),
     (
         {"SDXL_STORE": "s3://bucket/prefix", "SDXL_RETENTION": "7d"},
         Settings(store="s3://bucket/prefix", retention=604800),

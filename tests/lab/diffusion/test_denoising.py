@@ -1,6 +1,6 @@
-"""Parity is the law: the engine's pictures against those that diffusers' own pipelines draw, each alone.
+"""Parity is the law: the engine's images against those that diffusers' own pipelines draw, each alone.
 
-The engine draws all pictures together, with different schedulers, prompts, seeds, step counts and guidance; they are
+The engine draws all images together, with different schedulers, prompts, seeds, step counts and guidance; they are
 compared as floats, before they are rounded to 8 bits. What the reference does is written here from diffusers'
 documentation, never taken from the code under test.
 """
@@ -23,7 +23,7 @@ from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig, Limits, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import schedulers
-from sdxl_lab.diffusion.denoising import Job, Source
+from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import NANO, load
 
@@ -78,17 +78,17 @@ class Pipelines:
         config = json.loads((folder / "base" / "scheduler" / "scheduler_config.json").read_text())
         return cls(base, refiner, config)
 
-    def scheduler(self, job: Job) -> diffusers.SchedulerMixin:
-        name, options = DIFFUSERS[job.config.scheduler]
+    def scheduler(self, request: ImageRequest) -> diffusers.SchedulerMixin:
+        name, options = DIFFUSERS[request.config.scheduler]
         if name == "DPMSolverSDEScheduler":
-            options = {"noise_sampler_seed": job.seed}
+            options = {"noise_sampler_seed": request.seed}
         return getattr(diffusers, name).from_config(self.scheduler_config, **options)
 
-    def draw(self, job: Job) -> np.ndarray:
-        """The picture, float32 (height, width, 3) in [0, 1]."""
-        config, scores = job.config, job.config.refiner or RefinerConfig()
+    def draw(self, request: ImageRequest) -> np.ndarray:
+        """The image, float32 (height, width, 3) in [0, 1]."""
+        config, scores = request.config, request.config.refiner or RefinerConfig()
         settings = {
-            "prompt": job.prompt,
+            "prompt": request.prompt,
             "negative_prompt": config.negative_prompt,
             "num_inference_steps": config.steps,
             "guidance_scale": config.guidance_scale,
@@ -96,16 +96,16 @@ class Pipelines:
             "original_size": config.original_size,
             "crops_coords_top_left": config.crop,
             "target_size": config.target_size,
-            "generator": torch.Generator("cpu").manual_seed(job.seed),
+            "generator": torch.Generator("cpu").manual_seed(request.seed),
         }
         refining = settings | {
             "aesthetic_score": scores.aesthetic_score,
             "negative_aesthetic_score": scores.negative_aesthetic_score,
             "output_type": "np",
         }
-        self.base.scheduler, self.refiner.scheduler = self.scheduler(job), self.scheduler(job)
-        if job.source is not None:
-            return self.refiner(image=job.source.image, strength=job.source.strength, **refining).images[0]
+        self.base.scheduler, self.refiner.scheduler = self.scheduler(request), self.scheduler(request)
+        if request.source is not None:
+            return self.refiner(image=request.source.image, strength=request.source.strength, **refining).images[0]
         settings |= {"width": config.width, "height": config.height}
         if config.refiner is None:
             return self.base(**settings, output_type="np").images[0]
@@ -116,22 +116,24 @@ class Pipelines:
 
 @dataclass(frozen=True)
 class Bench:
-    """One set of weights, in the engine and in the pipelines, and the configuration its jobs start from."""
+    """One set of weights, in the engine and in the pipelines, and the configuration its requests start from."""
 
     engine: Engine
     pipelines: Pipelines
     config: GenerationConfig
 
-    def together(self, jobs: list[Job]) -> list[np.ndarray]:
-        """The engine's pictures before rounding. They all start in the same tick."""
+    def together(self, requests: list[ImageRequest]) -> list[np.ndarray]:
+        """The engine's images before rounding. They all start in the same tick."""
         gate = threading.Event()
-        blocker = self.engine.submit(Job(self.config.with_(steps=2), "gate", 0), on_step=lambda *_: gate.wait(60))
-        tickets = [self.engine.submit(job) for job in jobs]
+        blocker = self.engine.submit(
+            ImageRequest(self.config.with_(steps=2), "gate", 0), on_step=lambda *_: gate.wait(60)
+        )
+        jobs = [self.engine.submit(request) for request in requests]
         gate.set()
         blocker.result(60)
-        for ticket in tickets:
-            ticket.result(240)
-        return [self.engine.models.decode(ticket.trajectory.latents)[0] for ticket in tickets]
+        for job in jobs:
+            job.result(240)
+        return [self.engine.models.decode(job.trajectory.latents)[0] for job in jobs]
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> float:
@@ -152,9 +154,9 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 # --- every scheduler, in one batch -----------------------------------------------------------------------------------
 
 
-def mixed_jobs(config: GenerationConfig) -> dict[tuple[str, bool], Job]:
-    """For every scheduler a job without and one with hand-over; no two have the same settings."""
-    jobs = {}
+def mixed_jobs(config: GenerationConfig) -> dict[tuple[str, bool], ImageRequest]:
+    """For every scheduler a request without and one with hand-over; no two have the same settings."""
+    requests = {}
     for index, name in enumerate(NAMES):
         settings = config.with_(
             scheduler=name,
@@ -163,17 +165,19 @@ def mixed_jobs(config: GenerationConfig) -> dict[tuple[str, bool], Job]:
             guidance_rescale=(0.0, 0.0, 0.7)[index % 3],
             negative_prompt=(None, "blurry, yellow", "")[index // 3 % 3],
         )
-        jobs[name, False] = Job(settings, PROMPTS[index % 4], 100 + index)
+        requests[name, False] = ImageRequest(settings, PROMPTS[index % 4], 100 + index)
         refiner = RefinerConfig((0.5, 0.4, 0.55)[index % 3], aesthetic_score=5 + index % 3)
         settings = settings.with_(refiner=refiner, steps=4 + index % 4, guidance_scale=(3.0, 8.0, 1.0)[index % 3])
-        jobs[name, True] = Job(settings, PROMPTS[(index + 1) % 4], 200 + index)
-    return jobs
+        requests[name, True] = ImageRequest(settings, PROMPTS[(index + 1) % 4], 200 + index)
+    return requests
 
 
 @pytest.fixture(scope="module")
-def mixed(bench: Bench) -> dict[tuple[str, bool], tuple[Job, np.ndarray]]:
-    jobs = mixed_jobs(bench.config)
-    return dict(zip(jobs, zip(jobs.values(), bench.together(list(jobs.values())), strict=True), strict=True))
+def mixed(bench: Bench) -> dict[tuple[str, bool], tuple[ImageRequest, np.ndarray]]:
+    requests = mixed_jobs(bench.config)
+    return dict(
+        zip(requests, zip(requests.values(), bench.together(list(requests.values())), strict=True), strict=True)
+    )
 
 
 def test_the_reference_knows_every_scheduler_on_offer():
@@ -182,31 +186,31 @@ def test_the_reference_knows_every_scheduler_on_offer():
 
 @pytest.mark.parametrize("refined", [False, True], ids=["base", "refiner"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_picture_in_a_mixed_batch_is_that_of_the_pipeline_alone(bench, mixed, name, refined):
-    job, picture = mixed[name, refined]
-    found = difference(picture, bench.pipelines.draw(job))
+def test_a_image_in_a_mixed_batch_is_that_of_the_pipeline_alone(bench, mixed, name, refined):
+    request, image = mixed[name, refined]
+    found = difference(image, bench.pipelines.draw(request))
     log.info("difference %.1e", found)
     assert found <= TOLERANCE
 
 
 @pytest.fixture(scope="module")
-def refined(bench: Bench) -> dict[str, tuple[Job, np.ndarray]]:
-    """For every scheduler a picture gone over by the refiner; every third has nearly all of the schedule again."""
+def refined(bench: Bench) -> dict[str, tuple[ImageRequest, np.ndarray]]:
+    """For every scheduler an image gone over by the refiner; every third has nearly all of the schedule again."""
     image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (9, 7, 3), dtype=np.uint8)).resize((96, 64))
-    jobs = []
+    requests = []
     for index, name in enumerate(NAMES):
         settings = bench.config.with_(scheduler=name, negative_prompt=(None, "blurry")[index % 2])
         if index % 3 == 0:
             settings = settings.with_(guidance_rescale=0.7, guidance_scale=(1.0, 7.0)[index % 2])
-        source = Source(image, 0.99 if index % 3 == 0 else 0.5, {})
-        jobs.append(Job(settings, PROMPTS[index % 4], 300 + index, source))
-    return dict(zip(NAMES, zip(jobs, bench.together(jobs), strict=True), strict=True))
+        source = SourceImage(image, 0.99 if index % 3 == 0 else 0.5, {})
+        requests.append(ImageRequest(settings, PROMPTS[index % 4], 300 + index, source))
+    return dict(zip(NAMES, zip(requests, bench.together(requests), strict=True), strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_refined_picture_in_a_mixed_batch_is_that_of_the_img2img_pipeline(bench, refined, name):
-    job, picture = refined[name]
-    found = difference(picture, bench.pipelines.draw(job))
+def test_a_refined_image_in_a_mixed_batch_is_that_of_the_img2img_pipeline(bench, refined, name):
+    request, image = refined[name]
+    found = difference(image, bench.pipelines.draw(request))
     log.info("difference %.1e", found)
     assert found <= TOLERANCE
 
@@ -224,9 +228,10 @@ SHAPES = [
 @pytest.mark.parametrize("handover", [None, 0.5])
 def test_sizes_and_micro_conditioning_are_those_of_the_pipeline(bench, handover):
     refiner = None if handover is None else RefinerConfig(handover)
-    jobs = [Job(bench.config.with_(refiner=refiner, **shape), PROMPTS[0], 9) for shape in SHAPES]
+    requests = [ImageRequest(bench.config.with_(refiner=refiner, **shape), PROMPTS[0], 9) for shape in SHAPES]
     found = [
-        difference(picture, bench.pipelines.draw(job)) for job, picture in zip(jobs, bench.together(jobs), strict=True)
+        difference(image, bench.pipelines.draw(request))
+        for request, image in zip(requests, bench.together(requests), strict=True)
     ]
     log.info("difference %.1e", max(found))
     assert max(found) <= TOLERANCE
@@ -236,18 +241,22 @@ def test_sizes_and_micro_conditioning_are_those_of_the_pipeline(bench, handover)
 
 
 @torch.no_grad()
-def drawn_with_interval(pipelines: Pipelines, job: Job) -> np.ndarray:
+def drawn_with_interval(pipelines: Pipelines, request: ImageRequest) -> np.ndarray:
     """A plain Euler loop over the base, guided inside the interval of noise levels only."""
-    pipe, config = pipelines.base, job.config
-    scheduler = pipelines.scheduler(job)
+    pipe, config = pipelines.base, request.config
+    scheduler = pipelines.scheduler(request)
     scheduler.set_timesteps(config.steps)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # SDXL's, scaled linear
     bar = torch.cumprod(1 - betas, 0)
     level = ((1 - bar) / bar).sqrt()
-    hidden, negative, pooled, negative_pooled = pipe.encode_prompt(job.prompt, negative_prompt=config.negative_prompt)
+    hidden, negative, pooled, negative_pooled = pipe.encode_prompt(
+        request.prompt, negative_prompt=config.negative_prompt
+    )
     size = (config.height, config.width)
     ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32)
-    noise = torch.randn(1, 4, config.height // 8, config.width // 8, generator=torch.Generator().manual_seed(job.seed))
+    noise = torch.randn(
+        1, 4, config.height // 8, config.width // 8, generator=torch.Generator().manual_seed(request.seed)
+    )
     latents = noise * scheduler.init_noise_sigma
 
     def predict(scaled: torch.Tensor, t: torch.Tensor, text: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
@@ -267,21 +276,21 @@ def drawn_with_interval(pipelines: Pipelines, job: Job) -> np.ndarray:
 
 @pytest.mark.parametrize(("interval", "rows"), [((0.5, 5.0), 13), ((0.0, 1000.0), 16), ((20.0, 30.0), 8)])
 def test_guidance_applies_inside_its_interval_only_and_costs_a_row_there_only(bench, monkeypatch, interval, rows):
-    job = Job(bench.config.with_(steps=8, guidance_interval=interval), PROMPTS[0], 11)
+    request = ImageRequest(bench.config.with_(steps=8, guidance_interval=interval), PROMPTS[0], 11)
     counted = []
     predict = bench.engine._predict
     monkeypatch.setattr(bench.engine, "_predict", lambda name, inputs: counted.append(inputs) or predict(name, inputs))
-    ticket = bench.engine.submit(job)
-    ticket.result(60)
-    picture = bench.engine.models.decode(ticket.trajectory.latents)[0]
+    job = bench.engine.submit(request)
+    job.result(60)
+    image = bench.engine.models.decode(job.trajectory.latents)[0]
     assert sum(len(each.timesteps) for inputs in counted for each in inputs) == rows
-    assert difference(picture, drawn_with_interval(bench.pipelines, job)) <= TOLERANCE
+    assert difference(image, drawn_with_interval(bench.pipelines, request)) <= TOLERANCE
 
 
 def test_an_interval_of_all_noise_levels_is_plain_guidance(bench):
-    job = Job(bench.config, PROMPTS[0], 12)
-    everywhere = replace(job, config=job.config.with_(guidance_interval=(0, 1000)))
-    one, other = bench.together([job, everywhere])
+    request = ImageRequest(bench.config, PROMPTS[0], 12)
+    everywhere = replace(request, config=request.config.with_(guidance_interval=(0, 1000)))
+    one, other = bench.together([request, everywhere])
     # The same rows at other places in the batch: only their rounding differs, by 1.7e-5 at most where it was measured.
     assert difference(one, other) <= TOLERANCE / 10
 
@@ -313,18 +322,18 @@ def test_the_mutations_reach_every_field():
 
 
 @pytest.fixture(scope="module")
-def original(bench: Bench) -> Job:
-    return Job(bench.config.with_(steps=6, refiner=RefinerConfig(handover=0.5)), PROMPTS[0], 42)
+def original(bench: Bench) -> ImageRequest:
+    return ImageRequest(bench.config.with_(steps=6, refiner=RefinerConfig(handover=0.5)), PROMPTS[0], 42)
 
 
 @pytest.fixture(scope="module")
-def expected(bench: Bench, original: Job) -> np.ndarray:
+def expected(bench: Bench, original: ImageRequest) -> np.ndarray:
     return bench.pipelines.draw(original)
 
 
-def cut(picture: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """The part that two pictures of different size share."""
-    return picture[: like.shape[0], : like.shape[1]]
+def cut(image: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """The part that two images of different size share."""
+    return image[: like.shape[0], : like.shape[1]]
 
 
 def test_the_unchanged_job_is_green(bench, original, expected):
@@ -333,8 +342,8 @@ def test_the_unchanged_job_is_green(bench, original, expected):
 
 @pytest.mark.parametrize("field", MUTATIONS)
 def test_the_comparison_turns_red_when_a_field_changes(bench, original, expected, field):
-    job = replace(original, config=original.config.with_(**MUTATIONS[field]))
-    found = difference(cut(bench.together([job])[0], expected), expected)
+    request = replace(original, config=original.config.with_(**MUTATIONS[field]))
+    found = difference(cut(bench.together([request])[0], expected), expected)
     log.info("difference %.1e", found)
     assert found > TOLERANCE
 
@@ -342,8 +351,8 @@ def test_the_comparison_turns_red_when_a_field_changes(bench, original, expected
 @pytest.mark.parametrize("field", REFINER_MUTATIONS)
 def test_the_comparison_turns_red_when_a_field_of_the_refiner_changes(bench, original, expected, field):
     refiner = replace(original.config.refiner, **{field: REFINER_MUTATIONS[field]})
-    job = replace(original, config=original.config.with_(refiner=refiner))
-    found = difference(bench.together([job])[0], expected)
+    request = replace(original, config=original.config.with_(refiner=refiner))
+    found = difference(bench.together([request])[0], expected)
     log.info("difference %.1e", found)
     assert found > TOLERANCE
 
@@ -358,12 +367,12 @@ def test_the_comparison_turns_red_when_seed_or_prompt_change(bench, original, ex
 @pytest.mark.parametrize("strength", [0.5, 0.9])
 def test_the_comparison_turns_red_when_the_strength_changes(bench, strength):
     image = Image.new("RGB", (64, 64), "orange")
-    job = Job(bench.config.with_(steps=10), PROMPTS[0], 1, Source(image, 0.7, {}))
-    changed = replace(job, source=replace(job.source, strength=strength))
-    assert difference(bench.together([changed])[0], bench.pipelines.draw(job)) > TOLERANCE
+    request = ImageRequest(bench.config.with_(steps=10), PROMPTS[0], 1, SourceImage(image, 0.7, {}))
+    changed = replace(request, source=replace(request.source, strength=strength))
+    assert difference(bench.together([changed])[0], bench.pipelines.draw(request)) > TOLERANCE
 
 
-# --- jobs that are refused -------------------------------------------------------------------------------------------
+# --- requests that are refused ------------------------------------------------------------------------------------
 
 BAD_JOBS = [
     ({"prompt": ""}, "; received '0 characters'. Example: prompt = \"A cat in a hat\""),
@@ -375,19 +384,19 @@ BAD_JOBS = [
 @pytest.mark.parametrize(("change", "said"), BAD_JOBS, ids=[said[:30] for _, said in BAD_JOBS])
 def test_a_job_out_of_range_is_refused_before_any_work(change, said):
     with pytest.raises(ConfigError) as caught:
-        Job(**({"config": GenerationConfig(), "prompt": "A cat in a hat", "seed": 1} | change))
+        ImageRequest(**({"config": GenerationConfig(), "prompt": "A cat in a hat", "seed": 1} | change))
     assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("strength", [0, -0.1, 1.01, "much", float("nan"), None])
 def test_a_strength_outside_its_range_is_refused(strength):
     with pytest.raises(ConfigError, match=r"strength must be a number above 0, at most 1; .* Example: strength = 0\.3"):
-        Job(GenerationConfig(), "a cat", 1, Source(Image.new("RGB", (64, 64)), strength, {}))
+        ImageRequest(GenerationConfig(), "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), strength, {}))
 
 
 def test_a_strength_that_leaves_no_step_is_refused():
     with pytest.raises(ConfigError, match=r"strength must be at least 1/steps, here 0\.04.*received 0\.03"):
-        Job(GenerationConfig(steps=25), "a cat", 1, Source(Image.new("RGB", (64, 64)), 0.03, {}))
+        ImageRequest(GenerationConfig(steps=25), "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.03, {}))
 
 
 def test_refining_with_a_model_without_refiner_is_refused():
@@ -396,13 +405,13 @@ def test_refining_with_a_model_without_refiner_is_refused():
         ConfigError,
         match=r"model must be one with a refiner, since refining was asked; received 'nano'. Example: model = \"nano\"",
     ):
-        Job(config, "a cat", 1, Source(Image.new("RGB", (64, 64)), 0.5, {}))
+        ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, {}))
 
 
 @pytest.mark.parametrize(("handover", "lacking"), [(0.01, "base"), (0.999, "refiner")])
 def test_a_hand_over_that_leaves_a_stage_without_a_step_is_refused(bench, handover, lacking):
-    job = Job(bench.config.with_(scheduler="dpmpp_2m", refiner=RefinerConfig(handover)), "a cat", 1)
+    request = ImageRequest(bench.config.with_(scheduler="dpmpp_2m", refiner=RefinerConfig(handover)), "a cat", 1)
     if lacking == "base":
-        job = replace(job, config=job.config.with_(scheduler="lcm", refiner=RefinerConfig(0.0001)))
+        request = replace(request, config=request.config.with_(scheduler="lcm", refiner=RefinerConfig(0.0001)))
     with pytest.raises(ConfigError, match=rf"enough that both base and refiner get one \({lacking} has none\)"):
-        bench.engine.submit(job).result(60)
+        bench.engine.submit(request).result(60)

@@ -1,4 +1,4 @@
-"""The engine's promises: company changes nothing, one failure is one picture's, nobody starves, nothing is lost."""
+"""The engine's promises: company changes nothing, one failure is one image's, nobody starves, nothing is lost."""
 
 import copy
 import itertools
@@ -17,23 +17,23 @@ from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig, Limits, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine as engines
-from sdxl_lab.diffusion.denoising import Job, Source, Trajectory
+from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage, Trajectory
 from sdxl_lab.diffusion.engine import Cancelled, Engine, EngineStopped, QueueFull
-from sdxl_lab.images import PictureError, max_difference, read_watermark
+from sdxl_lab.images import ImageError, max_difference, read_watermark
 
-# Other pictures in the call move float32 sums by 1e-6 at most; rounded, a pixel may fall to the other side.
+# Other images in the call move float32 sums by 1e-6 at most; rounded, a pixel may fall to the other side.
 ROUNDING = 1 / 255 + 1e-9
 SECONDS = 120
 
 
-def jobs(config: GenerationConfig, count: int) -> list[Job]:
+def requests(config: GenerationConfig, count: int) -> list[ImageRequest]:
     names = ("euler", "ddim", "dpmpp_2m", "euler_a")
-    return [Job(config.with_(scheduler=names[i % 4], steps=3 + i % 3), f"picture {i}", i) for i in range(count)]
+    return [ImageRequest(config.with_(scheduler=names[i % 4], steps=3 + i % 3), f"image {i}", i) for i in range(count)]
 
 
-def latents(ticket: engines.Ticket) -> torch.Tensor:
-    ticket.result(SECONDS)
-    return ticket.trajectory.latents
+def latents(job: engines.Job) -> torch.Tensor:
+    job.result(SECONDS)
+    return job.trajectory.latents
 
 
 def close_to(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -51,10 +51,10 @@ class Gate:
         assert self.opened.wait(SECONDS)
 
 
-def hold(engine: Engine, config: GenerationConfig) -> tuple[Gate, engines.Ticket]:
-    """The engine held at the one step of a picture, so that what comes next waits together."""
+def hold(engine: Engine, config: GenerationConfig) -> tuple[Gate, engines.Job]:
+    """The engine held at the one step of an image, so that what comes next waits together."""
     gate = Gate()
-    held = engine.submit(Job(config.with_(steps=1), "gate", 0), on_step=gate)
+    held = engine.submit(ImageRequest(config.with_(steps=1), "gate", 0), on_step=gate)
     assert gate.reached.wait(SECONDS)
     return gate, held
 
@@ -71,27 +71,27 @@ def test_a_higher_priority_goes_first_and_equals_keep_their_order(start, config)
     engine, order = start(rows=2), []
     gate, held = hold(engine, config)
 
-    def ask(name: str, priority: int) -> engines.Ticket:
-        job = Job(config.with_(steps=1), name, 0)
-        return engine.submit(job, on_step=lambda *_: order.append(name), priority=priority)
+    def ask(name: str, priority: int) -> engines.Job:
+        request = ImageRequest(config.with_(steps=1), name, 0)
+        return engine.submit(request, on_step=lambda *_: order.append(name), priority=priority)
 
-    tickets = [ask("a", 0), ask("b", 0), ask("c", 5), ask("d", 5), ask("e", -1)]
-    assert [ticket.position for ticket in tickets] == [3, 4, 1, 2, 5]
+    jobs = [ask("a", 0), ask("b", 0), ask("c", 5), ask("d", 5), ask("e", -1)]
+    assert [job.position for job in jobs] == [3, 4, 1, 2, 5]
     assert held.position == 0
     assert engine.stats() == engines.EngineStats(5, 1, 2, 2, engine.stats().ticks, 0, 0.0)
     gate.opened.set()
-    for ticket in tickets:
-        ticket.result(SECONDS)
+    for job in jobs:
+        job.result(SECONDS)
     assert order == ["c", "d", "a", "b", "e"]
-    assert [ticket.position for ticket in tickets] == [0] * 5
-    while (stats := engine.stats()).running:  # a picture is sent off just before its place is free
+    assert [job.position for job in jobs] == [0] * 5
+    while (stats := engine.stats()).running:  # an image is sent off just before its place is free
         time.sleep(0.01)
     assert (stats.queued, stats.running, stats.rows_in_flight, stats.rows) == (0, 0, 0, 2)
     assert stats.seconds > 0
 
 
 def test_the_eta_is_what_the_wait_turns_out_to_be(start, config, monkeypatch):
-    """Five pictures through a budget of two at a time, a call in 30 ms whatever its rows, by a clock of our own."""
+    """Five images through a budget of two at a time, a call in 30 ms whatever its rows, by a clock of our own."""
     engine = start(rows=4)
     predict, clock = engine._predict, [0.0]
 
@@ -102,41 +102,41 @@ def test_the_eta_is_what_the_wait_turns_out_to_be(start, config, monkeypatch):
 
     monkeypatch.setattr(engine, "_predict", measured)
     monkeypatch.setattr(engines, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    fresh = engine.submit(Job(config, "never measured", 0))
+    fresh = engine.submit(ImageRequest(config, "never measured", 0))
     assert fresh.eta is None
     assert engine.backlog_seconds() is None
     fresh.result(SECONDS)
     assert fresh.eta == 0.0
     assert engine.backlog_seconds() == 0.0
-    for warm in [engine.submit(Job(config.with_(steps=12), "two at a time", seed)) for seed in range(2)]:
+    for warm in [engine.submit(ImageRequest(config.with_(steps=12), "two at a time", seed)) for seed in range(2)]:
         warm.result(SECONDS)
-    asked = [Job(config.with_(steps=10 + 5 * (seed % 2)), "a cat", seed) for seed in range(5)]
+    asked = [ImageRequest(config.with_(steps=10 + 5 * (seed % 2)), "a cat", seed) for seed in range(5)]
     began = clock[0]
-    tickets = [engine.submit(job) for job in asked]
-    etas, backlog = [ticket.eta for ticket in tickets], engine.backlog_seconds()
+    jobs = [engine.submit(request) for request in asked]
+    etas, backlog = [job.eta for job in jobs], engine.backlog_seconds()
     took = {}
-    for index, ticket in enumerate(tickets):
-        ticket.future.add_done_callback(lambda _, index=index: took.setdefault(index, clock[0] - began))
-    for ticket in tickets:
-        ticket.result(SECONDS)
+    for index, job in enumerate(jobs):
+        job.future.add_done_callback(lambda _, index=index: took.setdefault(index, clock[0] - began))
+    for job in jobs:
+        job.result(SECONDS)
     for index, eta in enumerate(etas):
         assert took[index] / 2 < eta < took[index] * 2
     assert etas[4] > etas[2] > etas[0]
     assert etas[2] < backlog <= etas[4]
 
 
-def test_a_preview_comes_to_look_like_the_picture(nano):
+def test_a_preview_comes_to_look_like_the_image(nano):
     config = GenerationConfig(steps=12, guidance_scale=3.0)
     likeness = []
 
     def look(calls: int, total: int) -> None:
-        likeness.append(ticket.preview())
+        likeness.append(job.preview())
 
     gate, held = hold(nano, config)
-    ticket = nano.submit(Job(config, "a red circle on a white background", 3), on_step=look)
-    assert ticket.preview() is None
+    job = nano.submit(ImageRequest(config, "a red circle on a white background", 3), on_step=look)
+    assert job.preview() is None
     gate.opened.set()
-    image = ticket.result(SECONDS).image.resize((128, 128), Image.Resampling.BOX)
+    image = job.result(SECONDS).image.resize((128, 128), Image.Resampling.BOX)
     assert held.result(SECONDS)
     errors = [np.abs(np.asarray(each, float) - np.asarray(image, float)).mean() / 255 for each in likeness]
     assert len(errors) == 12
@@ -147,10 +147,10 @@ def test_a_preview_comes_to_look_like_the_picture(nano):
 
 @pytest.mark.parametrize("scheduler", ["euler", "ddim", "dpmpp_2m_karras", "heun", "tcd"])
 def test_what_the_last_step_points_to_is_the_final_latent(start, config, scheduler):
-    """At the end of the schedule hardly any noise is left, so the last prediction is where the picture ends."""
-    ticket = start().submit(Job(config.with_(scheduler=scheduler, steps=8), "a cat", 1))
-    final = latents(ticket)
-    pointed = ticket.trajectory.denoised()
+    """At the end of the schedule hardly any noise is left, so the last prediction is where the image ends."""
+    job = start().submit(ImageRequest(config.with_(scheduler=scheduler, steps=8), "a cat", 1))
+    final = latents(job)
+    pointed = job.trajectory.denoised()
     assert (pointed - final).abs().max() <= 0.1 * final.abs().max()
 
 
@@ -175,15 +175,15 @@ def test_no_runtime_option_changes_what_is_drawn(nano, options, tolerance, tmp_p
     config = GenerationConfig(width=64, height=64, steps=4, limits=Limits(side=(64, 512)))
     # One number of rows is enough of the compiler, which takes half a minute for each.
     scales = (3.0,) if "compile" in options else (3.0, 1.0)
-    asked = [Job(config.with_(guidance_scale=scale), "a cat", 5) for scale in scales]
+    asked = [ImageRequest(config.with_(guidance_scale=scale), "a cat", 5) for scale in scales]
     threads = torch.get_num_threads()
     try:
         with Engine.load(config, RuntimeProfile(device="cpu", **options)) as engine:
-            tickets = [engine.submit(job) for job in asked]
-            for job, ticket in zip(asked, tickets, strict=True):
-                assert max_difference(ticket.result(800).image, nano.draw(job).image) <= tolerance
-                assert ticket.trajectory.latents.dtype == torch.float32
-                assert ticket.result().record["runtime"].items() >= options.items()
+            jobs = [engine.submit(request) for request in asked]
+            for request, job in zip(asked, jobs, strict=True):
+                assert max_difference(job.result(800).image, nano.draw(request).image) <= tolerance
+                assert job.trajectory.latents.dtype == torch.float32
+                assert job.result().record["runtime"].items() >= options.items()
     finally:
         torch.set_num_threads(threads)
 
@@ -207,33 +207,37 @@ def test_a_compiled_unet_sees_row_counts_of_powers_of_two(tiny_models, config, m
     )
     with Engine(tiny_models, RuntimeProfile(device="cpu", compile=True), {}) as engine:
         gate, held = hold(engine, config)
-        asked = [Job(config.with_(steps=2, guidance_scale=scale), "a cat", 1) for scale in (3, 3, 1)]
-        tickets = [engine.submit(job) for job in asked]
+        asked = [ImageRequest(config.with_(steps=2, guidance_scale=scale), "a cat", 1) for scale in (3, 3, 1)]
+        jobs = [engine.submit(request) for request in asked]
         gate.opened.set()
-        apart = [latents(ticket) for ticket in tickets]
+        apart = [latents(job) for job in jobs]
         held.result(SECONDS)
     assert sizes == [2, 8, 8]
     with Engine(tiny_models, RuntimeProfile(device="cpu"), {}) as plain:
-        for job, one in zip(asked, apart, strict=True):
-            assert close_to(latents(plain.submit(job)), one)
+        for request, one in zip(asked, apart, strict=True):
+            assert close_to(latents(plain.submit(request)), one)
 
 
 # --- company ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_is_the_same_alone_and_in_company(start, config):
+def test_a_image_is_the_same_alone_and_in_company(start, config):
     engine = start()
-    asked = jobs(config, 5)
-    alone = [latents(engine.submit(job)) for job in asked]
-    tickets = [engine.submit(job) for job in asked]
-    for one, ticket in zip(alone, tickets, strict=True):
-        assert close_to(latents(ticket), one)
-        assert max_difference(ticket.result().image, engine.draw(ticket.job).image) <= ROUNDING
+    asked = requests(config, 5)
+    alone = [latents(engine.submit(request)) for request in asked]
+    jobs = [engine.submit(request) for request in asked]
+    for one, job in zip(alone, jobs, strict=True):
+        assert close_to(latents(job), one)
+        assert max_difference(job.result().image, engine.draw(job.request).image) <= ROUNDING
 
 
-def test_a_picture_that_joins_midway_is_the_same_and_leaves_the_other_so(start, config, monkeypatch):
-    engine, long, short = start(), Job(config.with_(steps=6), "a long one", 1), Job(config, "a short one", 2)
-    expected = [latents(engine.submit(job)) for job in (long, short)]
+def test_a_image_that_joins_midway_is_the_same_and_leaves_the_other_so(start, config, monkeypatch):
+    engine, long, short = (
+        start(),
+        ImageRequest(config.with_(steps=6), "a long one", 1),
+        ImageRequest(config, "a short one", 2),
+    )
+    expected = [latents(engine.submit(request)) for request in (long, short)]
     sizes, predict = [], engine._predict
     monkeypatch.setattr(engine, "_predict", lambda name, inputs: sizes.append(len(inputs)) or predict(name, inputs))
     joined = []
@@ -248,15 +252,15 @@ def test_a_picture_that_joins_midway_is_the_same_and_leaves_the_other_so(start, 
     assert sizes == [1, 1, 2, 2, 2, 1]
 
 
-def test_eight_threads_each_get_their_own_picture(start, config):
+def test_eight_threads_each_get_their_own_image(start, config):
     engine = start()
-    asked = jobs(config, 8)
+    asked = requests(config, 8)
     with ThreadPoolExecutor(8) as threads:
-        pictures = list(threads.map(engine.draw, asked))
-    assert [picture.record["prompt"] for picture in pictures] == [job.prompt for job in asked]
-    for job, picture in zip(asked, pictures, strict=True):
-        assert max_difference(picture.image, engine.draw(job).image) <= ROUNDING
-    assert len({picture.image.tobytes() for picture in pictures}) == 8
+        images = list(threads.map(engine.draw, asked))
+    assert [image.record["prompt"] for image in images] == [request.prompt for request in asked]
+    for request, image in zip(asked, images, strict=True):
+        assert max_difference(image.image, engine.draw(request).image) <= ROUNDING
+    assert len({image.image.tobytes() for image in images}) == 8
 
 
 def test_sizes_take_turns(start, config):
@@ -264,44 +268,47 @@ def test_sizes_take_turns(start, config):
     engine, order = start(), []
     gate, held = hold(engine, config)
     sizes = [64] * 4 + [72]
-    tickets = [
+    jobs = [
         engine.submit(
-            Job(config.with_(width=size, steps=4), "turns", seed), on_step=lambda *_, size=size: order.append(size)
+            ImageRequest(config.with_(width=size, steps=4), "turns", seed),
+            on_step=lambda *_, size=size: order.append(size),
         )
         for seed, size in enumerate(sizes)
     ]
     gate.opened.set()
-    for ticket in (held, *tickets):
-        ticket.result(SECONDS)
+    for job in (held, *jobs):
+        job.result(SECONDS)
     assert order == [64, 64, 64, 64, 72] * 4
 
 
 def test_nobody_starves_among_many_sizes_and_endless_newcomers(start, config):
-    """One picture of an odd size against a crowd of another size that is renewed whenever a member is done: the odd one
+    """One image of an odd size against a crowd of another size that is renewed whenever a member is done: the odd one
     still has every second call."""
     engine, served, crowd, stop = start(rows=4), [], [], threading.Event()
 
     def renew(calls: int, total: int) -> None:
         served.append("crowd")
         if calls == total and not stop.is_set():
-            crowd.append(engine.submit(Job(config.with_(steps=2), "crowd", len(crowd)), on_step=renew, priority=1))
+            crowd.append(
+                engine.submit(ImageRequest(config.with_(steps=2), "crowd", len(crowd)), on_step=renew, priority=1)
+            )
 
     gate, held = hold(engine, config)
     odd = engine.submit(
-        Job(config.with_(steps=10, height=128), "odd", 0), on_step=lambda *_: served.append("odd"), priority=2
+        ImageRequest(config.with_(steps=10, height=128), "odd", 0), on_step=lambda *_: served.append("odd"), priority=2
     )
-    crowd += [engine.submit(Job(config.with_(steps=2), "crowd", i), on_step=renew) for i in range(6)]
+    crowd += [engine.submit(ImageRequest(config.with_(steps=2), "crowd", i), on_step=renew) for i in range(6)]
     gate.opened.set()
     odd.result(SECONDS)
     stop.set()
-    for ticket in [held, *crowd]:
-        ticket.result(SECONDS)
+    for job in [held, *crowd]:
+        job.result(SECONDS)
     turns = [index for index, name in enumerate(served) if name == "odd"]
     assert len(turns) == 10
     assert max(after - before for before, after in itertools.pairwise(turns)) <= 3
 
 
-def test_pictures_beyond_the_row_budget_wait_for_a_place_in_order(start, config, monkeypatch):
+def test_images_beyond_the_row_budget_wait_for_a_place_in_order(start, config, monkeypatch):
     engine, finished = start(rows=4), []
     rows, predict = [], engine._predict
 
@@ -311,26 +318,26 @@ def test_pictures_beyond_the_row_budget_wait_for_a_place_in_order(start, config,
 
     monkeypatch.setattr(engine, "_predict", counted)
     gate, held = hold(engine, config)
-    tickets = [engine.submit(Job(config, "a crowd", seed)) for seed in range(5)]
-    for index, ticket in enumerate(tickets):
-        ticket.future.add_done_callback(lambda _, index=index: finished.append(index))
-    assert [ticket.state for ticket in tickets] == ["queued"] * 5
+    jobs = [engine.submit(ImageRequest(config, "a crowd", seed)) for seed in range(5)]
+    for index, job in enumerate(jobs):
+        job.future.add_done_callback(lambda _, index=index: finished.append(index))
+    assert [job.state for job in jobs] == ["queued"] * 5
     assert engine.queued == 5
     gate.opened.set()
-    for ticket in (held, *tickets):
-        ticket.result(SECONDS)
+    for job in (held, *jobs):
+        job.result(SECONDS)
     assert max(rows) == 4
     assert finished == sorted(finished)
 
 
-def test_an_unguided_picture_takes_one_row(start, config, monkeypatch):
+def test_an_unguided_image_takes_one_row(start, config, monkeypatch):
     engine, rows = start(), []
     predict = engine._predict
     monkeypatch.setattr(
         engine, "_predict", lambda name, inputs: rows.append(len(inputs[0].timesteps)) or predict(name, inputs)
     )
-    engine.draw(Job(config.with_(guidance_scale=1.0), "a cat", 1))
-    engine.draw(Job(config, "a cat", 1))
+    engine.draw(ImageRequest(config.with_(guidance_scale=1.0), "a cat", 1))
+    engine.draw(ImageRequest(config, "a cat", 1))
     assert rows == [1, 1, 1, 2, 2, 2]
 
 
@@ -339,33 +346,34 @@ def test_an_unguided_picture_takes_one_row(start, config, monkeypatch):
 
 def test_progress_is_honest_through_both_stages(start, config):
     seen = []
-    job = Job(config.with_(steps=5, refiner=RefinerConfig(0.5)), "a cat", 1)
+    request = ImageRequest(config.with_(steps=5, refiner=RefinerConfig(0.5)), "a cat", 1)
     engine = start()
-    ticket = engine.submit(job, on_step=lambda *step: seen.append(step))
-    picture = ticket.result(SECONDS)
+    job = engine.submit(request, on_step=lambda *step: seen.append(step))
+    image = job.result(SECONDS)
     assert seen == [(call, 5) for call in range(1, 6)]
-    assert ticket.progress == (5, 5)
-    assert sum(picture.record["unet_calls"].values()) == 5
-    assert set(picture.record["unet_calls"]) == {"base", "refiner"}
+    assert job.progress == (5, 5)
+    assert sum(image.record["unet_calls"].values()) == 5
+    assert set(image.record["unet_calls"]) == {"base", "refiner"}
 
 
-def test_a_running_picture_is_cancelled_within_a_step(start, config):
+def test_a_running_image_is_cancelled_within_a_step(start, config):
     engine, calls = start(), []
-    others = [engine.submit(job) for job in jobs(config, 2)]
-    ticket = engine.submit(
-        Job(config.with_(steps=50), "a long one", 1), on_step=lambda call, _: (calls.append(call), ticket.cancel())
+    others = [engine.submit(request) for request in requests(config, 2)]
+    job = engine.submit(
+        ImageRequest(config.with_(steps=50), "a long one", 1),
+        on_step=lambda call, _: (calls.append(call), job.cancel()),
     )
     with pytest.raises(Cancelled):
-        ticket.result(SECONDS)
-    assert ticket.state == "cancelled"
+        job.result(SECONDS)
+    assert job.state == "cancelled"
     assert [other.result(SECONDS) is not None for other in others] == [True, True]
     assert calls == [1]
 
 
-def test_a_queued_picture_is_cancelled_without_a_step(start, config):
+def test_a_queued_image_is_cancelled_without_a_step(start, config):
     engine, calls = start(rows=2), []
     gate, held = hold(engine, config)
-    waiting = engine.submit(Job(config, "waiting", 1), on_step=lambda *step: calls.append(step))
+    waiting = engine.submit(ImageRequest(config, "waiting", 1), on_step=lambda *step: calls.append(step))
     assert waiting.state == "queued"
     assert waiting.progress == (0, 0)
     waiting.cancel()
@@ -376,47 +384,47 @@ def test_a_queued_picture_is_cancelled_without_a_step(start, config):
     assert held.result(SECONDS) is not None
 
 
-def test_cancelling_a_finished_picture_leaves_it_finished(start, config):
+def test_cancelling_a_finished_image_leaves_it_finished(start, config):
     engine = start()
-    ticket = engine.submit(Job(config, "a cat", 1))
-    picture = ticket.result(SECONDS)
-    ticket.cancel()
-    engine.draw(Job(config, "another", 2))
-    assert (ticket.state, ticket.result()) == ("done", picture)
+    job = engine.submit(ImageRequest(config, "a cat", 1))
+    image = job.result(SECONDS)
+    job.cancel()
+    engine.draw(ImageRequest(config, "another", 2))
+    assert (job.state, job.result()) == ("done", image)
 
 
 def test_a_future_cancelled_from_outside_does_not_stop_the_engine(start, config):
     """asyncio cancels the futures it wraps, when a client leaves."""
     engine, gate = start(), Gate()
-    ticket = engine.submit(Job(config, "a cat", 1), on_step=gate)
+    job = engine.submit(ImageRequest(config, "a cat", 1), on_step=gate)
     assert gate.reached.wait(SECONDS)
-    ticket.future.cancel()
-    ticket.cancel()
+    job.future.cancel()
+    job.cancel()
     gate.opened.set()
     with pytest.raises(Cancelled):
-        ticket.result(SECONDS)
-    assert engine.draw(Job(config, "another", 2)).image.size == (64, 64)
+        job.result(SECONDS)
+    assert engine.draw(ImageRequest(config, "another", 2)).image.size == (64, 64)
     assert engine.healthy
 
 
-def test_an_interrupted_draw_cancels_its_picture(start, config, monkeypatch):
-    engine, tickets, submit = start(), [], Engine.submit
+def test_an_interrupted_draw_cancels_its_image(start, config, monkeypatch):
+    engine, jobs, submit = start(), [], Engine.submit
 
-    def interrupted(self, job, on_step=None):
-        ticket = submit(self, job, on_step)
-        tickets.append(ticket)
-        monkeypatch.setattr(ticket, "result", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-        return ticket
+    def interrupted(self, request, on_step=None):
+        job = submit(self, request, on_step)
+        jobs.append(job)
+        monkeypatch.setattr(job, "result", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        return job
 
     monkeypatch.setattr(Engine, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        engine.draw(Job(config.with_(steps=200), "a cat", 1))
-    assert isinstance(tickets[0].future.exception(SECONDS), Cancelled)
+        engine.draw(ImageRequest(config.with_(steps=200), "a cat", 1))
+    assert isinstance(jobs[0].future.exception(SECONDS), Cancelled)
 
 
 def test_close_cancels_what_is_left_and_refuses_more(start, config):
     engine, gate = start(rows=2), Gate()
-    tickets = [engine.submit(Job(config.with_(steps=50), "a cat", seed), on_step=gate) for seed in range(3)]
+    jobs = [engine.submit(ImageRequest(config.with_(steps=50), "a cat", seed), on_step=gate) for seed in range(3)]
     assert gate.reached.wait(SECONDS)
     closing = threading.Thread(target=engine.close)
     closing.start()
@@ -425,12 +433,12 @@ def test_close_cancels_what_is_left_and_refuses_more(start, config):
     gate.opened.set()
     closing.join(SECONDS)
     assert not closing.is_alive()
-    assert [type(ticket.future.exception(0)) for ticket in tickets] == [Cancelled] * 3
+    assert [type(job.future.exception(0)) for job in jobs] == [Cancelled] * 3
     with pytest.raises(EngineStopped, match="the engine is closed"):
-        engine.submit(Job(config, "a cat", 1))
+        engine.submit(ImageRequest(config, "a cat", 1))
 
 
-def test_a_picture_that_is_being_admitted_is_cancelled_by_close_too(start, config, monkeypatch):
+def test_a_image_that_is_being_admitted_is_cancelled_by_close_too(start, config, monkeypatch):
     engine, inside, go = start(), threading.Event(), threading.Event()
 
     class Slow(Trajectory):
@@ -440,7 +448,7 @@ def test_a_picture_that_is_being_admitted_is_cancelled_by_close_too(start, confi
             super().__init__(*arguments)
 
     monkeypatch.setattr(engines, "Trajectory", Slow)
-    ticket = engine.submit(Job(config.with_(steps=500), "a cat", 1))
+    job = engine.submit(ImageRequest(config.with_(steps=500), "a cat", 1))
     assert inside.wait(SECONDS)
     closing = threading.Thread(target=engine.close)
     closing.start()
@@ -448,61 +456,63 @@ def test_a_picture_that_is_being_admitted_is_cancelled_by_close_too(start, confi
         time.sleep(0.001)
     go.set()
     closing.join(SECONDS)
-    assert isinstance(ticket.future.exception(0), Cancelled)
+    assert isinstance(job.future.exception(0), Cancelled)
 
 
 def test_a_full_queue_refuses_at_once(start, config):
     engine = start(rows=2, max_queue=2)
     gate, held = hold(engine, config)
-    tickets = [engine.submit(Job(config, "waiting", seed)) for seed in range(2)]
-    with pytest.raises(QueueFull, match="2 pictures are waiting, and no more are taken"):
-        engine.submit(Job(config, "one too many", 3))
+    jobs = [engine.submit(ImageRequest(config, "waiting", seed)) for seed in range(2)]
+    with pytest.raises(QueueFull, match="2 images are waiting, and no more are taken"):
+        engine.submit(ImageRequest(config, "one too many", 3))
     gate.opened.set()
-    assert [ticket.result(SECONDS).image.size for ticket in (held, *tickets)] == [(64, 64)] * 3
+    assert [job.result(SECONDS).image.size for job in (held, *jobs)] == [(64, 64)] * 3
 
 
 # --- failure ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["inputs", "take"])
-def test_a_picture_that_fails_fails_alone(start, config, monkeypatch, method):
+def test_a_image_that_fails_fails_alone(start, config, monkeypatch, method):
     engine = start()
-    asked = jobs(config, 4)
-    undisturbed = [latents(engine.submit(job)) for job in asked]
+    asked = requests(config, 4)
+    undisturbed = [latents(engine.submit(request)) for request in asked]
     honest = getattr(Trajectory, method)
 
     def broken(self, *arguments):
-        if self.job.prompt == "culprit" and self.calls == 1:
+        if self.request.prompt == "culprit" and self.calls == 1:
             raise ArithmeticError("the culprit's own")
         return honest(self, *arguments)
 
     monkeypatch.setattr(Trajectory, method, broken)
     gate, held = hold(engine, config)
-    tickets = [engine.submit(job) for job in (*asked[:2], Job(config, "culprit", 9), *asked[2:])]
+    jobs = [engine.submit(request) for request in (*asked[:2], ImageRequest(config, "culprit", 9), *asked[2:])]
     gate.opened.set()
     held.result(SECONDS)
-    culprit = tickets.pop(2)
+    culprit = jobs.pop(2)
     with pytest.raises(ArithmeticError, match="the culprit's own"):
         culprit.result(SECONDS)
     assert culprit.state == "failed"
-    for ticket, expected in zip(tickets, undisturbed, strict=True):
-        assert close_to(latents(ticket), expected)
+    for job, expected in zip(jobs, undisturbed, strict=True):
+        assert close_to(latents(job), expected)
     assert engine.healthy
 
 
 def test_a_job_that_cannot_start_fails_alone(start, config):
     engine = start()
-    hopeless = Job(config.with_(scheduler="dpmpp_2m", refiner=RefinerConfig(0.9999)), "no step for the refiner", 1)
-    ticket, other = engine.submit(hopeless), engine.submit(Job(config, "a cat", 1))
+    hopeless = ImageRequest(
+        config.with_(scheduler="dpmpp_2m", refiner=RefinerConfig(0.9999)), "no step for the refiner", 1
+    )
+    job, other = engine.submit(hopeless), engine.submit(ImageRequest(config, "a cat", 1))
     with pytest.raises(ConfigError, match="refiner has none"):
-        ticket.result(SECONDS)
+        job.result(SECONDS)
     assert other.result(SECONDS).image.size == (64, 64)
 
 
 def test_out_of_memory_halves_the_row_budget_and_loses_nothing(start, config, monkeypatch, caplog):
     engine = start(rows=16)
-    asked = jobs(config, 6)
-    undisturbed = [latents(engine.submit(job)) for job in asked]
+    asked = requests(config, 6)
+    undisturbed = [latents(engine.submit(request)) for request in asked]
     predict, sizes = engine._predict, []
 
     def small(name, inputs):
@@ -514,12 +524,12 @@ def test_out_of_memory_halves_the_row_budget_and_loses_nothing(start, config, mo
 
     monkeypatch.setattr(engine, "_predict", small)
     gate, held = hold(engine, config)
-    tickets = [engine.submit(job) for job in asked]
+    jobs = [engine.submit(request) for request in asked]
     with caplog.at_level(logging.WARNING):
         gate.opened.set()
         held.result(SECONDS)
-        for ticket, expected in zip(tickets, undisturbed, strict=True):
-            assert close_to(latents(ticket), expected)
+        for job, expected in zip(jobs, undisturbed, strict=True):
+            assert close_to(latents(job), expected)
     assert [size for size in sizes if size > 5] == [12, 6, 6], "once whole, once in halves, never again"
     assert engine.rows <= 8
     assert f"the row budget is now {engine.rows}" in caplog.text
@@ -540,13 +550,13 @@ def test_what_a_call_held_that_ran_out_of_memory_is_free_before_the_next(start, 
 
     monkeypatch.setattr(engine, "_predict", small)
     gate, first = hold(engine, config)
-    tickets = [engine.submit(Job(config, "a cat", seed)) for seed in range(3)]
+    jobs = [engine.submit(ImageRequest(config, "a cat", seed)) for seed in range(3)]
     gate.opened.set()
-    assert [ticket.result(SECONDS).image.size for ticket in (first, *tickets)] == [(64, 64)] * 4
+    assert [job.result(SECONDS).image.size for job in (first, *jobs)] == [(64, 64)] * 4
     assert held
 
 
-def test_out_of_memory_of_a_single_picture_is_its_failure(start, config, monkeypatch):
+def test_out_of_memory_of_a_single_image_is_its_failure(start, config, monkeypatch):
     engine = start()
 
     def never(name, inputs):
@@ -555,8 +565,8 @@ def test_out_of_memory_of_a_single_picture_is_its_failure(start, config, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_predict", never)
         with pytest.raises(torch.OutOfMemoryError):
-            engine.draw(Job(config, "a cat", 1))
-    assert engine.draw(Job(config, "a cat", 1)).image.size == (64, 64)
+            engine.draw(ImageRequest(config, "a cat", 1))
+    assert engine.draw(ImageRequest(config, "a cat", 1)).image.size == (64, 64)
 
 
 def test_a_callback_that_fails_harms_nobody(start, config, caplog):
@@ -566,10 +576,10 @@ def test_a_callback_that_fails_harms_nobody(start, config, caplog):
         calls.append(step)
         raise RuntimeError("the callback's own")
 
-    ticket = engine.submit(Job(config, "a cat", 1), on_step=bad)
-    assert ticket.result(SECONDS).image.size == (64, 64)
+    job = engine.submit(ImageRequest(config, "a cat", 1), on_step=bad)
+    assert job.result(SECONDS).image.size == (64, 64)
     assert calls == [(1, 3)]
-    assert "the picture goes on without it" in caplog.text
+    assert "the image goes on without it" in caplog.text
 
 
 def test_a_vae_that_overflows_is_named(start, config, monkeypatch):
@@ -582,12 +592,12 @@ def test_a_vae_that_overflows_is_named(start, config, monkeypatch):
         return pixels
 
     gate, held = hold(engine, config)
-    bad, good = (engine.submit(Job(config, "a cat", seed)) for seed in (1, 2))
+    bad, good = (engine.submit(ImageRequest(config, "a cat", seed)) for seed in (1, 2))
     monkeypatch.setattr(type(engine.models), "decode", overflowing)
     gate.opened.set()
-    for ticket in (held, bad):
-        with pytest.raises(PictureError, match=r"the VAE overflowed.*float16.*use float32 or bfloat16"):
-            ticket.result(SECONDS)
+    for job in (held, bad):
+        with pytest.raises(ImageError, match=r"the VAE overflowed.*float16.*use float32 or bfloat16"):
+            job.result(SECONDS)
     assert good.result(SECONDS).image.size == (64, 64)
 
 
@@ -631,9 +641,9 @@ def test_a_decode_that_fails_for_one_is_tried_apart(start, config, monkeypatch):
 
     monkeypatch.setattr(type(engine.models), "decode", small)
     gate, held = hold(engine, config)
-    tickets = [engine.submit(Job(config, "a cat", seed)) for seed in range(3)]
+    jobs = [engine.submit(ImageRequest(config, "a cat", seed)) for seed in range(3)]
     gate.opened.set()
-    assert [ticket.result(SECONDS).image.size for ticket in (held, *tickets)] == [(64, 64)] * 4
+    assert [job.result(SECONDS).image.size for job in (held, *jobs)] == [(64, 64)] * 4
     assert sizes == [1, 3, 1, 1, 1]
 
 
@@ -644,17 +654,17 @@ class Catastrophe(BaseException):
 @pytest.mark.parametrize("place", ["_admit", "_pick", "_step", "_decode", "Trajectory"])
 def test_when_the_thread_fails_everybody_learns_it(start, config, monkeypatch, place):
     engine, gate = start(rows=4), Gate()
-    asked = [Job(config.with_(steps=1), "a cat", seed) for seed in range(4)]
-    tickets = [engine.submit(asked[0], on_step=gate)]
+    asked = [ImageRequest(config.with_(steps=1), "a cat", seed) for seed in range(4)]
+    jobs = [engine.submit(asked[0], on_step=gate)]
     assert gate.reached.wait(SECONDS)
 
     def fails(*_):
         raise Catastrophe("the ground is gone")
 
     monkeypatch.setattr(engines if place == "Trajectory" else engine, place, fails)
-    tickets += [engine.submit(job) for job in asked[1:]]
+    jobs += [engine.submit(request) for request in asked[1:]]
     gate.opened.set()
-    failures = [ticket.future.exception(SECONDS) for ticket in tickets[0 if place == "_decode" else 1 :]]
+    failures = [job.future.exception(SECONDS) for job in jobs[0 if place == "_decode" else 1 :]]
     assert {type(failure) for failure in failures} == {EngineStopped}
     assert all("the ground is gone" in str(failure) for failure in failures)
     assert all(isinstance(failure.__cause__, Catastrophe) for failure in failures)
@@ -670,35 +680,37 @@ def test_when_the_thread_fails_everybody_learns_it(start, config, monkeypatch, p
 
 def test_a_refiner_that_the_engine_does_not_have_is_refused_at_once(tiny_models, config):
     profile = RuntimeProfile(device="cpu", dtype="float32")
-    job = Job(config.with_(refiner=RefinerConfig()), "a cat", 1)
+    request = ImageRequest(config.with_(refiner=RefinerConfig()), "a cat", 1)
     with Engine(replace(tiny_models, refiner=None), profile, {}) as engine:
         with pytest.raises(ConfigError, match="refiner must be left out: the engine's models have no refiner"):
-            engine.submit(job)
-        refining = Job(config, "a cat", 1, Source(Image.new("RGB", (64, 64)), 0.5, {}))
+            engine.submit(request)
+        refining = ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, {}))
         with pytest.raises(ConfigError, match=r"refiner must be left out: .* without a refiner"):
             engine.submit(refining).result(SECONDS)
         assert engine.healthy
 
 
 def test_the_record_says_all_that_decides_the_pixels(start, config):
-    job = Job(config.with_(scheduler="dpmpp_2m_karras", negative_prompt="blurry"), "a cat", 17)
-    picture = start().draw(job)
-    record = picture.record
-    assert GenerationConfig.from_dict(record["config"]) == job.config
-    assert (record["prompt"], record["seed"], record["digest"]) == ("a cat", 17, job.config.digest)
+    request = ImageRequest(config.with_(scheduler="dpmpp_2m_karras", negative_prompt="blurry"), "a cat", 17)
+    image = start().draw(request)
+    record = image.record
+    assert GenerationConfig.from_dict(record["config"]) == request.config
+    assert (record["prompt"], record["seed"], record["digest"]) == ("a cat", 17, request.config.digest)
     assert (record["sampler"], record["negative_prompt"]) == ("DPM++ 2M Karras", "blurry")
     assert record["scheduler"]["class"] == "DPMSolverMultistepScheduler"
     assert record["scheduler"]["use_karras_sigmas"] is True
     assert record["weights"] == {"base": "random"}
     assert record["runtime"]["dtype"] == "float32"
     assert set(record["libraries"]) == {"diffusers", "torch", "transformers"}
-    assert set(picture.timings) == {"queued_ms", "denoise_ms", "total_ms"}
+    assert set(image.timings) == {"queued_ms", "denoise_ms", "total_ms"}
 
 
 def test_options_of_one_scheduler_do_not_leak_into_the_next(start, config):
     engine = start()
     names = ("euler", "dpmpp_2m_sde_karras", "dpmpp_2m", "euler")
-    records = [engine.draw(Job(config.with_(scheduler=name), "a cat", 1)).record["scheduler"] for name in names]
+    records = [
+        engine.draw(ImageRequest(config.with_(scheduler=name), "a cat", 1)).record["scheduler"] for name in names
+    ]
     assert [record["use_karras_sigmas"] for record in records] == [False, True, False, False]
     assert records[2]["algorithm_type"] == "dpmsolver++"
     assert records[0] == records[3]
@@ -708,7 +720,7 @@ def test_a_watermark_moves_pixels_and_the_limits_do_not(start, config):
     engine = start()
     plain = config.with_(width=256, height=256, steps=1)
     one, marked, limited = (
-        engine.draw(Job(asked, "a cat", 1)).image
+        engine.draw(ImageRequest(asked, "a cat", 1)).image
         for asked in (plain, plain.with_(watermark=True), plain.with_(limits=type(plain.limits)(steps=(1, 2))))
     )
     assert max_difference(one, marked) > 1e-3
@@ -716,13 +728,13 @@ def test_a_watermark_moves_pixels_and_the_limits_do_not(start, config):
     assert read_watermark(marked) != read_watermark(one)
 
 
-def test_another_model_draws_another_picture(start, config, lively_model):
-    job = Job(config.with_(refiner=RefinerConfig(0.5)), "a cat", 1)
+def test_another_model_draws_another_image(start, config, lively_model):
+    request = ImageRequest(config.with_(refiner=RefinerConfig(0.5)), "a cat", 1)
     ref = ModelRef(base=str(lively_model / "base"), refiner=str(lively_model / "refiner"))
     profile = RuntimeProfile(device="cpu", dtype="float32")
     with Engine.load(config.with_(model=ref), profile) as other:
-        theirs = other.draw(replace(job, config=job.config.with_(model=ref)))
-    mine = start().draw(job)
+        theirs = other.draw(replace(request, config=request.config.with_(model=ref)))
+    mine = start().draw(request)
     assert max_difference(mine.image, theirs.image) > 1e-3
     assert mine.record["digest"] != theirs.record["digest"]
     assert theirs.record["weights"]["refiner"].startswith("sha256 ")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.images import max_difference
 
@@ -18,28 +18,28 @@ CONFIG = GenerationConfig(steps=8, guidance_scale=3.0)
 
 @pytest.mark.parametrize("scheduler", ["euler", "euler_a", "dpmpp_2m_karras", "ddim"])
 def test_a_gpu_draws_in_float32_what_a_cpu_draws(nano, scheduler):
-    job = Job(CONFIG.with_(scheduler=scheduler), "a cat", 1)
+    request = ImageRequest(CONFIG.with_(scheduler=scheduler), "a cat", 1)
     with Engine.load(CONFIG, RuntimeProfile(device="cuda", dtype="float32")) as engine:
-        assert max_difference(engine.draw(job).image, nano.draw(job).image) <= 2 / 255
+        assert max_difference(engine.draw(request).image, nano.draw(request).image) <= 2 / 255
 
 
 @pytest.mark.parametrize("options", [{}, {"channels_last": True}, {"fuse_qkv": True}, {"compile": True}], ids=str)
 def test_float16_draws_the_same_scene(nano, options):
-    job = Job(CONFIG, "a red circle on a white background", 1)
+    request = ImageRequest(CONFIG, "a red circle on a white background", 1)
     with Engine.load(CONFIG, RuntimeProfile(device="cuda", dtype="float16", **options)) as engine:
-        tickets = [engine.submit(job) for _ in range(3)]
+        jobs = [engine.submit(request) for _ in range(3)]
         assert engine.models.vae.dtype == torch.float16
-        for ticket in tickets:
-            assert max_difference(ticket.result(300).image, nano.draw(job).image) <= 0.25
-            assert ticket.trajectory.latents.dtype == torch.float32
+        for job in jobs:
+            assert max_difference(job.result(300).image, nano.draw(request).image) <= 0.25
+            assert job.trajectory.latents.dtype == torch.float32
 
 
 def test_out_of_memory_is_survived():
     with Engine.load(CONFIG, RuntimeProfile(device="cuda", rows=4096)) as engine:
         free = torch.cuda.mem_get_info()[0]
         hog = torch.empty(int(free * 0.9), dtype=torch.uint8, device="cuda")
-        tickets = [engine.submit(Job(CONFIG, "a cat", seed)) for seed in range(64)]
-        for ticket in tickets:
-            ticket.result(300)
+        jobs = [engine.submit(ImageRequest(CONFIG, "a cat", seed)) for seed in range(64)]
+        for job in jobs:
+            job.result(300)
         del hog
         assert engine.healthy

@@ -38,7 +38,7 @@ from pathlib import Path
 from sdxl_lab.config import GenerationConfig, Limits, ModelRef, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import ModelError
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 
 blob, revision, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 
@@ -48,8 +48,8 @@ def draw(**change):
     config = GenerationConfig(model=ModelRef(**named | change), steps=2, **sizes)
     try:
         with Engine.load(config, RuntimeProfile(device="cpu", dtype="float32")) as engine:
-            picture = engine.submit(Job(config, "a cat", seed=1)).result()
-            return {"size": picture.image.size, "weights": picture.record["weights"]}
+            image = engine.submit(ImageRequest(config, "a cat", seed=1)).result()
+            return {"size": image.image.size, "weights": image.record["weights"]}
     except ModelError as error:
         return str(error)
 

@@ -171,7 +171,7 @@ def test_any_text_becomes_an_embedding_of_77_tokens(tiny_models, prompt):
     assert torch.isfinite(found.hidden).all()
 
 
-def test_a_picture_of_another_vae_is_drawn_by_that_vae(tiny_model, tmp_path):
+def test_a_image_of_another_vae_is_drawn_by_that_vae(tiny_model, tmp_path):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(tiny_model / "base" / "vae", tmp_path / "vae")
@@ -244,7 +244,7 @@ def test_the_folder_that_holds_a_model_names_its_vae(tiny_model):
     )
 
 
-def test_the_clip_beside_a_model_scores_a_picture(tiny_model):
+def test_the_clip_beside_a_model_scores_a_image(tiny_model):
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
     folder = tiny_model / "clip"

@@ -9,7 +9,7 @@ import torch
 
 from bench.truesize import TextlessDenoiser, random_unet
 from sdxl_lab.config import GenerationConfig, Limits, RuntimeProfile
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import Models
 
@@ -34,10 +34,13 @@ def test_the_true_unet_takes_two_steps_in_the_engine(unet, tiny_models):
     models = Models(base, None, tiny_models.vae, torch.device("cpu"), torch.bfloat16, tiny_models.latent_rgb)
     config = GenerationConfig(width=128, height=128, steps=2, limits=Limits(side=(64, 512)))
     with Engine(models, RuntimeProfile(device="cpu", dtype="bfloat16"), {"base": "random"}) as engine:
-        asked = [Job(config, "a cat", 1), Job(config.with_(scheduler="dpmpp_2m", guidance_scale=1.0), "a dog", 2)]
-        tickets = [engine.submit(job) for job in asked]
-        for ticket in tickets:
-            picture = ticket.result(280)
-            assert picture.image.size == (128, 128)
-            assert torch.isfinite(ticket.trajectory.latents).all()
-        assert engine.stats().rows == 3, "a guided and an unguided picture shared the call"
+        asked = [
+            ImageRequest(config, "a cat", 1),
+            ImageRequest(config.with_(scheduler="dpmpp_2m", guidance_scale=1.0), "a dog", 2),
+        ]
+        jobs = [engine.submit(request) for request in asked]
+        for job in jobs:
+            image = job.result(280)
+            assert image.image.size == (128, 128)
+            assert torch.isfinite(job.trajectory.latents).all()
+        assert engine.stats().rows == 3, "a guided and an unguided image shared the call"

@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 
 from sdxl_lab.config import ConfigError, ModelRef, RefinerConfig, RuntimeProfile
-from sdxl_lab.diffusion.denoising import Job, Source
+from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
 from sdxl_lab.evaluation import comparison as trial
-from sdxl_lab.evaluation.comparison import PROMPTS, Plan, candidate_of, clip_of, run
+from sdxl_lab.evaluation.comparison import PROMPTS, ComparisonPlan, candidate_of, clip_of, run
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, Gate, GateError
 from sdxl_lab.evaluation.metrics import MetricError
 from sdxl_lab.images import max_difference
 from sdxl_lab.release.slot import JUDGED_FIELDS, load_slot, promote
 
 FIVE = ("a cat", "a dog", "a red hat", "a blue boat", "a tree")
-PLAN = Plan(prompts=FIVE, seeds=(3, 4), gates=("unet_rows: at most 20 % worse",), metrics=("sharpness",), goldens=2)
+PLAN = ComparisonPlan(
+    prompts=FIVE, seeds=(3, 4), gates=("unet_rows: at most 20 % worse",), metrics=("sharpness",), goldens=2
+)
 FLOAT32 = RuntimeProfile(device="cpu", dtype="float32")
 
 pytestmark = pytest.mark.usefixtures("at_hand", "clean_tree")
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("at_hand", "clean_tree")
 @pytest.fixture
 def slot(tiny_config, tmp_path) -> Path:
     found = run(tiny_config, tmp_path / "slot", PLAN, FLOAT32)
-    promote(tiny_config, tmp_path / "slot", pictures=found.goldens, why="w", who="Ada", judged=found.judged())
+    promote(tiny_config, tmp_path / "slot", images=found.goldens, why="w", who="Ada", judged=found.judged())
     return tmp_path / "slot"
 
 
@@ -34,9 +36,9 @@ def test_both_draw_the_same_prompts_and_seeds_in_the_plans_order(tiny_config, sl
     candidate = tiny_config.with_(steps=3)
     found = run(candidate, slot, PLAN, FLOAT32)
     assert PLAN.pairs == [(prompt, seed) for prompt in FIVE for seed in (3, 4)]
-    for pictures, config in ((found.pictures, candidate), (found.served_pictures, tiny_config)):
-        assert [(p.record["prompt"], p.record["seed"]) for p in pictures] == PLAN.pairs
-        assert {p.record["digest"] for p in pictures} == {config.digest}
+    for images, config in ((found.images, candidate), (found.served_images, tiny_config)):
+        assert [(p.record["prompt"], p.record["seed"]) for p in images] == PLAN.pairs
+        assert {p.record["digest"] for p in images} == {config.digest}
     np.testing.assert_array_equal(found.values["unet_rows"], np.full(10, 6.0))
     np.testing.assert_array_equal(found.served_values["unet_rows"], np.full(10, 8.0))
     assert found.passed
@@ -56,7 +58,7 @@ def test_the_first_seed_of_each_prompt_is_shown_beside_what_is_served(tiny_confi
     assert (len(labels), {image.size for _, image in found.panels}) == (15, {(64, 64)})
     new = run(tiny_config, tmp_path / "new", PLAN, FLOAT32)
     assert [label for label, _ in new.panels] == list(FIVE)
-    assert new.panels[1][1] == new.pictures[2].image
+    assert new.panels[1][1] == new.images[2].image
 
 
 def test_what_was_judged_is_plain_and_complete(tiny_config, slot):
@@ -80,7 +82,7 @@ def test_what_was_judged_is_plain_and_complete(tiny_config, slot):
 def test_a_promotion_keeps_what_was_judged(tiny_config, slot):
     found = run(tiny_config.with_(steps=3), slot, PLAN, FLOAT32)
     judged = found.judged()
-    promote(found.candidate, slot, pictures=found.goldens, why="less work", who="Ada", judged=judged)
+    promote(found.candidate, slot, images=found.goldens, why="less work", who="Ada", judged=judged)
     evidence = load_slot(slot).evidence
     assert {name: evidence[name] for name in judged if name != "goldens"} == {
         name: value for name, value in judged.items() if name != "goldens"
@@ -89,38 +91,38 @@ def test_a_promotion_keeps_what_was_judged(tiny_config, slot):
 
 
 def test_a_new_slot_is_tried_against_nothing(tiny_config, tmp_path):
-    plan = Plan(prompts=("a cat",), seeds=(1,), metrics=("sharpness",))
+    plan = ComparisonPlan(prompts=("a cat",), seeds=(1,), metrics=("sharpness",))
     found = run(tiny_config, tmp_path / "new", plan, FLOAT32)
     judged = found.judged()
-    assert (found.served, found.served_pictures, judged["replaces"]) == (None, (), None)
+    assert (found.served, found.served_images, judged["replaces"]) == (None, (), None)
     assert judged["gates"] == [
         {"gate": str(g), "passed": True, "figures": "nothing is served yet"} for g in DEFAULT_GATES
     ]
-    assert judged["metrics"]["sharpness"]["candidate"]["low"] is None, "one picture has no interval"
+    assert judged["metrics"]["sharpness"]["candidate"]["low"] is None, "one image has no interval"
     assert judged["metrics"]["sharpness"]["difference"] is None
 
 
 def test_models_that_differ_are_each_drawn_with_their_own(tiny_model, tiny_config, slot):
     alone = tiny_config.with_(model=ModelRef(base=str(tiny_model / "base")))
     found = run(alone, slot, PLAN, FLOAT32)
-    assert "refiner" not in found.pictures[0].record["weights"]
-    assert "refiner" in found.served_pictures[0].record["weights"]
-    assert max_difference(found.pictures[0].image, found.served_pictures[0].image) == 0
+    assert "refiner" not in found.images[0].record["weights"]
+    assert "refiner" in found.served_images[0].record["weights"]
+    assert max_difference(found.images[0].image, found.served_images[0].image) == 0
 
 
 def test_a_gate_that_cannot_be_judged_is_refused_before_anything_is_drawn(tiny_config, slot, monkeypatch):
     monkeypatch.setattr(trial, "draw", lambda *_: pytest.fail("drawn"))
     with pytest.raises(GateError, match=r"must be judged on at least 5 prompts.*received 2"):
-        run(tiny_config, slot, Plan(prompts=FIVE[:2]))
+        run(tiny_config, slot, ComparisonPlan(prompts=FIVE[:2]))
     with pytest.raises(GateError, match="contrast is in none"):
-        run(tiny_config, slot, Plan(prompts=FIVE, gates=("contrast: better",)))
+        run(tiny_config, slot, ComparisonPlan(prompts=FIVE, gates=("contrast: better",)))
 
 
-def test_pictures_are_scored_by_the_clip_that_comes_with_their_model(tiny_model, tiny_config, tmp_path):
+def test_images_are_scored_by_the_clip_that_comes_with_their_model(tiny_model, tiny_config, tmp_path):
     assert clip_of(ModelRef.named("nano")) == "nano"
     assert clip_of(tiny_config.model) == clip_of(ModelRef.named(str(tiny_model))) == str(tiny_model / "clip")
     assert clip_of(ModelRef.named("sdxl")) == "openai/clip-vit-large-patch14"
-    plan = Plan(prompts=("a cat",), seeds=(1,), metrics=("sharpness",), gates=())
+    plan = ComparisonPlan(prompts=("a cat",), seeds=(1,), metrics=("sharpness",), gates=())
     assert run(tiny_config, tmp_path / "new", plan, FLOAT32).judged()["clip"] == str(tiny_model / "clip")
 
 
@@ -130,13 +132,13 @@ def test_pictures_are_scored_by_the_clip_that_comes_with_their_model(tiny_model,
 def test_a_plan_is_read_from_toml(tmp_path):
     path = tmp_path / "plan.toml"
     path.write_text('prompts = ["a cat", "a dog"]\nseeds = [1, 2]\ngates = ["seconds: at most 2"]\ngoldens = 1\n')
-    plan = Plan.from_toml(path)
+    plan = ComparisonPlan.from_toml(path)
     assert (plan.prompts, plan.seeds, plan.goldens) == (("a cat", "a dog"), (1, 2), 1)
     assert plan.gates == (Gate("seconds", "at most", 2.0),)
     assert plan.metrics == (*trial.METRICS, "seconds"), "what a gate judges is measured"
     path.write_text("")
-    assert Plan.from_toml(path) == Plan()
-    assert Plan().prompts == PROMPTS
+    assert ComparisonPlan.from_toml(path) == ComparisonPlan()
+    assert ComparisonPlan().prompts == PROMPTS
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -149,14 +151,14 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"goldens": 0}, ConfigError, "goldens must be a whole number of at least 1"),
     ({"gates": ["clip_score"]}, GateError, "a gate must read METRIC"),
     ({"gates": ["beauty: better"]}, MetricError, "a metric must be one of"),
-    ({"metrics": ["ssim"]}, MetricError, "a trial measures pictures alone; ssim needs a reference"),
+    ({"metrics": ["ssim"]}, MetricError, "a trial measures images alone; ssim needs a reference"),
 ]
 
 
 @pytest.mark.parametrize(("values", "kind", "said"), BAD, ids=[said for *_, said in BAD])
 def test_a_plan_that_breaks_a_rule_is_refused(values, kind, said):
     with pytest.raises(kind) as caught:
-        Plan(**values)
+        ComparisonPlan(**values)
     assert said in str(caught.value)
 
 
@@ -164,24 +166,24 @@ def test_a_plan_that_breaks_a_rule_is_refused(values, kind, said):
 def test_a_plan_file_that_is_none_is_refused(tmp_path, content):
     (tmp_path / "plan.toml").write_text(content)
     with pytest.raises(ConfigError, match="TOML with some of prompts, seeds, gates, metrics, goldens, clip"):
-        Plan.from_toml(tmp_path / "plan.toml")
+        ComparisonPlan.from_toml(tmp_path / "plan.toml")
 
 
 # --- candidates -----------------------------------------------------------------------------------------
 
 
-def test_a_candidate_is_a_file_of_settings_or_a_picture(tiny_config, tmp_path):
+def test_a_candidate_is_a_file_of_settings_or_a_image(tiny_config, tmp_path):
     config = tiny_config.with_(steps=2, refiner=RefinerConfig(0.5))
     (tmp_path / "config.toml").write_text(config.to_toml())
-    (picture,) = trial.draw([Job(config, "a cat", 1)], FLOAT32)
-    picture.save(tmp_path / "picture.png")
-    assert candidate_of(tmp_path / "config.toml") == candidate_of(tmp_path / "picture.png") == config
+    (image,) = trial.draw([ImageRequest(config, "a cat", 1)], FLOAT32)
+    image.save(tmp_path / "image.png")
+    assert candidate_of(tmp_path / "config.toml") == candidate_of(tmp_path / "image.png") == config
 
 
-def test_a_picture_refined_from_another_is_no_candidate(tiny_config, tmp_path):
-    (picture,) = trial.draw([Job(tiny_config, "a cat", 1)], FLOAT32)
-    source = Source(picture.image, 0.5, dict(picture.record))
-    (refined,) = trial.draw([Job(tiny_config, "a cat", 1, source)], FLOAT32)
+def test_a_image_refined_from_another_is_no_candidate(tiny_config, tmp_path):
+    (image,) = trial.draw([ImageRequest(tiny_config, "a cat", 1)], FLOAT32)
+    source = SourceImage(image.image, 0.5, dict(image.record))
+    (refined,) = trial.draw([ImageRequest(tiny_config, "a cat", 1, source)], FLOAT32)
     refined.save(tmp_path / "refined.png")
-    with pytest.raises(ConfigError, match="candidate must be a picture drawn from words"):
+    with pytest.raises(ConfigError, match="candidate must be an image drawn from words"):
         candidate_of(tmp_path / "refined.png")

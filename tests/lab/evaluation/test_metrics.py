@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from recipes.nano.scenes import caption, render, sample_scene
 from sdxl_lab.config import GenerationConfig
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.evaluation.metrics import (
     METRICS,
     Interval,
@@ -22,14 +22,16 @@ from sdxl_lab.evaluation.metrics import (
     near_duplicates,
     paired,
 )
-from sdxl_lab.images import Picture
+from sdxl_lab.images import GeneratedImage
 
 REFERENCED = [name for name, metric in METRICS.items() if metric.needs_reference]
 
 
-def picture(pixels, prompt="a red cat", **record):
+def generated(pixels, prompt="a red cat", **record):
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.asarray(pixels, dtype=np.uint8))
-    return Picture(image, {"prompt": prompt, **record}, {"queued_ms": 500.0, "denoise_ms": 1500.0, "total_ms": 2100.0})
+    return GeneratedImage(
+        image, {"prompt": prompt, **record}, {"queued_ms": 500.0, "denoise_ms": 1500.0, "total_ms": 2100.0}
+    )
 
 
 def scene(seed=0, side=128):
@@ -41,11 +43,11 @@ def noisy(image, sigma, seed=0):
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
-def value(name, image, reference=None):
-    return METRICS[name]([picture(image)], None if reference is None else [picture(reference)])[0]
+def value(name, pixels, reference=None):
+    return METRICS[name]([generated(pixels)], None if reference is None else [generated(reference)])[0]
 
 
-# --- one picture ---------------------------------------------------------------------------------------------------
+# --- one image ---------------------------------------------------------------------------------------------------
 
 
 def halves(left, right):
@@ -95,7 +97,7 @@ def test_a_stretched_scale_clips():
 
 
 def test_costs_are_the_records_and_the_clocks():
-    drawn = picture(scene(), unet_calls={"base": 8, "refiner": 2}, unet_rows={"base": 12, "refiner": 4})
+    drawn = generated(scene(), unet_calls={"base": 8, "refiner": 2}, unet_rows={"base": 12, "refiner": 4})
     assert [METRICS[name]([drawn])[0] for name in ("unet_calls", "unet_rows", "seconds")] == [10, 16, 1.5]
 
 
@@ -113,7 +115,7 @@ def test_the_engine_counts_the_rows_it_sends(tiny_config: GenerationConfig, star
     sent = []
     predict = engine._predict
     engine._predict = lambda name, inputs: sent.extend(len(each.timesteps) for each in inputs) or predict(name, inputs)
-    drawn = engine.draw(Job(tiny_config.with_(**changes), "a red cat", 1))
+    drawn = engine.draw(ImageRequest(tiny_config.with_(**changes), "a red cat", 1))
     assert METRICS["unet_calls"]([drawn])[0] == len(sent) == calls
     assert METRICS["unet_rows"]([drawn])[0] == sum(sent)
     assert sum(sent) == rows if rows else calls < sum(sent) < 2 * calls
@@ -159,7 +161,7 @@ def test_psnr_max_abs_and_thumbnails_by_hand():
 @pytest.mark.parametrize(
     ("name", "of_equals"), [("ssim", 1.0), ("psnr", math.inf), ("max_abs", 0.0), ("thumbnail_distance", 0.0)]
 )
-def test_equal_pictures_are_equal_and_more_noise_is_further(name, of_equals):
+def test_equal_images_are_equal_and_more_noise_is_further(name, of_equals):
     assert set(REFERENCED) == {"ssim", "psnr", "max_abs", "thumbnail_distance"}
     image = scene(4)
     assert value(name, image, image) == of_equals
@@ -171,18 +173,18 @@ def test_equal_pictures_are_equal_and_more_noise_is_further(name, of_equals):
 def test_near_duplicates_are_found_whatever_was_done_to_the_file():
     first, other = scene(5), scene(6)
     worn = noisy(first.filter(ImageFilter.GaussianBlur(1)), 6).resize((96, 96), Image.Resampling.LANCZOS)
-    found = near_duplicates([picture(first), picture(other), picture(worn), picture(first)])
+    found = near_duplicates([generated(first), generated(other), generated(worn), generated(first)])
     assert [(i, j) for i, j, _ in found] == [(0, 3), (0, 2), (2, 3)]
     assert found[0][2] == 0 < found[1][2] == found[2][2] < 0.03
-    assert near_duplicates([picture(first)]) == []
-    assert len(near_duplicates([picture(first), picture(other)], within=1)) == 1
+    assert near_duplicates([generated(first)]) == []
+    assert len(near_duplicates([generated(first), generated(other)], within=1)) == 1
 
 
 def test_other_colours_and_other_scenes_are_no_duplicates():
     """Also where a hash of the luminance would see none of the difference."""
     red, green = (Image.new("RGB", (64, 64), colour) for colour in ((255, 0, 0), (0, 130, 0)))
     assert abs(red.convert("L").getpixel((0, 0)) - green.convert("L").getpixel((0, 0))) <= 1
-    assert near_duplicates([picture(red), picture(green), *(picture(scene(seed, 64)) for seed in range(8))]) == []
+    assert near_duplicates([generated(red), generated(green), *(generated(scene(seed, 64)) for seed in range(8))]) == []
 
 
 # --- CLIP ----------------------------------------------------------------------------------------------------------
@@ -194,14 +196,14 @@ def test_the_clip_score_is_a_hundred_times_the_cosine_that_transformers_gives():
 
     from sdxl_lab.diffusion.models import NANO
 
-    pictures = [
-        picture(scene(seed), prompt) for seed, prompt in enumerate(["a red cat", "a blue boat on a red ground"])
+    images = [
+        generated(scene(seed), prompt) for seed, prompt in enumerate(["a red cat", "a blue boat on a red ground"])
     ]
-    scores = clip_score()(pictures)
+    scores = clip_score()(images)
     model = CLIPModel.from_pretrained(NANO / "clip", variant="fp16", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(NANO / "clip")
-    pixels = CLIPImageProcessorPil.from_pretrained(NANO / "clip")([p.image for p in pictures], return_tensors="pt")
-    ids = tokenizer([p.record["prompt"] for p in pictures], padding="max_length", max_length=77, return_tensors="pt")
+    pixels = CLIPImageProcessorPil.from_pretrained(NANO / "clip")([p.image for p in images], return_tensors="pt")
+    ids = tokenizer([p.record["prompt"] for p in images], padding="max_length", max_length=77, return_tensors="pt")
     with torch.no_grad():
         logits = model(input_ids=ids.input_ids, pixel_values=pixels.pixel_values).logits_per_image
         expected = 100 * logits.diagonal() / model.logit_scale.exp()
@@ -211,30 +213,30 @@ def test_the_clip_score_is_a_hundred_times_the_cosine_that_transformers_gives():
 def test_the_clip_score_prefers_the_prompt_that_is_so():
     scenes = [sample_scene(random.Random(seed), hat=0.0) for seed in range(40)]
     prompts = [caption(each) for each in scenes]
-    right = clip_score()([picture(render(each), prompt) for each, prompt in zip(scenes, prompts, strict=True)])
-    wrong = clip_score()([picture(render(scenes[i]), prompts[i - 1]) for i in range(len(scenes))])
+    right = clip_score()([generated(render(each), prompt) for each, prompt in zip(scenes, prompts, strict=True)])
+    wrong = clip_score()([generated(render(scenes[i]), prompts[i - 1]) for i in range(len(scenes))])
     assert right.shape == (40,)
     assert paired(right, wrong).low > 0
     assert np.mean(right > wrong) >= 0.95
 
 
-def test_one_picture_scores_alone_as_among_others():
-    pictures = [picture(scene(seed), f"a {colour} cat") for seed, colour in enumerate(["red", "blue", "green"] * 12)]
-    together = clip_score()(pictures)
-    assert together[[0, 35]] == pytest.approx([clip_score()([pictures[i]])[0] for i in (0, 35)], abs=1e-4)
+def test_one_image_scores_alone_as_among_others():
+    images = [generated(scene(seed), f"a {colour} cat") for seed, colour in enumerate(["red", "blue", "green"] * 12)]
+    together = clip_score()(images)
+    assert together[[0, 35]] == pytest.approx([clip_score()([images[i]])[0] for i in (0, 35)], abs=1e-4)
 
 
 def test_scoring_leaves_no_thread_behind():
     import threading
 
-    clip_score()([picture(scene())])
+    clip_score()([generated(scene())])
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("clip")]
 
 
 @pytest.mark.parametrize("model", ["/nowhere/at/all", "sdxl_lab/nano/base/vae"])
 def test_a_clip_model_that_is_none_is_refused(model):
     with pytest.raises(MetricError, match=f"a CLIP model must be nano, a folder or a hub id.*received '{model}'"):
-        clip_score(model)([picture(scene())])
+        clip_score(model)([generated(scene())])
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -247,8 +249,8 @@ def test_the_table_names_what_each_metric_is():
         assert metric.source
 
 
-def test_every_metric_gives_one_float_a_picture():
-    drawn = [picture(scene(seed), unet_calls={"base": 1}, unet_rows={"base": 2}) for seed in (0, 1, 2)]
+def test_every_metric_gives_one_float_a_image():
+    drawn = [generated(scene(seed), unet_calls={"base": 1}, unet_rows={"base": 2}) for seed in (0, 1, 2)]
     for metric in [*METRICS.values(), clip_score()]:
         for count in (0, 1, 3):
             values = metric(drawn[:count], drawn[:count])
@@ -261,14 +263,14 @@ def test_an_unknown_metric_is_refused_by_listing_those_there_are():
 
 
 @pytest.mark.parametrize("name", REFERENCED)
-def test_references_must_be_there_one_a_picture_and_of_one_size(name):
-    pictures = [picture(scene(0)), picture(scene(1))]
-    with pytest.raises(MetricError, match="received 2 pictures and none references"):
-        METRICS[name](pictures)
-    with pytest.raises(MetricError, match="received 2 pictures and 1 references"):
-        METRICS[name](pictures, pictures[:1])
-    with pytest.raises(MetricError, match="picture 1 is 128x128, its reference 64x96"):
-        METRICS[name](pictures, [pictures[0], picture(Image.new("RGB", (64, 96)))])
+def test_references_must_be_there_one_a_image_and_of_one_size(name):
+    images = [generated(scene(0)), generated(scene(1))]
+    with pytest.raises(MetricError, match="received 2 images and none references"):
+        METRICS[name](images)
+    with pytest.raises(MetricError, match="received 2 images and 1 references"):
+        METRICS[name](images, images[:1])
+    with pytest.raises(MetricError, match="image 1 is 128x128, its reference 64x96"):
+        METRICS[name](images, [images[0], generated(Image.new("RGB", (64, 96)))])
 
 
 # --- intervals -----------------------------------------------------------------------------------------------------

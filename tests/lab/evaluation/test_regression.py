@@ -1,4 +1,4 @@
-"""The regression turns red for whatever changes a promoted picture: each is shown once."""
+"""The regression turns red for whatever changes a promoted image: each is shown once."""
 
 import dataclasses
 import json
@@ -14,13 +14,13 @@ from PIL import Image
 
 from sdxl_lab.config import GenerationConfig, Limits, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine, schedulers
-from sdxl_lab.diffusion.denoising import Job
+from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.models import load
 from sdxl_lab.evaluation import comparison as trial
 from sdxl_lab.evaluation import regression
-from sdxl_lab.evaluation.comparison import Plan
+from sdxl_lab.evaluation.comparison import ComparisonPlan
 from sdxl_lab.evaluation.regression import RegressionError, regress
-from sdxl_lab.images import Picture, open_picture
+from sdxl_lab.images import GeneratedImage, open_image
 from sdxl_lab.release import slot as promotion
 from sdxl_lab.release.diff import changed_fields
 from sdxl_lab.release.slot import Slot, SlotError, load_slot, promote
@@ -28,7 +28,7 @@ from sdxl_lab.release.slot import Slot, SlotError, load_slot, promote
 ROOT = Path(__file__).parents[3]
 FLOAT32 = RuntimeProfile(device="cpu", dtype="float32")
 PROMPTS = ("a cat", "a dog", "a red hat", "a blue boat", "a tree")
-PLAN = Plan(prompts=PROMPTS, seeds=(3,), gates=("unet_rows: at most 20 % worse",), metrics=(), goldens=2)
+PLAN = ComparisonPlan(prompts=PROMPTS, seeds=(3,), gates=("unet_rows: at most 20 % worse",), metrics=(), goldens=2)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def models(ref: ModelRef) -> Any:
 
 @pytest.fixture(scope="module")
 def config(ref: ModelRef) -> GenerationConfig:
-    """Every field set to something that a picture of the random model shows."""
+    """Every field set to something that an image of the random model shows."""
     return GenerationConfig(
         model=ref,
         steps=4,
@@ -66,9 +66,9 @@ def quick(monkeypatch: pytest.MonkeyPatch, models: Any, ref: ModelRef) -> None:
     monkeypatch.setattr(engine, "load", lambda asked, profile: models if asked == ref else load(asked, profile))
 
 
-def put(config: GenerationConfig, folder: Path, plan: Plan = PLAN) -> Slot:
+def put(config: GenerationConfig, folder: Path, plan: ComparisonPlan = PLAN) -> Slot:
     found = trial.run(config, folder, plan, FLOAT32)
-    promote(config, folder, pictures=found.goldens, why="w", who="Ada", judged=found.judged(), allow_dirty=True)
+    promote(config, folder, images=found.goldens, why="w", who="Ada", judged=found.judged(), allow_dirty=True)
     return load_slot(folder)
 
 
@@ -119,7 +119,7 @@ CHANGES: dict[str, Any] = {
     "refiner.aesthetic_score": 7.0,
     "refiner.negative_aesthetic_score": 3.5,
 }
-# They decide nothing of a picture: what a caller may ask for, and which weights, for which see the swapped file below.
+# They decide nothing of an image: what a caller may ask for, and which weights, for which see the swapped file below.
 NOT_DRAWN = {"limits", "model"}
 
 
@@ -137,11 +137,13 @@ def test_every_field_of_the_configuration_is_changed_once():
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_a_field_that_is_no_longer_drawn_as_promoted_is_red(slot, config, tmp_path, monkeypatch, field):
-    """As when the code begins to read a setting otherwise: the slot says one thing, the picture shows another."""
+    """As when the code begins to read a setting otherwise: the slot says one thing, the image shows another."""
     if field == "watermark":  # below 256x256 there is none
         config = config.with_(width=256, height=256)
         slot = put(config, tmp_path / "large", dataclasses.replace(PLAN, goldens=1, prompts=("a cat",), gates=()))
-    monkeypatch.setattr(regression, "Job", lambda config, prompt, seed: Job(changed(config, field), prompt, seed))
+    monkeypatch.setattr(
+        regression, "ImageRequest", lambda config, prompt, seed: ImageRequest(changed(config, field), prompt, seed)
+    )
     found = regress(slot, metrics=False, profile=FLOAT32)
     assert all(golden.reason for golden in found.goldens)
     with pytest.raises(RegressionError, match="has regressed: golden 01-a-cat"):
@@ -167,7 +169,7 @@ def test_a_field_edited_in_the_slot_is_refused_by_its_digest(slot, config, field
 # --- libraries, schedulers, weights --------------------------------------------------------------------------------
 
 
-def test_a_scheduler_that_leaks_into_the_next_picture_is_red(slot, monkeypatch):
+def test_a_scheduler_that_leaks_into_the_next_image_is_red(slot, monkeypatch):
     """What `pipe.scheduler = X.from_config(pipe.scheduler.config)` does: an option set once stays."""
     build, last = schedulers.build, {}
 
@@ -179,9 +181,9 @@ def test_a_scheduler_that_leaks_into_the_next_picture_is_red(slot, monkeypatch):
     monkeypatch.setattr(schedulers, "build", leaky)
     assert regress(slot, metrics=False, profile=FLOAT32).passed, "nothing has leaked yet"
     karras = slot.config.with_(scheduler="dpmpp_2m_karras")
-    trial.draw([Job(karras, "a cat", 1)], FLOAT32)
+    trial.draw([ImageRequest(karras, "a cat", 1)], FLOAT32)
     found = regress(slot, metrics=False, profile=FLOAT32)
-    assert all("the picture differs by" in golden.reason for golden in found.goldens)
+    assert all("the image differs by" in golden.reason for golden in found.goldens)
 
 
 def stepping(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
@@ -206,10 +208,10 @@ def attending(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
 
 @pytest.mark.parametrize(("library", "factor"), [(stepping, 1.1), (attending, 2.0)])
 def test_a_library_that_computes_otherwise_is_red(slot, monkeypatch, library, factor):
-    """An untrained model's pictures are pale, so the change is a coarse one; nano's below show a fine one."""
+    """An untrained model's images are pale, so the change is a coarse one; nano's below show a fine one."""
     library(monkeypatch, factor)
     found = regress(slot, metrics=False, profile=FLOAT32)
-    assert all("the picture differs by" in golden.reason for golden in found.goldens)
+    assert all("the image differs by" in golden.reason for golden in found.goldens)
 
 
 @pytest.mark.slow
@@ -217,7 +219,7 @@ def test_a_library_that_computes_otherwise_is_red(slot, monkeypatch, library, fa
 def test_nano_shows_a_library_that_computes_slightly_otherwise(monkeypatch, library, factor):
     library(monkeypatch, factor)
     found = regress(load_slot(ROOT / "service/promoted/nano"), metrics=False, profile=FLOAT32)
-    assert all("the picture differs by" in golden.reason for golden in found.goldens), found.reasons
+    assert all("the image differs by" in golden.reason for golden in found.goldens), found.reasons
 
 
 @pytest.mark.parametrize("part", ["base/unet", "base/vae", "base/text_encoder", "base/text_encoder_2", "refiner/unet"])
@@ -236,14 +238,14 @@ def test_a_swapped_weight_file_is_red(lively_model, config, tmp_path, monkeypatc
     (golden,) = regress(slot, metrics=False, profile=FLOAT32).goldens
     assert "the weights are not those it was promoted with" in golden.reason
     assert part.split("/")[0] in golden.reason
-    assert golden.comparison.difference > golden.comparison.tolerance, "the picture shows it too"
+    assert golden.comparison.difference > golden.comparison.tolerance, "the image shows it too"
 
 
 # --- the metric set ------------------------------------------------------------------------------------------------
 
 
 def test_a_metric_that_got_worse_beyond_its_gate_is_red(slot, monkeypatch):
-    monkeypatch.setattr(regression, "Job", lambda config, *pair: Job(config.with_(steps=5), *pair))
+    monkeypatch.setattr(regression, "ImageRequest", lambda config, *pair: ImageRequest(config.with_(steps=5), *pair))
     found = regress(slot, profile=FLOAT32)
     assert [verdict.passed for verdict in found.verdicts] == [False]
     assert any("unet_rows: at most 20 % worse" in reason for reason in found.reasons)
@@ -286,10 +288,10 @@ def elsewhere(slot: Slot, change) -> regression.Redrawn:
     """The first golden, as another kind of machine gives it back."""
     golden = slot.goldens[0]
     record = golden.record | {"runtime": golden.record["runtime"] | {"device": "cuda", "dtype": "float16"}}
-    picture = Picture(change(open_picture(golden.path)), record, {})
-    comparison = promotion.compare_golden(golden, picture)
+    image = GeneratedImage(change(open_image(golden.path)), record, {})
+    comparison = promotion.compare_golden(golden, image)
     assert comparison.measure == "mean-abs"
-    return regression.Redrawn(comparison, picture, regression._ssim(golden.path, picture))
+    return regression.Redrawn(comparison, image, regression._ssim(golden.path, image))
 
 
 def with_noise(image: Image.Image, size: float) -> Image.Image:
@@ -297,11 +299,11 @@ def with_noise(image: Image.Image, size: float) -> Image.Image:
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).round().astype(np.uint8))
 
 
-def test_elsewhere_a_picture_may_differ_as_another_dtype_does(slot):
+def test_elsewhere_a_image_may_differ_as_another_dtype_does(slot):
     assert elsewhere(slot, lambda image: with_noise(image, 0.5)).reason is None
 
 
-def test_elsewhere_a_picture_of_another_structure_is_red_though_its_mean_difference_is_small(slot):
+def test_elsewhere_a_image_of_another_structure_is_red_though_its_mean_difference_is_small(slot):
     redrawn = elsewhere(slot, lambda image: with_noise(image, 5))
     assert redrawn.comparison.passed
     assert f"at least {regression.LEAST_SSIM} is asked for on another machine" in redrawn.reason
@@ -311,7 +313,9 @@ def test_elsewhere_a_picture_of_another_structure_is_red_though_its_mean_differe
 
 
 def test_the_report_shows_expected_actual_and_the_difference_magnified(slot, monkeypatch):
-    monkeypatch.setattr(regression, "Job", lambda config, *pair: Job(config.with_(guidance_scale=5.5), *pair))
+    monkeypatch.setattr(
+        regression, "ImageRequest", lambda config, *pair: ImageRequest(config.with_(guidance_scale=5.5), *pair)
+    )
     found = regress(slot, metrics=False, profile=FLOAT32)
     assert len(found.panels) == 3 * len(found.goldens)
     labels, images = zip(*found.panels[:3], strict=True)
@@ -322,8 +326,8 @@ def test_the_report_shows_expected_actual_and_the_difference_magnified(slot, mon
     np.testing.assert_array_equal(difference, (apart * (255 / apart.max())).round())
 
 
-def test_a_picture_of_another_size_is_shown_and_red(slot, monkeypatch):
-    monkeypatch.setattr(regression, "Job", lambda config, *pair: Job(config.with_(width=72), *pair))
+def test_a_image_of_another_size_is_shown_and_red(slot, monkeypatch):
+    monkeypatch.setattr(regression, "ImageRequest", lambda config, *pair: ImageRequest(config.with_(width=72), *pair))
     golden = regress(slot, metrics=False, profile=FLOAT32).goldens[0]
     assert {image.size for _, image in golden.panels} == {(64, 64)}
     assert golden.reason

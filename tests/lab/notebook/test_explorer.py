@@ -1,4 +1,4 @@
-"""The panel's buttons and the methods behind them, on the random model: no browser, real pictures."""
+"""The panel's buttons and the methods behind them, on the random model: no browser, real images."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 
 from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig
 from sdxl_lab.diffusion.engine import Cancelled, Engine
-from sdxl_lab.images import max_difference, open_picture, read_record
+from sdxl_lab.images import max_difference, open_image, read_record
 from sdxl_lab.notebook.explorer import Explorer
 from sdxl_lab.notebook.form import FormError
 
@@ -47,8 +47,8 @@ def test_generate_draws_what_the_controls_say(explorer: Explorer) -> None:
     (drawn,) = explorer.history
     assert (drawn.prompt, drawn.seed, drawn.config.scheduler, drawn.config.steps) == ("a red cat", 12, "heun", 3)
     assert drawn.config.refiner == RefinerConfig(handover=0.5)
-    shown = bytes(explorer.panel.picture.value)
-    assert max_difference(open_picture(shown), drawn.image) == 0
+    shown = bytes(explorer.panel.image.value)
+    assert max_difference(open_image(shown), drawn.image) == 0
     assert read_record(shown)["digest"] == drawn.config.digest
     assert "Done in" in explorer.panel.status.value
     for text in ("#1: a red cat", "heun, 3 steps, guidance 5", "seed 12", "refiner at 0.5", drawn.config.digest):
@@ -66,7 +66,7 @@ def test_several_clicks_queue_up(explorer: Explorer) -> None:
     assert len(explorer.panel.strip.children) == 3
 
 
-def test_a_random_seed_is_drawn_for_each_picture_and_shown(explorer: Explorer) -> None:
+def test_a_random_seed_is_drawn_for_each_image_and_shown(explorer: Explorer) -> None:
     set_(explorer, policy="random")
     click_generate(explorer)
     click_generate(explorer)
@@ -79,19 +79,19 @@ def test_a_random_seed_is_drawn_for_each_picture_and_shown(explorer: Explorer) -
 def test_preview_and_progress_are_seen_on_the_way(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
     predict = Engine._predict
     monkeypatch.setattr(Engine, "_predict", lambda *given: time.sleep(0.03) or predict(*given))  # long enough to look
-    said, pictures = set(), set()
+    said, images = set(), set()
     explorer.panel.status.observe(lambda change: said.add(change.new), "value")
-    explorer.panel.picture.observe(lambda change: pictures.add(change.new), "value")
+    explorer.panel.image.observe(lambda change: images.add(change.new), "value")
     set_(explorer, steps=60)
     click_generate(explorer)
     assert any("of 60" in text for text in said)
     assert any("s left" in text for text in said)
-    assert len(pictures) >= 3, "previews, then the picture"
+    assert len(images) >= 3, "previews, then the image"
     assert explorer.panel.bar.value == explorer.panel.bar.max == 60
 
 
 def test_stop_ends_what_is_drawn_and_what_is_queued(explorer: Explorer) -> None:
-    explorer.engine.rows = 2  # one picture at a time
+    explorer.engine.rows = 2  # one image at a time
     set_(explorer, steps=1000)
     explorer.panel.generate.click()
     explorer.panel.generate.click()
@@ -151,9 +151,9 @@ def test_a_full_queue_is_told_below_the_buttons(start: Callable[..., Any], tiny_
     with Explorer(start(rows=2, max_queue=1), tiny_config.with_(steps=1000)) as explorer:
         for _ in range(3):  # one is drawn, one may wait
             explorer.panel.generate.click()
-        assert "1 pictures are waiting, and no more are taken" in explorer.panel.digest.value
+        assert "1 images are waiting, and no more are taken" in explorer.panel.digest.value
         explorer.panel.controls["steps"].value = 999
-        assert "pictures are waiting" not in explorer.panel.digest.value
+        assert "images are waiting" not in explorer.panel.digest.value
 
 
 def test_these_settings_are_used_again(explorer: Explorer, tiny_config: GenerationConfig) -> None:
@@ -163,32 +163,32 @@ def test_these_settings_are_used_again(explorer: Explorer, tiny_config: Generati
     assert second.config == tiny_config
     buttons(explorer, first.number)["Show"].click()
     explorer.panel.use.click()
-    assert explorer.job == first.job, "to the last field, those without a control too"
+    assert explorer.request == first.request, "to the last field, those without a control too"
     click_generate(explorer)
     assert max_difference(explorer.history[-1].image, first.image) == 0
 
 
 def buttons(explorer: Explorer, number: int) -> dict[str, Any]:
-    """Of a picture's card in the strip."""
+    """Of an image's card in the strip."""
     card = next(card for card in explorer.panel.strip.children if f"#{number}<" in card.children[1].value)
     return {button.description: button for button in card.children[2].children}
 
 
-def test_two_pictures_are_compared(explorer: Explorer) -> None:
+def test_two_images_are_compared(explorer: Explorer) -> None:
     explorer.draw()
     explorer.draw(scheduler="ddim", steps=6)
     buttons(explorer, 1)["A"].click()
     assert "#1 is A" in explorer.panel.comparison.children[0].value
     buttons(explorer, 2)["B"].click()
-    pictures, table = explorer.panel.comparison.children
-    assert len(pictures.children) == 3, "A, B and their difference"
+    images, table = explorer.panel.comparison.children
+    assert len(images.children) == 3, "A, B and their difference"
     for text in ("scheduler</td><td>euler</td><td>ddim", "steps</td><td>4</td><td>6"):
         assert text in table.value
     assert "seed" not in table.value
     assert explorer.compare(*explorer.history) == {"scheduler": ("euler", "ddim"), "steps": (4, 6)}
 
 
-def test_pictures_of_other_sizes_are_compared_without_a_difference(explorer: Explorer) -> None:
+def test_images_of_other_sizes_are_compared_without_a_difference(explorer: Explorer) -> None:
     assert explorer.compare(explorer.draw(), explorer.draw(width=128)) == {"width": (64, 128)}
     assert len(explorer.panel.comparison.children[0].children) == 2
 
@@ -226,18 +226,18 @@ def test_a_candidates_name_leads_nowhere_else(explorer: Explorer, name: str) -> 
 def test_cells_draw_what_the_controls_say_with_changes(explorer: Explorer, tiny_config: GenerationConfig) -> None:
     drawn = explorer.draw(prompt="a fish", steps=2, seed=5)
     assert (drawn.prompt, drawn.seed, drawn.config) == ("a fish", 5, tiny_config.with_(steps=2))
-    assert explorer.job.prompt == "a boat", "the controls stay"
+    assert explorer.request.prompt == "a boat", "the controls stay"
     assert explorer.shown == explorer.history[-1] == drawn
     with pytest.raises(ConfigError, match="steps must be"):
         explorer.draw(steps=0)
-    ticket = explorer.generate(steps=1000)
+    job = explorer.generate(steps=1000)
     explorer.stop()
     with pytest.raises(Cancelled):
-        ticket.result(60)
+        job.result(60)
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_interrupting_a_cell_stops_its_picture(explorer: Explorer) -> None:
+def test_interrupting_a_cell_stops_its_image(explorer: Explorer) -> None:
     threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
         explorer.draw(steps=1000)
@@ -245,17 +245,17 @@ def test_interrupting_a_cell_stops_its_picture(explorer: Explorer) -> None:
     assert explorer.history == []
 
 
-def test_a_picture_is_in_the_history_as_soon_as_its_ticket_is_done(explorer: Explorer) -> None:
+def test_a_image_is_in_the_history_as_soon_as_its_ticket_is_done(explorer: Explorer) -> None:
     for _ in range(5):
-        ticket = explorer.generate()
-        ticket.result()
-        assert explorer.history[-1].job is ticket.job
+        job = explorer.generate()
+        job.result()
+        assert explorer.history[-1].request is job.request
 
 
 def test_closing_stops_the_drawing_and_ends_the_thread(explorer: Explorer) -> None:
-    ticket = explorer.generate(steps=1000)
+    job = explorer.generate(steps=1000)
     explorer.close()
-    assert ticket.state == "cancelled"
+    assert job.state == "cancelled"
     assert not [thread for thread in threading.enumerate() if thread.name == "explore"]
     assert explorer.engine.healthy
     explorer.close()  # again does no harm

@@ -1,12 +1,12 @@
-"""The controls' values: to a job and back for every setting, all errors at once, seeds, differences."""
+"""The controls' values: to a request and back for every setting, all errors at once, seeds, differences."""
 
 from typing import Any
 
 import pytest
 
 from sdxl_lab.config import MAX_SEED, GenerationConfig, ModelRef, RefinerConfig
-from sdxl_lab.diffusion.denoising import Job
-from sdxl_lab.notebook.form import FormError, differences, job_of, next_seed, settings, values_of
+from sdxl_lab.diffusion.denoising import ImageRequest
+from sdxl_lab.notebook.form import FormError, differences, next_seed, request_of, settings, values_of
 
 PLAIN = GenerationConfig()
 RICH = GenerationConfig(
@@ -25,24 +25,24 @@ HIDDEN = PLAIN.with_(original_size=(512, 512), crop=(8, 16), target_size=(264, 3
 
 @pytest.mark.parametrize("config", [PLAIN, RICH, HIDDEN, PLAIN.with_(negative_prompt="")])
 def test_the_controls_give_back_the_job_they_were_filled_from(config: GenerationConfig) -> None:
-    job = Job(config, "A cat in a hat", MAX_SEED)
-    assert job_of(values_of(job), config) == job
+    request = ImageRequest(config, "A cat in a hat", MAX_SEED)
+    assert request_of(values_of(request), config) == request
 
 
 def test_what_no_control_shows_comes_from_the_start() -> None:
-    assert job_of(values_of(Job(RICH, "a boat", 1)), HIDDEN).config == RICH.with_(
+    assert request_of(values_of(ImageRequest(RICH, "a boat", 1)), HIDDEN).config == RICH.with_(
         original_size=(512, 512), crop=(8, 16), target_size=(264, 320), watermark=True
     )
 
 
 def test_switched_off_controls_do_not_count() -> None:
-    values = values_of(Job(RICH, "a boat", 1)) | {
+    values = values_of(ImageRequest(RICH, "a boat", 1)) | {
         "interval": False,
         "interval_low": -1,
         "refiner": False,
         "handover": 9,
     }
-    config = job_of(values, RICH).config
+    config = request_of(values, RICH).config
     assert (config.guidance_interval, config.refiner) == (None, None)
 
 
@@ -63,22 +63,27 @@ BAD = [
 @pytest.mark.parametrize(("changes", "control", "text"), BAD)
 def test_a_bad_value_is_told_at_its_control(changes: dict[str, Any], control: str, text: str) -> None:
     with pytest.raises(FormError) as caught:
-        job_of(values_of(Job(PLAIN, "A cat in a hat", 7)) | changes, PLAIN)
+        request_of(values_of(ImageRequest(PLAIN, "A cat in a hat", 7)) | changes, PLAIN)
     assert list(caught.value.errors) == [control]
     assert text in caught.value.errors[control]
 
 
 def test_all_errors_come_at_once() -> None:
-    values = values_of(Job(PLAIN, "A cat in a hat", 7)) | {"prompt": "", "steps": 0, "refiner": True, "handover": 2}
+    values = values_of(ImageRequest(PLAIN, "A cat in a hat", 7)) | {
+        "prompt": "",
+        "steps": 0,
+        "refiner": True,
+        "handover": 2,
+    }
     with pytest.raises(FormError) as caught:
-        job_of(values, PLAIN)
+        request_of(values, PLAIN)
     assert set(caught.value.errors) == {"prompt", "steps", "handover"}
 
 
 def test_a_refiner_that_the_model_lacks_is_refused() -> None:
     start = GenerationConfig(model=ModelRef("some/base"))
     with pytest.raises(FormError, match="has no refiner") as caught:
-        job_of(values_of(Job(start, "a boat", 1)) | {"refiner": True}, start)
+        request_of(values_of(ImageRequest(start, "a boat", 1)) | {"refiner": True}, start)
     assert list(caught.value.errors) == ["refiner"]
 
 
@@ -103,7 +108,10 @@ def test_random_seeds_differ_and_are_valid() -> None:
 
 
 def test_differences_name_only_what_differs() -> None:
-    first, second = Job(PLAIN, "a boat", 1), Job(PLAIN.with_(steps=9, refiner=RefinerConfig()), "a boat", 2)
+    first, second = (
+        ImageRequest(PLAIN, "a boat", 1),
+        ImageRequest(PLAIN.with_(steps=9, refiner=RefinerConfig()), "a boat", 2),
+    )
     assert differences(first, second) == {
         "seed": (1, 2),
         "steps": (25, 9),

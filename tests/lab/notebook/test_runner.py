@@ -92,7 +92,7 @@ def test_a_notebook_is_known_by_its_sources_and_parameters(tmp_path):
         (tmp_path / "04.ipynb").write_text(json.dumps({"cells": [cell | changes]}))
         return origin(tmp_path / "04.ipynb", steps=3)
 
-    assert known() == known(outputs=["a picture"], execution_count=3) == known(source="a = 1\nb")
+    assert known() == known(outputs=["an image"], execution_count=3) == known(source="a = 1\nb")
     assert known()["sha256"] != known(source="a = 2\nb")["sha256"]
     assert (known()["file"], known()["parameters"]) == ("04.ipynb", {"steps": 3})
 

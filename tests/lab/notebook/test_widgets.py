@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from sdxl_lab.config import GenerationConfig
-from sdxl_lab.diffusion.denoising import Job
-from sdxl_lab.images import Picture
+from sdxl_lab.diffusion.denoising import ImageRequest
+from sdxl_lab.images import GeneratedImage
 from sdxl_lab.notebook.form import values_of
 from sdxl_lab.notebook.widgets import SHOWN, Drawn, Panel
 
-JOB = Job(GenerationConfig(), 'a <b>"cat"</b>', 7)
+JOB = ImageRequest(GenerationConfig(), 'a <b>"cat"</b>', 7)
 
 
 @pytest.fixture
@@ -23,7 +23,9 @@ def panel() -> Iterator[Panel]:
 
 
 def drawn(number: int, width: int = 64) -> Drawn:
-    return Drawn(number, JOB, Picture(Image.new("RGB", (width, 64), (number, 0, 0)), {"prompt": ""}, {"total_ms": 1.0}))
+    return Drawn(
+        number, JOB, GeneratedImage(Image.new("RGB", (width, 64), (number, 0, 0)), {"prompt": ""}, {"total_ms": 1.0})
+    )
 
 
 def test_the_panel_has_a_control_for_every_value_of_the_form(panel: Panel) -> None:
@@ -51,7 +53,7 @@ def test_errors_without_a_control_stand_below_the_buttons(panel: Panel) -> None:
 
 def test_a_prompt_is_text_and_never_markup(panel: Panel) -> None:
     panel.fill(values_of(JOB))
-    panel.picture.value = b""
+    panel.image.value = b""
     panel.say(JOB.prompt)
     assert "<b>" not in panel.status.value
     panel.tell({"prompt": JOB.prompt}, "")
@@ -71,10 +73,10 @@ def test_the_strip_shows_the_latest_first_and_closes_the_oldest(panel: Panel) ->
     assert len(ipywidgets.widgets.widget._instances) == full, "widgets of old cards are closed"
 
 
-def test_equal_pictures_have_no_difference(panel: Panel) -> None:
+def test_equal_images_have_no_difference(panel: Panel) -> None:
     panel.show_comparison(drawn(1), drawn(1), {})
-    pictures, table = panel.comparison.children
-    assert "Difference: none" in pictures.children[2].children[1].value
+    images, table = panel.comparison.children
+    assert "Difference: none" in images.children[2].children[1].value
     assert "Same settings" in table.value
 
 

@@ -1,4 +1,4 @@
-"""A slot holds one configuration, what it was judged on, and its pictures: all of it, or what was there before."""
+"""A slot holds one configuration, what it was judged on, and its images: all of it, or what was there before."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig
-from sdxl_lab.images import Picture
+from sdxl_lab.images import GeneratedImage
 from sdxl_lab.release import slot as promotion
 from sdxl_lab.release.slot import JUDGED_FIELDS, SlotError, compare_golden, load_slot, promote, read_judged, served
 
@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[3]
 CONFIG, OTHER = GenerationConfig(), GenerationConfig(steps=7)
 
 
-def picture(
+def image(
     config: GenerationConfig = CONFIG, prompt: str = "A cat in a hat", seed: int = 7, colour=(255, 0, 0), **more
-) -> Picture:
+) -> GeneratedImage:
     record = {
         "version": "0.1.0",
         "prompt": prompt,
@@ -32,7 +32,7 @@ def picture(
         "runtime": {"device": "cpu"},
         "libraries": {"torch": "2.13.0"},
     }
-    return Picture(Image.new("RGB", (8, 8), colour), record | more, {})
+    return GeneratedImage(Image.new("RGB", (8, 8), colour), record | more, {})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -71,13 +71,13 @@ def judged(config: GenerationConfig = CONFIG, replaces: GenerationConfig | None 
 
 def put(slot: Path, config: GenerationConfig = CONFIG, **more):
     """Promote, over whatever the slot holds."""
-    asked = {"pictures": [picture(config)], "why": "sharper hats", "who": "Ada", "judged": judged(config, served(slot))}
+    asked = {"images": [image(config)], "why": "sharper hats", "who": "Ada", "judged": judged(config, served(slot))}
     return promote(config, slot, **(asked | more))
 
 
 def test_a_promotion_writes_the_whole_slot(slot):
-    pictures = [picture(), picture(prompt="red circle", seed=8)]
-    written = put(slot, pictures=pictures)
+    images = [image(), image(prompt="red circle", seed=8)]
+    written = put(slot, images=images)
     assert written == load_slot(slot)
     assert written.config == CONFIG
     assert [golden.prompt for golden in written.goldens] == ["A cat in a hat", "red circle"]
@@ -105,7 +105,7 @@ def test_a_promotion_writes_the_whole_slot(slot):
 
 
 def test_a_second_promotion_replaces_the_first_and_says_so(slot):
-    put(slot, pictures=[picture(seed=seed) for seed in range(3)])
+    put(slot, images=[image(seed=seed) for seed in range(3)])
     second = put(slot, OTHER)
     assert second.evidence["replaces"] == CONFIG.digest
     assert second.config == OTHER
@@ -117,19 +117,19 @@ def test_a_second_promotion_replaces_the_first_and_says_so(slot):
     "prompts", [["a cat!", "a cat?"], ["x" * 70 + "a", "x" * 70 + "b"], ["/../a", "...a"], ["猫", "!"]]
 )
 def test_goldens_with_prompts_that_look_alike_are_all_kept(slot, prompts):
-    written = put(slot, pictures=[picture(prompt=prompt) for prompt in prompts])
+    written = put(slot, images=[image(prompt=prompt) for prompt in prompts])
     assert [golden.prompt for golden in written.goldens] == prompts
     assert {golden.path.parent for golden in written.goldens} == {slot / "golden"}
 
 
 REFUSED = [
-    ({"pictures": [picture(OTHER)]}, f"every golden must be drawn with the configuration promoted, {CONFIG.digest}"),
-    ({"pictures": [picture(), picture(OTHER)]}, OTHER.digest),
-    ({"pictures": []}, "at least one picture and a reason"),
-    ({"why": ""}, "at least one picture and a reason. Example: why='sharper hats'"),
-    ({"why": " \n"}, "at least one picture and a reason"),
+    ({"images": [image(OTHER)]}, f"every golden must be drawn with the configuration promoted, {CONFIG.digest}"),
+    ({"images": [image(), image(OTHER)]}, OTHER.digest),
+    ({"images": []}, "at least one image and a reason"),
+    ({"why": ""}, "at least one image and a reason. Example: why='sharper hats'"),
+    ({"why": " \n"}, "at least one image and a reason"),
     (
-        {"pictures": [picture(), picture(seed=8, weights={"base": "sha256 def"})]},
+        {"images": [image(), image(seed=8, weights={"base": "sha256 def"})]},
         "('A cat in a hat', seed 8) is of another model: base was sha256 abc, is sha256 def",
     ),
     (
@@ -221,7 +221,7 @@ def test_a_promotion_that_fails_midway_leaves_the_old_slot_whole(slot, monkeypat
         return full() if len(renames) == (1 if failing == "first rename" else 2) else rename(self, target)
 
     if failing == "save":
-        monkeypatch.setattr(Picture, "save", full)
+        monkeypatch.setattr(GeneratedImage, "save", full)
     else:
         monkeypatch.setattr(Path, "rename", fails_once)
     with pytest.raises(OSError, match="No space left"):
@@ -247,7 +247,7 @@ compared = promotion.served(slot)
 print("compared", flush=True)
 sys.stdin.readline()
 try:
-    tests.promote(config, slot, pictures=[tests.picture(config, seed=s) for s in range(20)], why="w", who=sys.argv[2],
+    tests.promote(config, slot, images=[tests.image(config, seed=s) for s in range(20)], why="w", who=sys.argv[2],
                   judged=tests.judged(config, compared))
     print("promoted", flush=True)
 except promotion.SlotError as error:
@@ -300,7 +300,7 @@ def test_promotions_wait_for_one_another(slot, monkeypatch):
         tried.append(folder)
 
     monkeypatch.setattr(promotion, "served", looked)
-    promote(CONFIG, slot, pictures=[picture()], why="w", who="Ada")
+    promote(CONFIG, slot, images=[image()], why="w", who="Ada")
     assert tried == [slot]
 
 
@@ -359,12 +359,12 @@ def remove(path: Path) -> None:
 
 
 def redraw(path: Path, **changes) -> None:
-    picture(**changes).save(path)
+    image(**changes).save(path)
 
 
 DAMAGE = [
     (remove, "01-a-cat-in-a-hat-7.png is missing"),
-    (lambda path: path.write_bytes(path.read_bytes()[:50]), "must be a picture as it was promoted"),
+    (lambda path: path.write_bytes(path.read_bytes()[:50]), "must be an image as it was promoted"),
     (lambda path: Image.new("RGB", (8, 8)).save(path), "carries no"),
     (lambda path: redraw(path, config=OTHER), f"must have the digest '{CONFIG.digest}' of its slot; received"),
     (lambda path: redraw(path, prompt="A dog"), "must have the prompt 'A cat in a hat' of its slot; received 'A dog'"),
@@ -408,7 +408,7 @@ def test_a_slot_without_evidence_has_no_goldens(slot):
 COMPARED = [
     ({}, "max-abs", 0.0, None),
     ({"colour": (254, 0, 0)}, "max-abs", 1 / 255, None),
-    ({"colour": (253, 0, 0)}, "max-abs", 2 / 255, "the picture differs by 0.0078 (max-abs on [0, 1]); at most 0.0039"),
+    ({"colour": (253, 0, 0)}, "max-abs", 2 / 255, "the image differs by 0.0078 (max-abs on [0, 1]); at most 0.0039"),
     ({"colour": (240, 0, 0), "runtime": {"device": "cuda"}}, "mean-abs", 5 / 255, None),
     ({"colour": (239, 0, 0), "runtime": {"device": "cuda"}}, "mean-abs", 16 / 3 / 255, "differs by 0.0209 (mean-abs"),
     (
@@ -422,7 +422,7 @@ COMPARED = [
 
 @pytest.mark.parametrize(("changes", "measure", "difference", "said"), COMPARED)
 def test_a_golden_is_compared_as_strictly_as_the_runtime_allows(slot, changes, measure, difference, said):
-    found = compare_golden(put(slot).goldens[0], picture(**changes))
+    found = compare_golden(put(slot).goldens[0], image(**changes))
     assert (found.measure, found.difference) == (measure, pytest.approx(difference))
     assert found.passed == (said is None)
     if said:
@@ -430,9 +430,9 @@ def test_a_golden_is_compared_as_strictly_as_the_runtime_allows(slot, changes, m
         assert said in found.reason
 
 
-def test_a_picture_of_another_size_is_another_picture(slot):
-    bigger = picture()
-    bigger = Picture(bigger.image.resize((16, 16)), bigger.record, {})
+def test_a_image_of_another_size_is_another_image(slot):
+    bigger = image()
+    bigger = GeneratedImage(bigger.image.resize((16, 16)), bigger.record, {})
     assert not compare_golden(put(slot).goldens[0], bigger).passed
 
 
@@ -500,7 +500,7 @@ def test_a_promotion_touches_nothing_that_is_no_slot(kind, tmp_path):
     with pytest.raises(SlotError, match="may only write to a path where nothing is, an empty folder, or a slot"):
         served(place)
     with pytest.raises(SlotError, match="may only write to a path where nothing is, an empty folder, or a slot"):
-        promote(CONFIG, place, pictures=[picture()], why="x", who="x", allow_dirty=True)
+        promote(CONFIG, place, images=[image()], why="x", who="x", allow_dirty=True)
     assert {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

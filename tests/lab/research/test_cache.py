@@ -12,22 +12,22 @@ import pytest
 from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine, EngineStopped
 from sdxl_lab.evaluation.metrics import METRICS, Metric
-from sdxl_lab.images import PictureError, max_difference
+from sdxl_lab.images import ImageError, max_difference
 from sdxl_lab.research import cache as room
-from sdxl_lab.research.cache import Cell, Cells, Progress
+from sdxl_lab.research.cache import Cell, ImageCache, Progress
 
 
 @pytest.fixture
-def store(tmp_path: Path, engine: Engine) -> Cells:
-    return Cells(tmp_path / "cells", engine=engine)
+def store(tmp_path: Path, engine: Engine) -> ImageCache:
+    return ImageCache(tmp_path / "cells", engine=engine)
 
 
 def some(config: GenerationConfig, count: int) -> list[Cell]:
     return [Cell(config, "A cat in a hat", seed) for seed in range(count)]
 
 
-def pixels(store: Cells, cell: Cell) -> np.ndarray:
-    return np.asarray(store.picture(store.key(cell)).image)
+def pixels(store: ImageCache, cell: Cell) -> np.ndarray:
+    return np.asarray(store.image(store.key(cell)).image)
 
 
 DECIDES = {
@@ -39,7 +39,7 @@ DECIDES = {
 
 
 @pytest.mark.parametrize("change", DECIDES.values(), ids=DECIDES)
-def test_what_is_asked_decides_the_key(store: Cells, tiny_config: GenerationConfig, change: Callable) -> None:
+def test_what_is_asked_decides_the_key(store: ImageCache, tiny_config: GenerationConfig, change: Callable) -> None:
     cell = Cell(tiny_config.with_(refiner=RefinerConfig()), "A cat in a hat", 0)
     assert store.key(cell) == store.key(replace(cell))
     assert store.key(change(cell)) != store.key(cell)
@@ -52,7 +52,7 @@ def test_the_runtime_the_weights_and_the_libraries_decide_the_key_and_the_row_bu
     profile = RuntimeProfile(device="cpu")
 
     def key(profile: RuntimeProfile = profile) -> str:
-        return Cells(tmp_path, profile).key(cell)
+        return ImageCache(tmp_path, profile).key(cell)
 
     first = key()
     assert key(profile.with_(rows=2, threads=1)) == first
@@ -68,25 +68,27 @@ def test_the_runtime_the_weights_and_the_libraries_decide_the_key_and_the_row_bu
 
 
 def test_a_finished_cell_is_never_drawn_again(
-    store: Cells, submitted: list, tiny_config: GenerationConfig, engine: Engine
+    store: ImageCache, submitted: list, tiny_config: GenerationConfig, engine: Engine
 ) -> None:
     assert store.complete(some(tiny_config, 3)) == {}
     assert len(submitted) == 3
-    assert Cells(store.folder, engine=engine).complete(some(tiny_config, 4)) == {}
-    assert [(job.prompt, job.seed) for job in submitted[3:]] == [("A cat in a hat", 3)]
+    assert ImageCache(store.folder, engine=engine).complete(some(tiny_config, 4)) == {}
+    assert [(request.prompt, request.seed) for request in submitted[3:]] == [("A cat in a hat", 3)]
 
 
-def test_a_cell_asked_for_twice_is_drawn_once(store: Cells, submitted: list, tiny_config: GenerationConfig) -> None:
+def test_a_cell_asked_for_twice_is_drawn_once(
+    store: ImageCache, submitted: list, tiny_config: GenerationConfig
+) -> None:
     store.complete(some(tiny_config, 2) * 2)
     assert len(submitted) == 2
 
 
-def test_a_cell_is_the_picture_that_the_engine_draws(
-    store: Cells, engine: Engine, tiny_config: GenerationConfig
+def test_a_cell_is_the_image_that_the_engine_draws(
+    store: ImageCache, engine: Engine, tiny_config: GenerationConfig
 ) -> None:
     cell = some(tiny_config, 1)[0]
     store.complete([cell])
-    kept, alone = store.picture(store.key(cell)), engine.draw(cell.job)
+    kept, alone = store.image(store.key(cell)), engine.draw(cell.request)
     assert max_difference(kept.image, alone.image) <= 1 / 255
     assert kept.record == json.loads(json.dumps(alone.record))
     assert store.costs(store.key(cell)).keys() == {"unet_calls", "unet_rows", "seconds"}
@@ -95,9 +97,9 @@ def test_a_cell_is_the_picture_that_the_engine_draws(
 
 DAMAGE = {
     "no numbers yet": lambda png, notes: notes.unlink(),
-    "no picture": lambda png, notes: png.unlink(),
-    "half a picture": lambda png, notes: png.write_bytes(png.read_bytes()[:500]),
-    "another picture": lambda png, notes: png.write_bytes(b"\x89PNG"),
+    "no image": lambda png, notes: png.unlink(),
+    "half an image": lambda png, notes: png.write_bytes(png.read_bytes()[:500]),
+    "another image": lambda png, notes: png.write_bytes(b"\x89PNG"),
     "half the numbers": lambda png, notes: notes.write_text(notes.read_text()[:40]),
     "other JSON": lambda png, notes: notes.write_text("[]"),
 }
@@ -105,23 +107,23 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_half_written_cell_is_drawn_again(
-    store: Cells, submitted: list, tiny_config: GenerationConfig, damage: Callable
+    store: ImageCache, submitted: list, tiny_config: GenerationConfig, damage: Callable
 ) -> None:
     cells = some(tiny_config, 2)
     store.complete(cells, [METRICS["sharpness"]])
     before, key = pixels(store, cells[0]), store.key(cells[0])
     damage(store.folder / f"{key}.png", store.folder / f"{key}.json")
     assert key not in store
-    with pytest.raises(PictureError, match="missing or half-written"):
-        store.picture(key)
+    with pytest.raises(ImageError, match="missing or half-written"):
+        store.image(key)
     assert store.complete(cells, [METRICS["sharpness"]]) == {}
     assert len(submitted) == 3
     moved = np.abs(pixels(store, cells[0]).astype(int) - before)
-    assert moved.max() <= 1, "the same picture, but for the rounding of another batch"
+    assert moved.max() <= 1, "the same image, but for the rounding of another batch"
     assert store.values(key, [METRICS["sharpness"]])
 
 
-def test_no_part_of_a_failed_write_is_left(store: Cells, tiny_config: GenerationConfig, monkeypatch: Any) -> None:
+def test_no_part_of_a_failed_write_is_left(store: ImageCache, tiny_config: GenerationConfig, monkeypatch: Any) -> None:
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
@@ -131,28 +133,28 @@ def test_no_part_of_a_failed_write_is_left(store: Cells, tiny_config: Generation
     assert list(store.folder.iterdir()) == []
 
 
-def test_a_metric_added_later_draws_nothing(store: Cells, submitted: list, tiny_config: GenerationConfig) -> None:
+def test_a_metric_added_later_draws_nothing(store: ImageCache, submitted: list, tiny_config: GenerationConfig) -> None:
     cells = some(tiny_config, 3)
     key = store.key(cells[0])
     store.complete(cells, [METRICS["sharpness"]])
     store.complete(cells, [METRICS["sharpness"], METRICS["contrast"]])
     assert len(submitted) == 3
-    picture = store.picture(key)
+    image = store.image(key)
     assert store.values(key, [METRICS["sharpness"], METRICS["contrast"]]) == {
-        name: METRICS[name]([picture])[0] for name in ("sharpness", "contrast")
+        name: METRICS[name]([image])[0] for name in ("sharpness", "contrast")
     }
 
 
 def counting(name: str, source: str, calls: list[int]) -> Metric:
-    def measure(pictures: Any, _: Any) -> list[float]:
-        calls.append(len(pictures))
-        return [float(len(source))] * len(pictures)
+    def measure(images: Any, _: Any) -> list[float]:
+        calls.append(len(images))
+        return [float(len(source))] * len(images)
 
     return Metric(name, "higher", source, measure)
 
 
 def test_a_number_is_measured_once_and_one_of_another_source_is_another(
-    store: Cells, tiny_config: GenerationConfig
+    store: ImageCache, tiny_config: GenerationConfig
 ) -> None:
     cells, calls = some(tiny_config, 2), []
     first, second = counting("clip_score", "one model", calls), counting("clip_score", "another model", calls)
@@ -164,7 +166,7 @@ def test_a_number_is_measured_once_and_one_of_another_source_is_another(
     assert store.values(key, [second]) == {"clip_score": 13.0}
 
 
-def test_references_are_cells_of_their_own(store: Cells, submitted: list, tiny_config: GenerationConfig) -> None:
+def test_references_are_cells_of_their_own(store: ImageCache, submitted: list, tiny_config: GenerationConfig) -> None:
     reference = tiny_config.with_(steps=8)
     cells = [*some(tiny_config, 2), *some(reference, 1)]
     assert store.complete(cells, [METRICS["max_abs"]], reference) == {}
@@ -178,7 +180,7 @@ def test_references_are_cells_of_their_own(store: Cells, submitted: list, tiny_c
 
 
 def test_a_cell_that_cannot_be_drawn_fails_alone_and_is_tried_again(
-    store: Cells, submitted: list, tiny_config: GenerationConfig
+    store: ImageCache, submitted: list, tiny_config: GenerationConfig
 ) -> None:
     impossible = Cell(tiny_config.with_(steps=1, refiner=RefinerConfig(0.9)), "A cat in a hat", 0)
     cells = [*some(tiny_config, 2), impossible]
@@ -189,11 +191,11 @@ def test_a_cell_that_cannot_be_drawn_fails_alone_and_is_tried_again(
     assert len(submitted) == 4
 
 
-def test_a_metric_that_fails_on_one_picture_keeps_the_others(store: Cells, tiny_config: GenerationConfig) -> None:
-    def measure(pictures: Any, _: Any) -> list[float]:
-        if any(picture.record["seed"] == 1 for picture in pictures):
+def test_a_metric_that_fails_on_one_image_keeps_the_others(store: ImageCache, tiny_config: GenerationConfig) -> None:
+    def measure(images: Any, _: Any) -> list[float]:
+        if any(image.record["seed"] == 1 for image in images):
             raise ValueError("odd seeds are not measured")
-        return [1.0] * len(pictures)
+        return [1.0] * len(images)
 
     cells, metric = some(tiny_config, 3), Metric("even", None, "this test", measure)
     assert store.complete(cells, [metric]) == {store.key(cells[1]): "even: ValueError: odd seeds are not measured"}
@@ -201,17 +203,17 @@ def test_a_metric_that_fails_on_one_picture_keeps_the_others(store: Cells, tiny_
 
 
 def test_an_interrupt_keeps_what_is_finished_and_frees_the_engine(
-    store: Cells, engine: Engine, tiny_config: GenerationConfig, monkeypatch: pytest.MonkeyPatch
+    store: ImageCache, engine: Engine, tiny_config: GenerationConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cells, tickets, submit = some(tiny_config, 200), [], engine.submit
+    cells, jobs, submit = some(tiny_config, 200), [], engine.submit
 
-    def submitted(job: Any, **more: Any) -> Any:
-        tickets.append(submit(job, **more))
-        return tickets[-1]
+    def submitted(request: Any, **more: Any) -> Any:
+        jobs.append(submit(request, **more))
+        return jobs[-1]
 
     def stop(progress: Progress) -> None:
         if progress.done:
-            tickets[7].result()  # the eighth is finished too, but nobody has fetched it
+            jobs[7].result()  # the eighth is finished too, but nobody has fetched it
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -221,20 +223,20 @@ def test_an_interrupt_keeps_what_is_finished_and_frees_the_engine(
     kept = sum(store.key(cell) in store for cell in cells)
     assert 8 <= kept < 200
     assert store.key(cells[7]) in store
-    engine.draw(cells[0].job)
+    engine.draw(cells[0].request)
     assert engine.stats().queued == 0, "the engine is free"
     told: list[Progress] = []
     assert store.complete(cells[:20], on_progress=told.append) == {}
     assert told[-1].drawn == 20 - told[0].done < 20
 
 
-def test_the_engines_end_ends_the_work(store: Cells, engine: Engine, tiny_config: GenerationConfig) -> None:
+def test_the_engines_end_ends_the_work(store: ImageCache, engine: Engine, tiny_config: GenerationConfig) -> None:
     engine.close()
     with pytest.raises(EngineStopped):
         store.complete(some(tiny_config, 2))
 
 
-def test_progress_counts_what_was_found_drawn_and_failed(store: Cells, tiny_config: GenerationConfig) -> None:
+def test_progress_counts_what_was_found_drawn_and_failed(store: ImageCache, tiny_config: GenerationConfig) -> None:
     told: list[Progress] = []
     store.complete(some(tiny_config, 2))
     impossible = Cell(tiny_config.with_(steps=1, refiner=RefinerConfig(0.9)), "A cat in a hat", 0)
@@ -247,7 +249,7 @@ def test_progress_counts_what_was_found_drawn_and_failed(store: Cells, tiny_conf
 
 
 def test_no_engine_is_loaded_where_nothing_is_missing_and_one_at_a_time_where_models_differ(
-    store: Cells, tiny_config: GenerationConfig, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    store: ImageCache, tiny_config: GenerationConfig, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
     closed: list[bool] = []
@@ -258,7 +260,7 @@ def test_no_engine_is_loaded_where_nothing_is_missing_and_one_at_a_time_where_mo
     )
     other = tiny_config.with_(model=tiny_config.model.with_(base="other", refiner=None))
     cells = [*some(tiny_config, 2), *some(other, 2)]
-    with Cells(store.folder / "own", RuntimeProfile(device="cpu")) as own:
+    with ImageCache(store.folder / "own", RuntimeProfile(device="cpu")) as own:
         own.complete(cells)
         assert loaded == [tiny_config.model.base, "other"]
         assert closed == [True]
@@ -274,10 +276,10 @@ def test_a_cell_is_checked_when_it_is_made(tiny_config: GenerationConfig) -> Non
 
 
 def test_a_cell_that_another_process_drew_and_measured_meanwhile_keeps_its_numbers(
-    store: Cells, tiny_config: GenerationConfig, tmp_path: Path
+    store: ImageCache, tiny_config: GenerationConfig, tmp_path: Path
 ) -> None:
     (cell,) = some(tiny_config, 1)
-    metric, slow = METRICS["sharpness"], Cells(tmp_path / "cells", engine=store._engine({}))
+    metric, slow = METRICS["sharpness"], ImageCache(tmp_path / "cells", engine=store._engine({}))
     drawn = slow._drawn
 
     def meanwhile(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Grids: every picture under its label, in its place. Curves: the numbers behind them, and that they are drawn."""
+"""Grids: every image under its label, in its place. Curves: the numbers behind them, and that they are drawn."""
 
 import itertools
 
@@ -7,30 +7,30 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageColor
 
-from sdxl_lab.images import Picture
+from sdxl_lab.images import GeneratedImage
 from sdxl_lab.research import plots
-from sdxl_lab.research.plots import LABEL, PlotError, curve, curves, front, grid, picture_grid, quality_against_cost
+from sdxl_lab.research.plots import LABEL, PlotError, curve, curves, front, grid, image_grid, quality_against_cost
 from sdxl_lab.research.sheet import GAP
 
 COLOURS = ["red", "green", "blue", "orange", "purple"]
 
 
-def pictures(count):
+def images(count):
     return [Image.new("RGB", (40, 24), colour) for colour in COLOURS[:count]]
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, None, 1), (3, None, 1), (5, 2, 3), (4, 4, 1), (2, 5, 1)])
-def test_every_picture_stands_in_its_place(count, columns, rows):
-    sheet = grid(pictures(count), ["a"] * count, columns)
+def test_every_image_stands_in_its_place(count, columns, rows):
+    sheet = grid(images(count), ["a"] * count, columns)
     across = columns or count
     assert sheet.size == (across * (40 + GAP) + GAP, rows * (24 + LABEL + GAP) + GAP)
-    for index, picture in enumerate(pictures(count)):
+    for index, image in enumerate(images(count)):
         x, y = GAP + index % across * (40 + GAP), GAP + LABEL + index // across * (24 + LABEL + GAP)
-        assert sheet.crop((x, y, x + 40, y + 24)).tobytes() == picture.tobytes()
+        assert sheet.crop((x, y, x + 40, y + 24)).tobytes() == image.tobytes()
 
 
-def test_a_long_label_stays_above_its_own_picture():
-    sheet = np.asarray(grid(pictures(2), ["a label much too long for forty pixels", ""]))
+def test_a_long_label_stays_above_its_own_image():
+    sheet = np.asarray(grid(images(2), ["a label much too long for forty pixels", ""]))
     beside = sheet[GAP : GAP + LABEL, GAP + 40 :]
     assert (sheet[GAP : GAP + LABEL, : GAP + 40] != 255).any()
     assert (beside == 255).all()
@@ -38,8 +38,8 @@ def test_a_long_label_stays_above_its_own_picture():
 
 @pytest.mark.parametrize(("count", "labels"), [(2, ["a"]), (0, []), (1, ["a", "b"])])
 def test_labels_that_do_not_match_are_refused(count, labels):
-    with pytest.raises(ValueError, match=f"received {count} pictures, {len(labels)} labels"):
-        grid(pictures(count), labels)
+    with pytest.raises(ValueError, match=f"received {count} images, {len(labels)} labels"):
+        grid(images(count), labels)
 
 
 # --- grids of tables -----------------------------------------------------------------------------------------------
@@ -48,39 +48,39 @@ SIDE = 40
 
 
 def colour_of(key):
-    """A colour for each picture, none of them a gray."""
+    """A colour for each image, none of them a gray."""
     number = int(key)
     return (200 + number % 50, 37 * number % 120, 60 + 5 * number % 100)
 
 
 def drawn(key):
-    return Picture(Image.new("RGB", (SIDE, SIDE), colour_of(key)), {"prompt": "a red cat", "seed": 0}, {})
+    return GeneratedImage(Image.new("RGB", (SIDE, SIDE), colour_of(key)), {"prompt": "a red cat", "seed": 0}, {})
 
 
 def table_of(**axes):
-    """A sweep's table: every combination, its row number the picture's id."""
+    """A sweep's table: every combination, its row number the image's id."""
     rows = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    table = pd.DataFrame(rows).assign(picture=[str(number) for number in range(len(rows))], error=None)
+    table = pd.DataFrame(rows).assign(image=[str(number) for number in range(len(rows))], error=None)
     return table.assign(**{name: value for name, value in (("prompt", "a red cat"), ("seed", 0)) if name not in table})
 
 
 def places(sheet, table):
-    """Where each picture stands, (left, top), by its colour; each must be there whole."""
+    """Where each image stands, (left, top), by its colour; each must be there whole."""
     pixels = np.asarray(sheet)
     found = {}
-    for key in table["picture"]:
+    for key in table["image"]:
         ys, xs = np.nonzero((pixels == colour_of(key)).all(axis=-1))
-        assert len(ys) == SIDE * SIDE, f"picture {key} is not there whole"
+        assert len(ys) == SIDE * SIDE, f"image {key} is not there whole"
         found[key] = (xs.min(), ys.min())
     return found
 
 
-def test_two_axes_put_every_picture_in_its_column_and_row():
+def test_two_axes_put_every_image_in_its_column_and_row():
     table = table_of(scheduler=["unipc", "euler"], steps=[20, 4, 10]).sample(frac=1, random_state=1)
     table = table.sort_values("scheduler", ascending=False)
-    at = places(picture_grid(table, drawn, "steps", "scheduler"), table)
-    left = {steps: {at[key][0] for key in table[table.steps == steps].picture} for steps in (4, 10, 20)}
-    top = {name: {at[key][1] for key in table[table.scheduler == name].picture} for name in ("unipc", "euler")}
+    at = places(image_grid(table, drawn, "steps", "scheduler"), table)
+    left = {steps: {at[key][0] for key in table[table.steps == steps].image} for steps in (4, 10, 20)}
+    top = {name: {at[key][1] for key in table[table.scheduler == name].image} for name in ("unipc", "euler")}
     assert all(len(each) == 1 for each in [*left.values(), *top.values()])
     assert min(left[4]) < min(left[10]) < min(left[20]), "numbers go by size"
     assert min(top["unipc"]) < min(top["euler"]), "names go as the table has them"
@@ -89,9 +89,9 @@ def test_two_axes_put_every_picture_in_its_column_and_row():
 @pytest.mark.parametrize(("width", "rows"), [(2000, 1), (500, 2), (300, 4)])
 def test_the_third_axis_makes_panels_as_many_beside_one_another_as_fit(width, rows):
     table = table_of(steps=[4, 10], prompt=["a cat", "a dog"], seed=[0, 1, 2, 3])
-    sheet = picture_grid(table, drawn, "steps", "prompt", "seed", width=width)
+    sheet = image_grid(table, drawn, "steps", "prompt", "seed", width=width)
     at = places(sheet, table)
-    corners = [at[table[(table.seed == seed) & (table.steps == 4)].picture.iloc[0]] for seed in range(4)]
+    corners = [at[table[(table.seed == seed) & (table.steps == 4)].image.iloc[0]] for seed in range(4)]
     assert sheet.width <= width
     assert len({top for _, top in corners}) == rows
     assert sorted(corners, key=lambda corner: (corner[1], corner[0])) == corners
@@ -99,8 +99,8 @@ def test_the_third_axis_makes_panels_as_many_beside_one_another_as_fit(width, ro
 
 def test_a_value_changes_its_own_label_and_nothing_else():
     table = table_of(scheduler=["heun", "ddim"], steps=[4, 10])
-    before = np.asarray(picture_grid(table, drawn, "steps", "scheduler"), dtype=int)
-    after = np.asarray(picture_grid(table.replace({"ddim": "deis"}), drawn, "steps", "scheduler"), dtype=int)
+    before = np.asarray(image_grid(table, drawn, "steps", "scheduler"), dtype=int)
+    after = np.asarray(image_grid(table.replace({"ddim": "deis"}), drawn, "steps", "scheduler"), dtype=int)
     ys, xs = np.nonzero((before != after).any(axis=-1))
     left, top = places(Image.fromarray(before.astype(np.uint8)), table)["2"]
     assert len(ys)
@@ -108,20 +108,20 @@ def test_a_value_changes_its_own_label_and_nothing_else():
     assert top <= ys.min() <= ys.max() < top + SIDE
 
 
-def test_what_all_pictures_share_and_the_numbers_asked_for_take_room():
+def test_what_all_images_share_and_the_numbers_asked_for_take_room():
     table = table_of(steps=[4, 10]).assign(clip_score=[21.5, 22.5])
-    plain = picture_grid(table.drop(columns=["prompt", "seed"]), drawn, "steps")
-    titled = picture_grid(table, drawn, "steps")
-    noted = picture_grid(table, drawn, "steps", notes=["clip_score"])
+    plain = image_grid(table.drop(columns=["prompt", "seed"]), drawn, "steps")
+    titled = image_grid(table, drawn, "steps")
+    noted = image_grid(table, drawn, "steps", notes=["clip_score"])
     assert plain.height < titled.height < noted.height
     assert places(titled, table)["0"][1] > places(plain, table)["0"][1]
 
 
 def test_a_failed_cell_says_why_and_one_that_was_not_asked_for_stays_empty():
     table = table_of(scheduler=["euler", "lcm"], steps=[4, 60]).drop(index=1)
-    table.loc[3, ["picture", "error"]] = [None, "ConfigError: steps must be at most 50"]
-    sheet = np.asarray(picture_grid(table, drawn, "steps", "scheduler"))
-    at = places(Image.fromarray(sheet), table[table.picture.notna()])
+    table.loc[3, ["image", "error"]] = [None, "ConfigError: steps must be at most 50"]
+    sheet = np.asarray(image_grid(table, drawn, "steps", "scheduler"))
+    at = places(Image.fromarray(sheet), table[table.image.notna()])
     right = at["2"][0] + SIDE + GAP
     empty = sheet[at["0"][1] :, right:][:SIDE, :SIDE]
     failed = sheet[at["2"][1] :, right:][:SIDE, :SIDE]
@@ -129,9 +129,9 @@ def test_a_failed_cell_says_why_and_one_that_was_not_asked_for_stays_empty():
     assert (failed != (0xEC, 0xEF, 0xF2)).any()
 
 
-def test_pictures_are_made_smaller_never_larger():
+def test_images_are_made_smaller_never_larger():
     table = table_of(steps=[4, 10])
-    whole, half = (picture_grid(table, drawn, "steps", side=side) for side in (2 * SIDE, SIDE // 2))
+    whole, half = (image_grid(table, drawn, "steps", side=side) for side in (2 * SIDE, SIDE // 2))
     assert places(whole, table)
     assert half.height == whole.height - SIDE // 2
     assert (np.asarray(half) == colour_of("0")).all(axis=-1).sum() == (SIDE // 2) ** 2
@@ -150,7 +150,7 @@ def test_pictures_are_made_smaller_never_larger():
 )
 def test_a_table_that_a_grid_cannot_show_is_refused(change, rule):
     with pytest.raises(PlotError, match=rule):
-        picture_grid(change(table_of(scheduler=["euler", "heun"], steps=[4, 10])), drawn, "steps", "scheduler")
+        image_grid(change(table_of(scheduler=["euler", "heun"], steps=[4, 10])), drawn, "steps", "scheduler")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def measured(values, noise=0.0):
     """Scheduler and steps to (quality, seconds), for three prompts and two seeds of very different difficulty."""
     rng = np.random.default_rng(0)
     rows = [
-        {"scheduler": s, "steps": n, "prompt": p, "seed": k, "seconds": cost, "picture": "0", "error": None}
+        {"scheduler": s, "steps": n, "prompt": p, "seed": k, "seconds": cost, "image": "0", "error": None}
         | {"clip_score": quality + 10 * index + k + rng.normal(0, noise)}
         for (s, n), (quality, cost) in values.items()
         for index, p in enumerate("abc")
@@ -218,7 +218,7 @@ def test_intervals_are_those_within_pairs():
     assert ((unsure.low < unsure.quality) & (unsure.quality < unsure.high)).all()
 
 
-def test_all_are_judged_by_the_same_pictures():
+def test_all_are_judged_by_the_same_images():
     table = measured(POINTS)
     hard = (table.scheduler == "lcm") & (table.prompt == "a")
     table.loc[hard, "clip_score"] = np.nan
@@ -245,7 +245,7 @@ def test_worse_is_what_the_pairs_agree_on():
     [
         (lambda t: t.assign(clip_score=np.nan), "a prompt and seed with clip_score and seconds for every scheduler"),
         (lambda t: t.drop(columns="seconds"), "received 'seconds'"),
-        (lambda t: t.assign(steps=4), "one picture a prompt and seed at each scheduler, steps; at euler, 4 there are"),
+        (lambda t: t.assign(steps=4), "one image a prompt and seed at each scheduler, steps; at euler, 4 there are"),
         (lambda t: t[:0], "at least one row"),
     ],
 )
@@ -274,9 +274,9 @@ def test_eighteen_lines_have_eighteen_looks():
 
 
 def handed_over():
-    """The refiner adds twice the hand-over to each picture, whatever the prompt and the seed."""
+    """The refiner adds twice the hand-over to each image, whatever the prompt and the seed."""
     return pd.DataFrame(
-        {"refiner.handover": h, "score": s, "prompt": p, "seed": k, "picture": "0"}
+        {"refiner.handover": h, "score": s, "prompt": p, "seed": k, "image": "0"}
         | {"sharpness": (0 if h is None else 2 * h) + 10 * index + k}
         for h in (None, 0.5, 0.8)
         for s in (2.0, 6.0)
@@ -317,7 +317,7 @@ def test_curves_are_drawn_a_panel_a_metric_and_leave_matplotlib_alone():
 @pytest.mark.parametrize(
     ("series", "base", "rule"),
     [
-        (None, None, "one picture a prompt and seed at each refiner.handover; at 0.5 there are several"),
+        (None, None, "one image a prompt and seed at each refiner.handover; at 0.5 there are several"),
         ("score", lambda t: t[(t.prompt != "b") & t["refiner.handover"].isna()], "it lacks 'b', seed 0"),
         ("taste", None, "received 'taste'"),
     ],

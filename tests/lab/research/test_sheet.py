@@ -1,4 +1,4 @@
-"""Words that fit: wrapped, and cut with an ellipsis. Where pictures stand is seen in `test_plots.py`."""
+"""Words that fit: wrapped, and cut with an ellipsis. Where images stand is seen in `test_plots.py`."""
 
 import pytest
 

@@ -20,7 +20,7 @@ from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.metrics import METRICS, MetricError
 from sdxl_lab.images import max_difference
 from sdxl_lab.research.axes import SweepError
-from sdxl_lab.research.cache import Cells
+from sdxl_lab.research.cache import ImageCache
 from sdxl_lab.research.sweep import Sweep, _check_shared, read_table, run, summary
 
 ROOT = Path(__file__).parents[3]
@@ -204,7 +204,7 @@ def test_bad_files_are_refused(file: Path, text: str, kind: type[Exception], sai
 # --- running -------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_has_settings_numbers_pictures_and_errors(
+def test_the_table_has_settings_numbers_images_and_errors(
     tmp_path: Path, engine: Engine, tiny_config: GenerationConfig
 ) -> None:
     (tmp_path / "tiny.toml").write_text(tiny_config.to_toml())
@@ -216,15 +216,15 @@ def test_the_table_has_settings_numbers_pictures_and_errors(
     assert table["unet_rows"].isna().tolist() == [True, False, True, False]
     assert table["error"].str.startswith("ConfigError: steps must be enough").tolist()[::2] == [True, True]
     assert table["error"].isna().tolist() == [False, True, False, True]
-    assert table["picture"].isna().tolist() == [True, False, True, False]
-    drawn = table.dropna(subset="picture")
-    store = Cells(tmp_path / "cells", engine=engine)
+    assert table["image"].isna().tolist() == [True, False, True, False]
+    drawn = table.dropna(subset="image")
+    store = ImageCache(tmp_path / "cells", engine=engine)
     for _, row in drawn.iterrows():
-        picture = store.picture(row["picture"])
-        assert row["sharpness"] == METRICS["sharpness"]([picture])[0]
-        assert row["digest"] == picture.record["digest"]
+        image = store.image(row["image"])
+        assert row["sharpness"] == METRICS["sharpness"]([image])[0]
+        assert row["digest"] == image.record["digest"]
         assert GenerationConfig.from_dict(json.loads(row["settings"])).digest == row["digest"]
-        assert row["seconds"] == picture.timings["denoise_ms"] / 1000
+        assert row["seconds"] == image.timings["denoise_ms"] / 1000
     pd.testing.assert_frame_equal(read_table(tmp_path / "out"), table)
     means = summary(sweep, table)
     assert set(table["config"]) == {"tiny"}
@@ -246,7 +246,7 @@ def test_two_sweeps_share_cells_and_a_second_run_draws_nothing(
     assert len(submitted) == 4
     second = swept(scheduler=["euler", "ddim"], seed=[1])
     assert len(submitted) == 5, "euler at 4 steps is known"
-    assert second["picture"][0] == first["picture"][3]
+    assert second["image"][0] == first["image"][3]
 
 
 def test_a_damaged_table_says_so_and_is_made_again_from_the_cells(
@@ -270,7 +270,7 @@ def test_a_damaged_table_says_so_and_is_made_again_from_the_cells(
 
 def test_the_command_draws_then_only_reads(file: Path, capsys: pytest.CaptureFixture, monkeypatch: Any) -> None:
     out, cells = file.parent / "out", file.parent / "cells"
-    command = ["sweep", str(file), "--out", str(out), "--cells", str(cells)]
+    command = ["sweep", str(file), "--out", str(out), "--cache", str(cells)]
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "4 cells, 0 failed" in said
@@ -286,7 +286,7 @@ def test_the_command_draws_then_only_reads(file: Path, capsys: pytest.CaptureFix
 @pytest.mark.usefixtures("interrupted")
 def test_ctrl_c_says_how_to_go_on(file: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["sweep", str(file), "--out", str(file.parent / "out")]) == STOPPED
-    assert "what is finished is kept in runs/cells; to go on, run the same command again" in capsys.readouterr().err
+    assert "what is finished is kept in runs/cache; to go on, run the same command again" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line(file: Path, capsys: pytest.CaptureFixture) -> None:
@@ -306,7 +306,7 @@ def test_a_killed_sweep_goes_on_where_it_was(file: Path, tiny_config: Generation
     """SIGKILL in the middle: no handler, no goodbye."""
     file.write_text(FILE.replace("to = 1,", "to = 39,"))
     out, cells = file.parent / "out", file.parent / "cells"
-    command = [sys.executable, "-m", "sdxl_lab", "sweep", str(file), "--out", str(out), "--cells", str(cells)]
+    command = [sys.executable, "-m", "sdxl_lab", "sweep", str(file), "--out", str(out), "--cache", str(cells)]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     while len(finished(cells)) < 10:
         assert process.poll() is None, "it ended before it could be killed"
@@ -333,7 +333,7 @@ LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend",
 
 
 def test_machines_with_folders_of_their_own_are_told_to_share_one(tmp_path: Path) -> None:
-    with Cells(tmp_path) as store:
+    with ImageCache(tmp_path) as store:
         _check_shared(store, ["drawn by nobody"], {"drawn by nobody": "it failed, which is an answer"})
         with pytest.raises(SweepError, match=r"one folder that every machine sees; .* lacks 1 cells"):
             _check_shared(store, ["drawn elsewhere"], {})
@@ -344,7 +344,7 @@ def test_the_cells_of_a_killed_rank_are_drawn_when_the_sweep_goes_on(file: Path)
     """SIGKILL to one of two processes: the launcher ends both; a second launch draws what is missing, and only that."""
     file.write_text(FILE.replace("to = 1,", "to = 19,"))
     out, cells = file.parent / "out", file.parent / "cells"
-    command = [*LAUNCH, "-m", "sdxl_lab", "sweep", str(file), "--out", str(out), "--cells", str(cells)]
+    command = [*LAUNCH, "-m", "sdxl_lab", "sweep", str(file), "--out", str(out), "--cache", str(cells)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     launcher = subprocess.Popen(command, cwd=ROOT, env=environment)
     while len(finished(cells)) < 6:
@@ -370,7 +370,7 @@ def test_two_processes_give_the_table_of_one(file: Path) -> None:
     text = FILE.replace("to = 1,", "to = 7,").replace("steps = [2, 4]", "steps = [1, 4]")  # one step: no refiner's
     file.write_text(text)
     done = subprocess.run(
-        [*LAUNCH, "-m", "sdxl_lab", "sweep", str(file), "--out", str(out), "--cells", str(cells)],
+        [*LAUNCH, "-m", "sdxl_lab", "sweep", str(file), "--out", str(out), "--cache", str(cells)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -385,6 +385,6 @@ def test_two_processes_give_the_table_of_one(file: Path) -> None:
     pd.testing.assert_frame_equal(two.drop(columns=["seconds", *numbers]), one.drop(columns=["seconds", *numbers]))
     # Cells share UNet calls with others here than there: float32 differs by 1e-6, and now and then one of 8 bits.
     pd.testing.assert_frame_equal(two[numbers], one[numbers], check_exact=False, rtol=1e-3, atol=1.01 / 255)
-    for key in one["picture"].dropna():
-        pictures = [Cells(file.parent / f"cells-of-{name}").picture(key).image for name in ("one", "two")]
-        assert max_difference(*pictures) <= 1.01 / 255
+    for key in one["image"].dropna():
+        images = [ImageCache(file.parent / f"cells-of-{name}").image(key).image for name in ("one", "two")]
+        assert max_difference(*images) <= 1.01 / 255

@@ -18,9 +18,9 @@ from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.metrics import METRICS, Metric, MetricError
 from sdxl_lab.research.axes import SweepError, changed
-from sdxl_lab.research.cache import Cells
+from sdxl_lab.research.cache import ImageCache
 from sdxl_lab.research.sweep import Sweep, read_table, run
-from sdxl_lab.research.tune import Choices, Plan, Span, hopeless, knee, tune
+from sdxl_lab.research.tune import Choices, Span, StudyPlan, hopeless, knee, tune
 
 PAIRS = tuple((prompt, seed) for seed in range(4) for prompt in ("a cat", "a boat", "a red star"))
 BEST_SCALE = 3.0
@@ -32,9 +32,9 @@ def truth(config: dict[str, Any]) -> float:
     return 10 * (1 - 0.7 ** config["steps"]) - (guidance - BEST_SCALE) ** 2 - 4 * (config["scheduler"] == "ddim")
 
 
-def _known(pictures: Any, _: Any) -> Iterator[float]:
-    for picture in pictures:
-        record = picture.record
+def _known(images: Any, _: Any) -> Iterator[float]:
+    for image in images:
+        record = image.record
         noise = random.Random(f"{record['prompt']} {record['seed']} {record['digest']}").gauss(0, 0.1)
         yield truth(record["config"]) + random.Random(record["prompt"]).gauss(0, 5) + noise
 
@@ -43,8 +43,8 @@ KNOWN = Metric("known", "higher", "this test", _known)
 
 
 @pytest.fixture
-def plan(tiny_config: GenerationConfig) -> Plan:
-    return Plan(
+def plan(tiny_config: GenerationConfig) -> StudyPlan:
+    return StudyPlan(
         name="known",
         config=tiny_config,
         metric=KNOWN,
@@ -62,8 +62,8 @@ def plan(tiny_config: GenerationConfig) -> Plan:
 
 
 @pytest.fixture
-def tuned(plan: Plan, engine: Engine, tmp_path: Path) -> Callable[..., Any]:
-    def tuned(changed: Plan = plan, **more: Any) -> Any:
+def tuned(plan: StudyPlan, engine: Engine, tmp_path: Path) -> Callable[..., Any]:
+    def tuned(changed: StudyPlan = plan, **more: Any) -> Any:
         return tune(changed, out=tmp_path / "out", cells=tmp_path / "cells", engine=engine, **more)
 
     return tuned
@@ -75,7 +75,7 @@ def rows_of(config: dict[str, Any]) -> int:
 
 @pytest.mark.slow
 def test_the_front_of_a_known_quality_is_found_and_what_is_hopeless_is_stopped(
-    tuned: Callable, plan: Plan, submitted: list, tmp_path: Path
+    tuned: Callable, plan: StudyPlan, submitted: list, tmp_path: Path
 ) -> None:
     found = tuned()
     table = found.table
@@ -91,7 +91,7 @@ def test_the_front_of_a_known_quality_is_found_and_what_is_hopeless_is_stopped(
     assert front["unet_rows"].is_monotonic_increasing
     assert front["known"].is_monotonic_increasing
     assert front[["scheduler", "guidance_scale"]].iloc[-1].tolist() == ["euler", BEST_SCALE]
-    # What was stopped was worse in truth than a trial of the front that costs no more, and had no more pictures.
+    # What was stopped was worse in truth than a trial of the front that costs no more, and had no more images.
     stopped = table[table["state"] == "pruned"]
     assert len(stopped) >= 3
     for _, row in stopped.iterrows():
@@ -100,7 +100,7 @@ def test_the_front_of_a_known_quality_is_found_and_what_is_hopeless_is_stopped(
         assert row["reason"].startswith("dominated by trial ")
         assert any(rows <= rows_of(config) and quality > truth(config) for rows, quality in points)
     assert not stopped["front"].any()
-    drawn = {(job.config.digest, job.prompt, job.seed) for job in submitted}
+    drawn = {(request.config.digest, request.prompt, request.seed) for request in submitted}
     assert len(drawn) == len(submitted), "nothing is drawn twice"
     pairs = table.drop_duplicates("settings")["pairs"].sum()
     assert len(submitted) <= pairs
@@ -115,9 +115,9 @@ def test_the_front_of_a_known_quality_is_found_and_what_is_hopeless_is_stopped(
 
 
 @pytest.mark.slow
-def test_the_field_that_decides_is_the_important_one(tuned: Callable, plan: Plan) -> None:
-    def measure(pictures: Any, _: Any) -> Iterator[float]:
-        return (-abs(picture.record["config"]["guidance_scale"] - BEST_SCALE) for picture in pictures)
+def test_the_field_that_decides_is_the_important_one(tuned: Callable, plan: StudyPlan) -> None:
+    def measure(images: Any, _: Any) -> Iterator[float]:
+        return (-abs(image.record["config"]["guidance_scale"] - BEST_SCALE) for image in images)
 
     metric = Metric("scale", "higher", "this test", measure)
     found = tuned(replace(plan, metric=metric, pairs=PAIRS[:2], trials=20, startup=20))
@@ -128,7 +128,7 @@ def test_the_field_that_decides_is_the_important_one(tuned: Callable, plan: Plan
 
 
 @pytest.mark.slow
-def test_a_study_goes_on_where_it_was(tuned: Callable, plan: Plan, submitted: list) -> None:
+def test_a_study_goes_on_where_it_was(tuned: Callable, plan: StudyPlan, submitted: list) -> None:
     short = replace(plan, trials=4)
     first = tuned(short)
     count = len(submitted)
@@ -140,19 +140,19 @@ def test_a_study_goes_on_where_it_was(tuned: Callable, plan: Plan, submitted: li
 
 
 def test_an_interrupted_trial_is_tried_again_from_its_cells(
-    tuned: Callable, plan: Plan, submitted: list, monkeypatch: pytest.MonkeyPatch
+    tuned: Callable, plan: StudyPlan, submitted: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = replace(plan, trials=3, start=({"steps": 3, "guidance_scale": 2.0, "scheduler": "euler"},))
-    complete, calls = Cells.complete, []
+    complete, calls = ImageCache.complete, []
 
-    def interrupted(self: Cells, cells: Any, *rest: Any) -> Any:
+    def interrupted(self: ImageCache, cells: Any, *rest: Any) -> Any:
         calls.append(len(cells))
         if len(calls) == 2:
             raise KeyboardInterrupt
         return complete(self, cells, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Cells, "complete", interrupted)
+        patch.setattr(ImageCache, "complete", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tuned(plan)
     assert len(submitted) == 4
@@ -160,12 +160,12 @@ def test_an_interrupted_trial_is_tried_again_from_its_cells(
     assert found.table["state"].tolist()[:2] == ["fail", "complete"]
     assert found.table["steps"].tolist()[:2] == [3, 3]
     assert (found.table["state"] != "fail").sum() == 3
-    first = [job for job in submitted if job.config.steps == 3 and job.config.guidance_scale == 2.0]
-    assert len(first) == len(PAIRS), "the four pictures of the interrupted trial were not drawn again"
+    first = [request for request in submitted if request.config.steps == 3 and request.config.guidance_scale == 2.0]
+    assert len(first) == len(PAIRS), "the four images of the interrupted trial were not drawn again"
 
 
 def test_trials_share_cells_with_sweeps(
-    tuned: Callable, plan: Plan, tiny_config: GenerationConfig, engine: Engine, submitted: list, tmp_path: Path
+    tuned: Callable, plan: StudyPlan, tiny_config: GenerationConfig, engine: Engine, submitted: list, tmp_path: Path
 ) -> None:
     served = {"steps": 3, "guidance_scale": 2.0, "scheduler": "euler"}
     axes = {"prompt": ["a cat", "a boat", "a red star"], "seed": range(4), "steps": [3], "guidance_scale": [2.0]}
@@ -176,7 +176,7 @@ def test_trials_share_cells_with_sweeps(
     assert submitted == []
 
 
-def test_settings_that_cannot_be_drawn_are_stopped_with_the_reason(tuned: Callable, plan: Plan) -> None:
+def test_settings_that_cannot_be_drawn_are_stopped_with_the_reason(tuned: Callable, plan: StudyPlan) -> None:
     space = {"steps": Choices((1,)), "refiner.handover": Span(0.8, 0.9, None, False, False)}
     found = tuned(replace(plan, space=space, trials=3))
     assert set(found.table["state"]) == {"pruned"}
@@ -185,22 +185,22 @@ def test_settings_that_cannot_be_drawn_are_stopped_with_the_reason(tuned: Callab
     assert found.rule == "no trial was finished"
 
 
-def test_a_metric_that_cannot_measure_ends_the_study(tuned: Callable, plan: Plan) -> None:
-    def broken(pictures: Any, _: Any) -> list[float]:
+def test_a_metric_that_cannot_measure_ends_the_study(tuned: Callable, plan: StudyPlan) -> None:
+    def broken(images: Any, _: Any) -> list[float]:
         raise OSError("no network")
 
-    with pytest.raises(SweepError, match="must measure every picture; broken: OSError: no network"):
+    with pytest.raises(SweepError, match="must measure every image; broken: OSError: no network"):
         tuned(replace(plan, metric=Metric("broken", "higher", "this test", broken)))
 
 
-def test_a_rule_over_two_fields_that_are_both_searched_is_left_to_the_trials(plan: Plan) -> None:
+def test_a_rule_over_two_fields_that_are_both_searched_is_left_to_the_trials(plan: StudyPlan) -> None:
     config, few = plan.config.with_(steps=100), {"scheduler": Choices(("euler", "lcm"))}
     assert replace(plan, config=config, space=few | {"steps": Choices((4, 60))}).config == config
     with pytest.raises(ConfigError, match="at most 50 with the scheduler lcm; received 100"):
         replace(plan, config=config, space=few)
 
 
-def test_the_refiners_fields_are_left_out_where_it_is(tuned: Callable, plan: Plan) -> None:
+def test_the_refiners_fields_are_left_out_where_it_is(tuned: Callable, plan: StudyPlan) -> None:
     space = {"refiner.handover": Span(0.4, 0.6, None, False, False), "refiner": Choices(("none", {}))}
     found = tuned(replace(plan, space=space, trials=8, stop_after=12))
     configs = [GenerationConfig.from_dict(json.loads(text)) for text in found.table["settings"]]
@@ -209,7 +209,7 @@ def test_the_refiners_fields_are_left_out_where_it_is(tuned: Callable, plan: Pla
         assert pd.isna(handover) if config.refiner is None else config.refiner.handover == round(handover, 6)
 
 
-def test_another_plan_under_the_same_name_is_refused(tuned: Callable, plan: Plan) -> None:
+def test_another_plan_under_the_same_name_is_refused(tuned: Callable, plan: StudyPlan) -> None:
     tuned(replace(plan, trials=1))
     with pytest.raises(SweepError, match="what it was begun with, or its trials cannot be compared; its pairs changed"):
         tuned(replace(plan, pairs=PAIRS[:6]))
@@ -217,17 +217,17 @@ def test_another_plan_under_the_same_name_is_refused(tuned: Callable, plan: Plan
         tuned(replace(plan, metric=replace(KNOWN, source="another test")))
 
 
-def test_a_study_of_other_weights_is_refused(tuned: Callable, plan: Plan, engine: Engine) -> None:
+def test_a_study_of_other_weights_is_refused(tuned: Callable, plan: StudyPlan, engine: Engine) -> None:
     tuned(replace(plan, trials=1))
     engine.weights = {"base": "retrained"}
     with pytest.raises(SweepError, match="its ground changed"):
         tuned(plan)
 
 
-def test_a_damaged_storage_is_refused_in_plain_words(tuned: Callable, plan: Plan, tmp_path: Path) -> None:
+def test_a_damaged_storage_is_refused_in_plain_words(tuned: Callable, plan: StudyPlan, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "study.db").write_text("this is no database " * 100)
-    with pytest.raises(SweepError, match=r"a database that Optuna can open; .*The pictures are safe in the cells"):
+    with pytest.raises(SweepError, match=r"a database that Optuna can open; .*The images are safe in the cells"):
         tuned()
 
 
@@ -254,7 +254,7 @@ HOPELESS = [
 @pytest.mark.parametrize(("values", "theirs", "rows", "stopped"), [case[1:] for case in HOPELESS],
                          ids=[case[0] for case in HOPELESS])  # fmt: skip
 def test_a_trial_is_stopped_where_a_rival_is_surely_better(
-    plan: Plan, values: list, theirs: list, rows: float, stopped: bool
+    plan: StudyPlan, values: list, theirs: list, rows: float, stopped: bool
 ) -> None:
     reason = hopeless(plan, values, 10, [rival([*theirs, 0.0, 0.0], rows)])
     assert (reason is not None) is stopped
@@ -268,7 +268,7 @@ def test_a_trial_is_stopped_where_a_rival_is_surely_better(
                                f"rows against {rows}")  # fmt: skip
 
 
-def test_a_trial_as_good_as_its_rivals_is_seldom_stopped(plan: Plan) -> None:
+def test_a_trial_as_good_as_its_rivals_is_seldom_stopped(plan: StudyPlan) -> None:
     """The rule promises 5 % at most, over all looks and three rivals; of 1,000 trials chance may make that 7 %. Without
     its correction it would be 14 %."""
     rng = np.random.default_rng(0)
@@ -281,7 +281,7 @@ def test_a_trial_as_good_as_its_rivals_is_seldom_stopped(plan: Plan) -> None:
     assert stopped / 1000 <= 0.07
 
 
-def test_rungs_double_up_to_all_pairs(plan: Plan) -> None:
+def test_rungs_double_up_to_all_pairs(plan: StudyPlan) -> None:
     assert plan.rungs == [4, 8, 12]
     assert replace(plan, stop_after=12).rungs == [12]
     assert replace(plan, stop_after=100).rungs == [12]
@@ -301,7 +301,7 @@ def test_the_knee_is_farthest_above_the_line(cost: list, gain: list, place: int)
 
 
 @pytest.mark.slow
-def test_the_candidate_may_be_the_best_within_a_budget(tuned: Callable, plan: Plan) -> None:
+def test_the_candidate_may_be_the_best_within_a_budget(tuned: Callable, plan: StudyPlan) -> None:
     plan = replace(plan, trials=4, start=tuple({"steps": s, "guidance_scale": 3.0, "scheduler": "euler"} for s in (1, 3, 5, 6)))  # noqa: E501  # fmt: skip
     found = tuned(replace(plan, choose=7))
     assert found.candidate.steps == 3
@@ -346,7 +346,7 @@ def file(tmp_path: Path, tiny_config: GenerationConfig) -> Path:
 
 
 def test_a_file_is_a_plan(file: Path, tiny_config: GenerationConfig) -> None:
-    assert Plan.from_toml(file) == Plan(
+    assert StudyPlan.from_toml(file) == StudyPlan(
         name="study",
         config=tiny_config,
         metric=METRICS["sharpness"],
@@ -399,13 +399,13 @@ BAD = {
 def test_bad_files_are_refused_before_any_work(file: Path, text: str, kind: type[Exception], said: str) -> None:
     file.write_text(text)
     with pytest.raises(kind) as caught:
-        Plan.from_toml(file)
+        StudyPlan.from_toml(file)
     assert said in str(caught.value)
 
 
 def test_the_command_tunes_says_what_it_found_and_resumes(file: Path, capsys: pytest.CaptureFixture) -> None:
     out = file.parent / "out"
-    command = ["tune", str(file), "--out", str(out), "--cells", str(file.parent / "cells")]
+    command = ["tune", str(file), "--out", str(out), "--cache", str(file.parent / "cells")]
     assert main(command) == 0
     said = capsys.readouterr().out
     assert said.count("trial ") >= 3
@@ -422,25 +422,25 @@ def test_the_command_tunes_says_what_it_found_and_resumes(file: Path, capsys: py
 
 @pytest.mark.usefixtures("interrupted")
 def test_ctrl_c_says_how_to_go_on(file: Path, capsys: pytest.CaptureFixture) -> None:
-    command = ["tune", str(file), "--out", str(file.parent / "out"), "--cells", str(file.parent / "cells")]
+    command = ["tune", str(file), "--out", str(file.parent / "out"), "--cache", str(file.parent / "cells")]
     assert main(command) == STOPPED
     assert "to go on, run the same command again" in capsys.readouterr().err
 
 
-def test_a_range_of_a_fraction_is_one_though_its_ends_are_whole(plan: Plan) -> None:
+def test_a_range_of_a_fraction_is_one_though_its_ends_are_whole(plan: StudyPlan) -> None:
     trial = optuna.trial.FixedTrial({"guidance_scale": 2.5, "steps": 3})
     assert Span(1, 5, 0.5, False, False).suggest(trial, "guidance_scale") == 2.5
     assert Span(1, 5, None, False, True).suggest(trial, "steps") == 3
     assert changed(plan.config, {"refiner.handover": 0.5, "refiner": {}}).refiner == RefinerConfig(0.5)
 
 
-def test_a_metric_that_is_no_number_ends_the_study_with_its_picture(tuned: Callable, plan: Plan) -> None:
-    nan = Metric("nan", "higher", "this test", lambda pictures, _: (math.nan for _ in pictures))
+def test_a_metric_that_is_no_number_ends_the_study_with_its_image(tuned: Callable, plan: StudyPlan) -> None:
+    nan = Metric("nan", "higher", "this test", lambda images, _: (math.nan for _ in images))
     with pytest.raises(SweepError, match="received nan from nan for 'a cat', seed 0"):
         tuned(replace(plan, metric=nan, trials=2))
 
 
-def test_a_candidate_of_an_earlier_rule_does_not_stay(tuned: Callable, plan: Plan, tmp_path: Path) -> None:
+def test_a_candidate_of_an_earlier_rule_does_not_stay(tuned: Callable, plan: StudyPlan, tmp_path: Path) -> None:
     plan = replace(plan, trials=2, startup=2, pairs=PAIRS[:2])
     tuned(plan)
     assert (tmp_path / "out" / "candidate.toml").exists()
@@ -449,7 +449,7 @@ def test_a_candidate_of_an_earlier_rule_does_not_stay(tuned: Callable, plan: Pla
 
 
 def test_workers_that_share_a_storage_do_not_try_the_same(
-    tuned: Callable, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tuned: Callable, plan: StudyPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeds = []
     sampler = optuna.samplers.TPESampler

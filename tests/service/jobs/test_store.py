@@ -1,4 +1,4 @@
-"""Pictures and their records: whole or not at all, listed newest first, and an id never becomes a path."""
+"""Images and their records: whole or not at all, listed newest first, and an id never becomes a path."""
 
 import json
 import subprocess
@@ -22,9 +22,9 @@ from service.jobs.store import (
     Store,
     StoreRefused,
     StoreUnreachable,
-    UnknownPicture,
+    UnknownImage,
     check_place,
-    picture_id,
+    image_id,
 )
 
 ID = uuid.UUID("12345678-1234-5678-1234-567812345678")
@@ -50,7 +50,7 @@ def s3():
 
 @pytest.fixture(params=["folder", "file", "memory", "s3"])
 def store(request, tmp_path):
-    folder = tmp_path / "pictures of mine"
+    folder = tmp_path / "images of mine"
     if request.param == "s3":
         return Store(f"{request.getfixturevalue('s3')}/{uuid.uuid4()}")
     return Store({"folder": folder, "file": folder.as_uri(), "memory": "memory://"}[request.param])
@@ -58,19 +58,19 @@ def store(request, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    return Store(tmp_path / "pictures")
+    return Store(tmp_path / "images")
 
 
 def test_what_is_put_is_got_with_its_record(store):
     before = time.time()
-    kept = store.put(ID, b"a picture", RECORD)
-    assert store.get(ID) == b"a picture"
+    kept = store.put(ID, b"an image", RECORD)
+    assert store.get(ID) == b"an image"
     assert store.record(ID) == kept
     assert kept == {**RECORD, "id": str(ID), "created": kept["created"]}
     assert before - 1 < kept["created"] < time.time() + 1
 
 
-def test_a_picture_put_again_replaces_the_old_and_is_listed_once(store):
+def test_a_image_put_again_replaces_the_old_and_is_listed_once(store):
     store.put(ID, b"old", {"prompt": "old"})
     time.sleep(0.005)
     store.put(ID, b"new", {"prompt": "new"})
@@ -83,22 +83,22 @@ BAD_IDS = ["../x", f"../{ID}", f"{ID}.png", f"{ID}/..", f"x{ID}", f"{ID}\0", "",
 
 @pytest.mark.parametrize("bad", [*BAD_IDS, "/etc/passwd", "..", "a" * 5000], ids=lambda bad: repr(bad)[:30])
 def test_text_that_is_no_id_is_unknown(bad):
-    with pytest.raises(UnknownPicture, match="no picture has the id"):
-        picture_id(bad)
+    with pytest.raises(UnknownImage, match="no image has the id"):
+        image_id(bad)
 
 
 @pytest.mark.parametrize("bad", ["../x", str(ID), None])
 @pytest.mark.parametrize("method", ["put", "get", "record", "delete", "put_job", "job", "drop_job"])
 def test_only_a_uuid_names_an_object(folder, bad, method):
     more = {"put": (b"", {}), "put_job": ({},)}.get(method, ())
-    with pytest.raises(TypeError, match="a picture's id must be a UUID"):
+    with pytest.raises(TypeError, match="an image's id must be a UUID"):
         getattr(folder, method)(bad, *more)
     assert not list(folder.folder.iterdir())
 
 
-def test_an_id_without_a_picture_is_unknown(store):
+def test_an_id_without_a_image_is_unknown(store):
     for method in (store.get, store.record, store.delete, store.job):
-        with pytest.raises(UnknownPicture, match=str(ID)):
+        with pytest.raises(UnknownImage, match=str(ID)):
             method(ID)
     store.drop_job(ID)
 
@@ -127,12 +127,12 @@ def test_a_cursor_of_no_page_is_refused(store, cursor):
         store.page(1, cursor)
 
 
-def test_a_deleted_picture_is_gone(store):
+def test_a_deleted_image_is_gone(store):
     other = uuid.uuid4()
-    store.put(ID, b"a picture", RECORD)
+    store.put(ID, b"an image", RECORD)
     store.put(other, b"another", RECORD)
     store.delete(ID)
-    with pytest.raises(UnknownPicture):
+    with pytest.raises(UnknownImage):
         store.get(ID)
     assert [record["id"] for record in store.page(5).records] == [str(other)]
     assert len([*store._listing("")]) == 3 if store.folder is None else len([*store.folder.rglob("*-*")]) == 3
@@ -156,7 +156,7 @@ def test_retention_removes_what_is_older_and_keeps_the_rest(store, monkeypatch):
     monkeypatch.undo()
     assert {record["id"] for record in store.page(5).records} == {str(again), str(new)}
     assert [name.id for name in store.job_names()] == [new]
-    with pytest.raises(UnknownPicture):
+    with pytest.raises(UnknownImage):
         store.get(old)
 
 
@@ -180,14 +180,14 @@ def test_what_is_promised_is_kept_until_it_is_dropped(store):
     assert store.page(5).records == []
 
 
-def test_a_folder_of_pictures_from_before_is_read_and_listed(tmp_path):
+def test_a_folder_of_images_from_before_is_read_and_listed(tmp_path):
     (tmp_path / f"{ID}.png").write_bytes(encode_png(Image.new("RGB", (8, 8)), _full_record()))
-    (tmp_path / f"{uuid.UUID(int=1)}.png").write_bytes(b"no picture of ours")
-    (tmp_path / "holiday.png").write_bytes(b"no picture of ours")
+    (tmp_path / f"{uuid.UUID(int=1)}.png").write_bytes(b"no image of ours")
+    (tmp_path / "holiday.png").write_bytes(b"no image of ours")
     store = Store(tmp_path)
     assert [record["id"] for record in store.page(5).records] == [str(ID)]
     assert store.record(ID)["prompt"] == "a red ring"
-    assert store.get(uuid.UUID(int=1)) == b"no picture of ours"
+    assert store.get(uuid.UUID(int=1)) == b"no image of ours"
     assert [record["id"] for record in Store(tmp_path).page(5).records] == [str(ID)]
 
 
@@ -257,11 +257,11 @@ def test_a_place_that_is_none_is_refused_with_the_schemes(place):
 def test_a_store_that_cannot_be_opened_says_why(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StoreRefused, match="cannot be opened"):
-        Store(tmp_path / "file" / "pictures")
+        Store(tmp_path / "file" / "images")
 
 
 @pytest.mark.parametrize("fails", [1, 2, 3])
-def test_a_put_that_fails_lists_nothing_and_leaves_the_old_picture_whole(folder, monkeypatch, fails):
+def test_a_put_that_fails_lists_nothing_and_leaves_the_old_image_whole(folder, monkeypatch, fails):
     put, calls = obstore.put, []
 
     def full(*arguments, **options):
@@ -272,10 +272,10 @@ def test_a_put_that_fails_lists_nothing_and_leaves_the_old_picture_whole(folder,
 
     monkeypatch.setattr(obstore, "put", full)
     with pytest.raises(StoreRefused, match="No space left on device") as caught:
-        folder.put(ID, b"a picture", RECORD)
+        folder.put(ID, b"an image", RECORD)
     assert "/a/path" not in str(caught.value)
     assert folder.page(5).records == []
-    assert folder.put(ID, b"a picture", RECORD) in folder.page(5).records
+    assert folder.put(ID, b"an image", RECORD) in folder.page(5).records
 
 
 def test_a_full_disk_refuses_and_keeps_what_it_has(small_disk):
@@ -313,7 +313,7 @@ for number in range(100_000):
 """
 
 
-def test_a_writer_killed_at_any_moment_leaves_no_torn_picture(tmp_path):
+def test_a_writer_killed_at_any_moment_leaves_no_torn_image(tmp_path):
     """What was acknowledged is there; what is listed is whole; what it was writing goes with time."""
     acknowledged = []
     for moment in range(6):

@@ -1,17 +1,17 @@
-// Stored pictures: what is known of them, and their bytes.
+// Stored images: what is known of them, and their bytes.
 
 import { address, ask, call, key } from "./api.js";
 
 const blobs = new Map();
 
-/** A picture as the page uses it; `values` are its settings, `strength` stands beside the `source` of a refined one. */
+/** An image as the page uses it; `values` are its settings, `strength` stands beside the `source` of a refined one. */
 export async function read(id) {
   const { settings, width, height, negative_prompt, record, ...rest } = await ask(`images/${id}`);
   const values = { ...settings, width, height, negative_prompt: negative_prompt ?? "" };
   return { ...rest, values, strength: record?.strength };
 }
 
-/** A page of pictures, newest first: `{images, next}`. */
+/** A page of images, newest first: `{images, next}`. */
 export const list = (cursor, limit) =>
   ask(`images?limit=${limit}${cursor ? `&cursor=${encodeURIComponent(cursor)}` : ""}`);
 
@@ -32,7 +32,7 @@ export async function addressOf(id, format = "png") {
   }
 }
 
-/** Let go of a deleted picture's bytes. */
+/** Let go of a deleted image's bytes. */
 export async function release(id) {
   for (const [path, blob] of blobs) {
     if (!path.startsWith(`download/${id}`)) continue;
