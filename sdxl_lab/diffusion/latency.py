@@ -38,15 +38,29 @@ class LatencyModel:
         by_rows = self._seconds.setdefault(group, {})
         by_rows.setdefault(rows, deque(maxlen=REMEMBERED)).append(seconds)
 
+    def measured(self, group: Hashable) -> list[int]:
+        """The row counts of which something was measured, the fewest first."""
+        return sorted(self._seconds.get(group, ()))
+
     def seconds(self, group: Hashable, rows: int) -> float:
-        """Of a call with so many rows: as measured, else in proportion to the nearest number that was; 0 for a group
-        of which nothing is known."""
-        by_rows = dict(self._seconds.get(group, {}))
-        if not by_rows:
+        """Of a call with so many rows: as measured, on the line between the nearest measured counts, or beyond them in
+        proportion to the last one; 0 for a group of which nothing is known. Never less than a smaller call takes."""
+        known = self.measured(group)
+        if not known:
             return 0.0
-        nearest = min(by_rows, key=lambda known: abs(known - rows))
-        median = statistics.median(tuple(by_rows[nearest]))
-        return median if nearest == rows else median * max(rows / nearest, 0.5)
+        if rows in known:
+            return self._median(group, rows)
+        below, above = [each for each in known if each < rows], [each for each in known if each > rows]
+        if not below:
+            return self._median(group, above[0])
+        if not above:
+            return self._median(group, below[-1]) * rows / below[-1]
+        low, high = below[-1], above[0]
+        first, last = self._median(group, low), self._median(group, high)
+        return first + (last - first) * (rows - low) / (high - low)
+
+    def _median(self, group: Hashable, rows: int) -> float:
+        return statistics.median(tuple(self._seconds[group][rows]))
 
     def __bool__(self) -> bool:
         """Whether anything was measured."""

@@ -1,0 +1,259 @@
+"""The batcher: which images are under way, which of them share the next UNet call, and when each will be done.
+
+Arithmetic only: workloads and measured costs go in, a plan comes out. It has no thread and no clock; whoever asks says
+what time it is, in seconds of any one clock. The engine carries out the plan; the forecast is the same plan, played
+forward. Imports nothing but the latency model.
+"""
+
+import math
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+from sdxl_lab.diffusion.latency import Forecast, LatencyModel
+
+Order = Literal["shortest", "fifo"]
+ORDERS: tuple[Order, ...] = ("shortest", "fifo")
+# An image's remaining time counts for half once it has waited this many times its own: between the two classics,
+# shortest remaining time first (no patience) and highest response ratio next (Hansen 1971).
+PATIENCE = 10.0
+# Nobody waits longer than this multiple of what first come, first served would have taken.
+STRETCH = 3.0
+# Rows that cost this much more than the cheapest are still cheap enough, where the call is smaller.
+SLACK = 0.1
+# With more images than this the forecast leaps over calls that are alike at both ends; with fewer it makes every one.
+EXACT = 64
+
+
+class Part(NamedTuple):
+    """A stretch of an image's denoising: `calls` UNet calls of `group`, with `rows` rows in each. Only images of one
+    group share a call: the group names the UNet and the latents' height and width."""
+
+    group: Hashable
+    rows: int
+    calls: int
+
+
+Workload = tuple[Part, ...]  # an image's parts, one after the other
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What comes next. The images of `start` are put under way; those of `call`, `rows` rows of `group` in all, share
+    one UNet call. Empty where there is nothing to do."""
+
+    start: tuple[Hashable, ...] = ()
+    call: tuple[Hashable, ...] = ()
+    group: Hashable = None
+    rows: int = 0
+
+
+@dataclass
+class _Image:
+    """An image as the batcher sees it. Times are on the caller's clock."""
+
+    key: Hashable
+    parts: list[Part]
+    priority: int
+    arrived: float
+    number: int
+    cost: float  # seconds of its own calls, at the price of a row in a well filled call
+    left: float  # the same for what remains
+    due: float  # by when it goes before everybody
+    active: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.parts[0].rows
+
+    @property
+    def group(self) -> Hashable:
+        return self.parts[0].group
+
+
+@dataclass
+class Batcher:
+    """Who is under way and who is in the next call.
+
+    `max_active` bounds the images under way: memory. `max_rows` bounds the rows of one call; how many it takes is what
+    costs the least time a row, as `latency` measured it. With `order` "shortest" the image with the least remaining
+    time goes first, less so the longer it has waited, and none takes more than `STRETCH` times as long as first come,
+    first served would have taken; "fifo" is that order. A higher priority goes before, within the same bound.
+    """
+
+    latency: LatencyModel
+    max_rows: int = 16
+    max_active: int = 64
+    order: Order = "shortest"
+    _images: dict[Hashable, _Image] = field(default_factory=dict)
+    _count: int = 0
+    _busy_until: float = -math.inf  # when first come, first served would be done with all that has arrived
+    _choices: dict[Hashable, tuple[int, float]] = field(default_factory=dict)
+
+    # --- who is there ------------------------------------------------------------------------------------------------
+
+    def add(self, key: Hashable, work: Iterable[Part], now: float, priority: int = 0) -> None:
+        """An image arrives. Raises `ValueError` for a key that is there, or work without a call."""
+        if key in self._images:
+            raise ValueError(f"an image must be added once; received {key!r} again")
+        parts = _checked(work)
+        cost = self._cost(parts)
+        self._busy_until = max(self._busy_until, now) + cost
+        due = now + STRETCH * (self._busy_until - now) - cost
+        self._images[key] = _Image(key, parts, priority, now, self._count, cost, cost, due)
+        self._count += 1
+
+    def refine(self, key: Hashable, work: Iterable[Part]) -> None:
+        """The image's remaining work, now that it is known exactly."""
+        image = self._images[key]
+        image.parts = _checked(work)
+        image.left = self._cost(image.parts)
+
+    def remove(self, key: Hashable) -> None:
+        """The image is gone: done, failed or cancelled. Nothing happens where it was gone already."""
+        self._images.pop(key, None)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    @property
+    def active(self) -> list[Hashable]:
+        """The images under way."""
+        return [image.key for image in self._images.values() if image.active]
+
+    @property
+    def waiting(self) -> list[Hashable]:
+        """The images that wait, in the order in which they arrived."""
+        return [image.key for image in self._images.values() if not image.active]
+
+    # --- what comes next ---------------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> Plan:
+        """The next call. The first of the order names the group; others of the group fill the rows."""
+        room = self.max_active - sum(image.active for image in self._images.values())
+        chosen: list[_Image] = []
+        rows, limit = 0, 0
+        for image in self._ordered(now):
+            if chosen and (image.group != chosen[0].group or rows + image.rows > limit):
+                continue
+            if not image.active:
+                if room <= 0:
+                    continue
+                room -= 1
+            if not chosen:
+                limit = max(image.rows, self.rows_of(image.group))
+            chosen.append(image)
+            rows += image.rows
+            if rows >= limit:
+                break
+        if not chosen:
+            return Plan()
+        start = tuple(image.key for image in chosen if not image.active)
+        return Plan(start, tuple(image.key for image in chosen), chosen[0].group, rows)
+
+    def started(self, key: Hashable) -> None:
+        """The image is under way: it holds memory until it is removed."""
+        self._images[key].active = True
+
+    def called(self, keys: Iterable[Hashable]) -> list[Hashable]:
+        """These images had their call. Returns those that have none left; they stay until they are removed."""
+        done = []
+        for key in keys:
+            image = self._images[key]
+            part = image.parts[0]
+            image.left -= self._price(part.group) * part.rows
+            if part.calls > 1:
+                image.parts[0] = part._replace(calls=part.calls - 1)
+            elif len(image.parts) > 1:
+                image.parts.pop(0)
+            else:
+                done.append(key)
+        return done
+
+    def rows_of(self, group: Hashable) -> int:
+        """The rows of a well filled call: the fewest whose price a row is within `SLACK` of the least."""
+        return self._choice(group)[0]
+
+    def _choice(self, group: Hashable) -> tuple[int, float]:
+        """Rows of a well filled call, and seconds a row in it."""
+        if group not in self._choices:
+            measured = {rows: self.latency.seconds(group, rows) / rows for rows in self.latency.measured(group)}
+            measured = {rows: price for rows, price in measured.items() if rows <= self.max_rows}
+            if not measured:
+                return self.max_rows, self.latency.seconds(group, self.max_rows) / self.max_rows
+            least = min(measured.values())
+            rows = min(rows for rows, price in measured.items() if price <= least * (1 + SLACK))
+            self._choices[group] = rows, measured[rows]
+        return self._choices[group]
+
+    def measured(self) -> None:
+        """The latency model has learnt: choose rows anew."""
+        self._choices.clear()
+
+    def _price(self, group: Hashable) -> float:
+        return self._choice(group)[1] or 1.0  # nothing measured: calls count
+
+    def _cost(self, parts: Iterable[Part]) -> float:
+        return sum(part.calls * part.rows * self._price(part.group) for part in parts)
+
+    def _ordered(self, now: float) -> list[_Image]:
+        if self.order == "fifo":
+            return sorted(self._images.values(), key=lambda image: (-image.priority, image.number))
+
+        def rank(image: _Image) -> tuple[float, ...]:
+            if now >= image.due:
+                return (-math.inf, image.due, image.number)
+            waited = max(0.0, now - image.arrived)
+            return (-image.priority, image.left / (1 + waited / (PATIENCE * image.cost)), image.number)
+
+        return sorted(self._images.values(), key=rank)
+
+    # --- when it will be done ----------------------------------------------------------------------------------------
+
+    def forecast(self, now: float) -> dict[Hashable, Forecast]:
+        """When each image has its first call and when it is decoded, in seconds from now, if nobody else arrives: this
+        very plan, played forward at the measured costs. An image under way has begun, at 0."""
+        images = {key: replace(image, parts=list(image.parts)) for key, image in self._images.items()}
+        twin = replace(self, _images=images)
+        starts = {key: 0.0 for key in self.active}
+        ends: dict[Hashable, float] = {}
+        passed = 0.0
+        while twin._images:
+            plan = twin.plan(now + passed)
+            seconds = self.latency.seconds(plan.group, plan.rows)
+            for key in plan.start:
+                twin.started(key)
+                starts[key] = passed
+            for _ in range(twin._alike(plan, now + passed, seconds)):
+                done = twin.called(plan.call)
+                passed += seconds
+            passed += self.latency.seconds("decode", len(done)) if done else 0.0
+            for key in done:
+                ends[key] = passed
+                twin.remove(key)
+        return {key: Forecast(starts[key], ends[key]) for key in ends}
+
+    def _alike(self, plan: Plan, now: float, seconds: float) -> int:
+        """How many calls in a row this plan stands for."""
+        if len(self._images) <= EXACT:
+            return 1
+        leap = min(self._images[key].parts[0].calls for key in plan.call)
+        while leap > 1:
+            members = {key: replace(self._images[key], parts=list(self._images[key].parts)) for key in plan.call}
+            later = replace(self, _images=self._images | members)
+            for _ in range(leap - 1):
+                later.called(plan.call)
+            if later.plan(now + (leap - 1) * seconds).call == plan.call:
+                return leap
+            leap //= 2
+        return 1
+
+
+def _checked(work: Iterable[Part]) -> list[Part]:
+    parts = [part for part in work if part.calls]
+    if not parts or any(part.rows < 1 or part.calls < 0 for part in parts):
+        raise ValueError(f"an image must have at least one call of at least one row; received {parts}")
+    return parts
