@@ -21,6 +21,8 @@ PATIENCE = 10.0
 STRETCH = 3.0
 # Rows that cost this much more than the cheapest are still cheap enough, where the call is smaller.
 SLACK = 0.1
+# So many calls of a row count are made before it is judged: the first one may be slow.
+TRIALS = 3
 # With more images than this the forecast leaps over calls that are alike at both ends; with fewer it makes every one.
 EXACT = 64
 
@@ -76,7 +78,8 @@ class Batcher:
     """Who is under way and who is in the next call.
 
     `max_active` bounds the images under way: memory. `max_rows` bounds the rows of one call; how many it takes is what
-    costs the least time a row, as `latency` measured it. With `order` "shortest" the image with the least remaining
+    costs the least time a row, as `latency` measured it. While `exploring`, row counts of which too little is known
+    are tried first, where there is enough to fill them. With `order` "shortest" the image with the least remaining
     time goes first, less so the longer it has waited, and none takes more than `STRETCH` times as long as first come,
     first served would have taken; "fifo" is that order. A higher priority goes before, within the same bound.
     """
@@ -85,6 +88,7 @@ class Batcher:
     max_rows: int = 16
     max_active: int = 64
     order: Order = "shortest"
+    exploring: bool = True
     _images: dict[Hashable, _Image] = field(default_factory=dict)
     _count: int = 0
     _busy_until: float = -math.inf  # when first come, first served would be done with all that has arrived
@@ -133,7 +137,7 @@ class Batcher:
 
     def plan(self, now: float) -> Plan:
         """The next call. The first of the order names the group; others of the group fill the rows."""
-        room = self.max_active - sum(image.active for image in self._images.values())
+        room = self.max_active - len(self.active)
         chosen: list[_Image] = []
         rows, limit = 0, 0
         for image in self._ordered(now):
@@ -144,7 +148,7 @@ class Batcher:
                     continue
                 room -= 1
             if not chosen:
-                limit = max(image.rows, self.rows_of(image.group))
+                limit = max(image.rows, self._limit(image.group, room))
             chosen.append(image)
             rows += image.rows
             if rows >= limit:
@@ -172,6 +176,24 @@ class Batcher:
             else:
                 done.append(key)
         return done
+
+    def _limit(self, group: Hashable, room: int) -> int:
+        """The rows of the next call: a count to be tried, if there are images to fill it, else the best known."""
+        if self.exploring:
+            known = self.latency.counts(group)
+            untried = [rows for rows in self._candidates() if known.get(rows, 0) < TRIALS]
+            if untried:
+                mine = [image for image in self._images.values() if image.group == group]
+                waiting = sum(image.rows for image in mine if not image.active)
+                there = sum(image.rows for image in mine if image.active) + min(waiting, 2 * room)
+                fitting = [rows for rows in untried if rows <= there]
+                if fitting:
+                    return fitting[0]
+        return self.rows_of(group)
+
+    def _candidates(self) -> list[int]:
+        """Powers of two up to `max_rows`, and that."""
+        return sorted({*(1 << power for power in range(1, self.max_rows.bit_length())), self.max_rows})
 
     def rows_of(self, group: Hashable) -> int:
         """The rows of a well filled call: the fewest whose price a row is within `SLACK` of the least."""
@@ -217,7 +239,7 @@ class Batcher:
         """When each image has its first call and when it is decoded, in seconds from now, if nobody else arrives: this
         very plan, played forward at the measured costs. An image under way has begun, at 0."""
         images = {key: replace(image, parts=list(image.parts)) for key, image in self._images.items()}
-        twin = replace(self, _images=images)
+        twin = replace(self, exploring=False, _images=images)
         starts = {key: 0.0 for key in self.active}
         ends: dict[Hashable, float] = {}
         passed = 0.0

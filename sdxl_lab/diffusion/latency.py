@@ -38,6 +38,10 @@ class LatencyModel:
         by_rows = self._seconds.setdefault(group, {})
         by_rows.setdefault(rows, deque(maxlen=REMEMBERED)).append(seconds)
 
+    def counts(self, group: Hashable) -> dict[int, int]:
+        """How many calls were measured, by their rows."""
+        return {rows: len(seconds) for rows, seconds in self._seconds.get(group, {}).items()}
+
     def measured(self, group: Hashable) -> list[int]:
         """The row counts of which something was measured, the fewest first."""
         return sorted(self._seconds.get(group, ()))

@@ -101,7 +101,7 @@ def test_no_more_images_are_under_way_than_memory_has_room_for(drawn, max_active
 @settings(deadline=None, max_examples=40)
 @given(arrivals, st.sampled_from(["shortest", "fifo"]))
 def test_the_forecast_of_a_fixed_workload_is_what_the_batcher_then_does(drawn, order):
-    batcher = Batcher(model(decode=0.02), max_rows=8, max_active=6, order=order)
+    batcher = Batcher(model(decode=0.02), max_rows=8, max_active=6, order=order, exploring=False)
     for moment, key, work, priority in named(drawn):
         batcher.add(key, work, moment, priority)
     forecast = batcher.forecast(5.0)
@@ -121,7 +121,7 @@ def test_the_forecast_of_a_fixed_workload_is_what_the_batcher_then_does(drawn, o
 @given(st.lists(st.floats(0, 20), min_size=2, max_size=30), st.integers(1, 40))
 def test_equal_images_are_started_and_done_in_the_order_in_which_they_arrived(moments, calls):
     ordered = [(moment, f"image {i:02}", (Part("base", 2, calls),), 0) for i, moment in enumerate(sorted(moments))]
-    played = Played(Batcher(model(), max_rows=8)).run(ordered)
+    played = Played(Batcher(model(), max_rows=8, exploring=False)).run(ordered)
     ends = [played.ends[key] for _, key, *_ in ordered]
     assert ends == sorted(ends)
 
@@ -166,7 +166,7 @@ def test_a_cancelled_image_frees_its_rows_at_the_next_call():
 
 
 def test_a_short_image_passes_the_long_ones():
-    batcher = Batcher(model(), max_rows=8)
+    batcher = Batcher(model(), max_rows=8, exploring=False)
     played, now = Played(batcher), 0.0
     for index in range(8):
         batcher.add(f"long {index}", (Part("base", 2, 50),), 0.0)
@@ -199,7 +199,7 @@ def test_the_rows_of_a_call_are_chosen_by_measurement(name, seconds, expected):
 
 
 def test_the_forecast_of_a_long_queue_is_close_and_quick():
-    batcher = Batcher(model(), max_rows=8)
+    batcher = Batcher(model(), max_rows=8, exploring=False)
     draw = random.Random(2)
     for index in range(300):
         batcher.add(index, (Part("base", 2, draw.choice((8, 25, 50))),), 0.0)
@@ -215,3 +215,20 @@ def test_the_forecast_of_a_long_queue_is_close_and_quick():
 def test_work_without_a_call_is_refused(work):
     with pytest.raises(ValueError, match="at least one call of at least one row"):
         Batcher(model()).add("a", work, 0.0)
+
+
+def test_row_counts_of_which_nothing_is_known_are_tried_before_one_is_chosen():
+    seconds = {2: 0.05, 4: 0.07, 8: 0.12, 16: 0.5}
+    batcher = Batcher(LatencyModel(), max_rows=16)
+    for index in range(16):
+        batcher.add(index, (Part("base", 2, 100),), 0.0)
+    sizes = []
+    for _ in range(20):
+        plan = batcher.plan(0.0)
+        for key in plan.start:
+            batcher.started(key)
+        sizes.append(plan.rows)
+        batcher.latency.took("base", plan.rows, seconds[plan.rows])
+        batcher.measured()
+        batcher.called(plan.call)
+    assert sizes == [2] * 3 + [4] * 3 + [8] * 3 + [16] * 3 + [8] * 8
