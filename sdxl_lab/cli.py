@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     promote.add_argument("--seed", type=int, action="append", help="instead of the plan's seeds; may be repeated")
     promote.add_argument("--gate", action="append", metavar="GATE", help="instead of the plan's; may be repeated")
     promote.add_argument(
-        "--evidence", type=Path, metavar="FILE", help="what a trial found before, instead of a new one"
+        "--evidence", type=Path, metavar="FILE", help="what a comparison found before, instead of a new one"
     )
     promote.add_argument("--why", required=True, help="the reason, kept in the evidence")
     promote.add_argument("--who", required=True, help="who promotes")
@@ -207,29 +207,29 @@ def _show(asked: argparse.Namespace) -> None:
 
 def _promote(asked: argparse.Namespace) -> None:
     from sdxl_lab.diffusion.denoising import ImageRequest
-    from sdxl_lab.evaluation import comparison as trial
+    from sdxl_lab.evaluation.comparison import candidate_of, compare, draw
     from sdxl_lab.release.diff import difference_table
-    from sdxl_lab.release.slot import clean_state, promote, read_judged, served
+    from sdxl_lab.release.slot import clean_state, promote, read_evidence, served
 
     clean_state(asked.allow_dirty)
-    config = trial.candidate_of(asked.candidate)
+    config = candidate_of(asked.candidate)
     before = served(asked.slot)
     if asked.evidence:
         if given := [name for name in ("plan", "prompt", "seed", "gate") if getattr(asked, name) is not None]:
             raise ValueError(f"--evidence says what was tried, and must come without --{given[0]}")
-        judged = read_judged(asked.evidence)
-        goldens = trial.draw([ImageRequest(config, golden["prompt"], golden["seed"]) for golden in judged["goldens"]])
+        evidence = read_evidence(asked.evidence)
+        goldens = draw([ImageRequest(config, golden["prompt"], golden["seed"]) for golden in evidence["goldens"]])
     else:
-        found = trial.run(config, asked.slot, _plan(asked))
-        judged, goldens = found.judged(), found.goldens
-    print(difference_table(before, config, judged))
+        found = compare(config, asked.slot, _plan(asked))
+        evidence, goldens = found.evidence(), found.goldens
+    print(difference_table(before, config, evidence))
     slot = promote(
         config,
         asked.slot,
         images=goldens,
         why=asked.why,
         who=asked.who,
-        judged=judged,
+        evidence=evidence,
         allow_dirty=asked.allow_dirty,
     )
     count = len(slot.goldens)
@@ -266,8 +266,8 @@ def _diff(asked: argparse.Namespace) -> None:
     before = load_slot(asked.slot)
     if asked.candidate.is_dir():
         other = load_slot(asked.candidate)
-        judged = other.evidence if other.evidence and other.evidence.get("replaces") == before.digest else None
-        print(difference_table(before.config, other.config, judged))
+        evidence = other.evidence if other.evidence and other.evidence.get("replaces") == before.digest else None
+        print(difference_table(before.config, other.config, evidence))
     else:
         print(difference_table(before.config, candidate_of(asked.candidate)))
 

@@ -1,6 +1,6 @@
 """A candidate beside what a slot serves: both drawn for the same prompts and seeds, measured, and judged by gates.
 
-Gives what a promotion is decided on (`Comparison.judged`, for `promotion.promote`) and the images to look at. Writes
+Gives what a promotion is decided on (`Comparison.evidence`, for `promote`) and the images to look at. Writes
 nothing.
 """
 
@@ -41,9 +41,10 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """What a candidate is tried on. The first seed of the first `goldens` prompts gives the golden images; `clip` is
-    the CLIP model of the metric clip_score, by default the one that comes with the candidate's model. TOML has the same
-    names:
+    """What a candidate and the served configuration are compared on.
+
+    The first seed of each of the first `goldens` prompts gives a golden image. `clip` is the CLIP model of the metric
+    clip_score, by default the one that comes with the candidate's model. TOML has the same names:
 
         prompts = ["a red circle on a white background", "..."]
         seeds = [0, 1]
@@ -73,7 +74,9 @@ class ComparisonPlan:
         object.__setattr__(self, "metrics", tuple(dict.fromkeys(names)))
         for metric in self.measures:
             if metric.needs_reference:
-                raise MetricError(f"a trial measures images alone; {metric.name} needs a reference. Example: sharpness")
+                raise MetricError(
+                    f"a comparison measures images alone; {metric.name} needs a reference. Example: sharpness"
+                )
 
     @classmethod
     def from_toml(cls, path: Path | str) -> "ComparisonPlan":
@@ -91,7 +94,7 @@ class ComparisonPlan:
 
     @property
     def pairs(self) -> list[tuple[str, int]]:
-        """Prompts x seeds, the seeds running fastest: the order of a trial's images and values."""
+        """Prompts x seeds, the seeds running fastest: the order of a comparison's images and values."""
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
 
@@ -139,14 +142,14 @@ class Comparison:
     def passed(self) -> bool:
         return all(verdict.passed for verdict in self.verdicts)
 
-    def judged(self, notebook: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What `promotion.promote` takes and a slot keeps as evidence: plain values, as JSON has them.
+    def evidence(self, notebook: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What `promote` takes and a slot keeps as evidence: plain values, as JSON has them.
 
-        `notebook` is what `notebook.origin` gives, where the trial runs in one.
+        `notebook` is what `runner.origin` gives, where a notebook makes the comparison.
         """
         record = self.images[0].record
         commit, dirty = git_state()
-        judged = {
+        evidence = {
             "digest": self.candidate.digest,
             "replaces": self.served.digest if self.served else None,
             "prompts": list(self.plan.prompts),
@@ -161,7 +164,7 @@ class Comparison:
             "notebook": dict(notebook) if notebook else None,
             "goldens": [{"prompt": golden.record["prompt"], "seed": golden.record["seed"]} for golden in self.goldens],
         }
-        plain: dict[str, Any] = json.loads(json.dumps(judged))
+        plain: dict[str, Any] = json.loads(json.dumps(evidence))
         return plain
 
     def _metric(self, metric: Metric) -> dict[str, Any]:
@@ -184,7 +187,7 @@ def _estimate(values: np.ndarray, by: Sequence[str]) -> dict[str, Any]:
     return {"mean": float(values.mean()), "low": None, "high": None, "count": 1}
 
 
-def run(
+def compare(
     candidate: GenerationConfig,
     slot: Path | str,
     plan: ComparisonPlan | None = None,
@@ -192,7 +195,7 @@ def run(
 ) -> Comparison:
     """Draw `candidate` and what `slot` holds for every prompt and seed of the plan, and measure both.
 
-    A slot that holds nothing yet gives a trial of the candidate alone. Where both take the same models, they share one
+    A slot that holds nothing yet gives the candidate alone. Where both take the same models, they share one
     engine and its calls.
     """
     plan = plan or ComparisonPlan()

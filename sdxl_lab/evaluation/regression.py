@@ -144,7 +144,7 @@ def regress(slot: Slot, *, metrics: bool = True, profile: RuntimeProfile | None 
 
 
 def _metric_set(slot: Slot) -> dict[str, Any]:
-    """The slot's evidence where it holds what a trial measured, else nothing."""
+    """The slot's evidence where it holds what a comparison measured, else nothing."""
     evidence = slot.evidence or {}
     if not evidence.get("metrics"):
         return {}
@@ -156,8 +156,9 @@ def _metric_set(slot: Slot) -> dict[str, Any]:
         sound = False
     if not sound:
         raise SlotError(
-            f"evidence.json of the slot {slot.folder} must hold its metric set as a trial wrote it: prompts, seeds, "
-            "clip, gates, and a value of each metric for each prompt and seed. Promote again, or restore it from git"
+            f"evidence.json of the slot {slot.folder} must hold its metric set as a comparison wrote it: prompts, "
+            "seeds, clip, gates, and a value of each metric for each prompt and seed. Promote again, or restore it "
+            "from git"
         )
     return evidence
 
