@@ -16,7 +16,8 @@ from recipes.nano.judge import Verdict
 from recipes.nano.scenes import COLOURS, NOUNS, RELATIONS, Scene, caption, render
 from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.evaluation.metrics import Metric, clip_score, interval
+from sdxl_lab.evaluation.metrics import Metric, clip_score
+from sdxl_lab.evaluation.statistics import interval
 from sdxl_lab.images import GeneratedImage
 
 GUIDANCE = (1.0, 3.0, 6.0)

@@ -273,7 +273,7 @@ def _diff(asked: argparse.Namespace) -> None:
 
 
 def _notebook(asked: argparse.Namespace) -> None:
-    from sdxl_lab.notebook import runner as notebook
+    from sdxl_lab.notebook.runner import parse_parameters, run_notebook
 
     words = {}
     for pair in asked.parameter:
@@ -282,17 +282,17 @@ def _notebook(asked: argparse.Namespace) -> None:
             raise ValueError(f"a parameter must be NAME=VALUE; received {pair!r}. Example: steps=6")
         words[name] = value
     began = time.monotonic()
-    out = notebook.run(asked.file, notebook.parsed(asked.file, words), out=asked.out, cell_seconds=asked.cell_seconds)
+    out = run_notebook(asked.file, parse_parameters(asked.file, words), out=asked.out, cell_seconds=asked.cell_seconds)
     print(f"{out}  ran to its end in {time.monotonic() - began:.0f} s")
 
 
 def _sweep(asked: argparse.Namespace) -> None:
-    from sdxl_lab.research.sweep import OUT, Sweep, run, summary
+    from sdxl_lab.research.sweep import OUT, Sweep, run_sweep, summary
 
     sweep = Sweep.from_toml(asked.file)
     out = asked.out or OUT / sweep.name
     with _resumable(asked.cache), _cells_bar() as on_progress:
-        table = run(sweep, out=out, cells=asked.cache, on_progress=on_progress)
+        table = run_sweep(sweep, out=out, cache=asked.cache, on_progress=on_progress)
     if not _first():
         return
     failed = table["error"].dropna()
@@ -332,7 +332,7 @@ def _tune(asked: argparse.Namespace) -> None:
         print(f"trial {trial.number}  {settings}\n  {trial.state.name.lower()}: {outcome}", flush=True)
 
     with _resumable(asked.cache):
-        tuned = tune(plan, out=out, storage=asked.storage, cells=asked.cache, on_trial=told)
+        tuned = tune(plan, out=out, storage=asked.storage, cache=asked.cache, on_trial=told)
     if not _first():
         return
     names = ["trial", *plan.space, plan.metric.name, "unet_rows"]

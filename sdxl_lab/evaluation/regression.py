@@ -19,7 +19,7 @@ from sdxl_lab.config import RuntimeProfile
 from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.evaluation.comparison import draw
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, LEAST_PROMPTS, Gate, Verdict
-from sdxl_lab.evaluation.metrics import METRICS, find
+from sdxl_lab.evaluation.metrics import METRICS, find_metric
 from sdxl_lab.images import GeneratedImage, beside, open_image
 from sdxl_lab.release.slot import GoldenCheck, Slot, SlotError, compare_golden
 
@@ -182,6 +182,6 @@ def _verdicts(judged: dict[str, Any], images: Sequence[GeneratedImage]) -> list[
     for gate in gates or DEFAULT_GATES:
         then = judged["metrics"].get(gate.metric)
         if then is not None:
-            metric = find(gate.metric, judged["clip"])
+            metric = find_metric(gate.metric, judged["clip"])
             verdicts.append(gate.judge(metric, metric(images), np.array(then["values"]), prompts))
     return verdicts

@@ -10,7 +10,7 @@ import pytest
 from sdxl_lab.config import GenerationConfig
 from sdxl_lab.evaluation.comparison import ComparisonPlan, compare
 from sdxl_lab.images import open_image
-from sdxl_lab.notebook.runner import EXECUTED, ROOT, NotebookError, run
+from sdxl_lab.notebook.runner import EXECUTED, ROOT, NotebookError, run_notebook
 from sdxl_lab.release.slot import load_slot, promote
 
 NANO = ROOT / "service/promoted/nano"
@@ -18,7 +18,7 @@ PROMPTS = ["a cat", "a dog", "a red hat", "a blue boat", "a tree"]
 
 
 def execute(name: str, copy: str, **parameters: Any) -> Path:
-    return run(ROOT / "notebooks" / name, parameters, out=ROOT / EXECUTED / copy, cell_seconds=240)
+    return run_notebook(ROOT / "notebooks" / name, parameters, out=ROOT / EXECUTED / copy, cell_seconds=240)
 
 
 @pytest.fixture

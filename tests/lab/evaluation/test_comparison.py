@@ -10,7 +10,7 @@ import pytest
 from sdxl_lab.config import ConfigError, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
 from sdxl_lab.evaluation import comparison
-from sdxl_lab.evaluation.comparison import PROMPTS, ComparisonPlan, candidate_of, clip_of, compare
+from sdxl_lab.evaluation.comparison import DEFAULT_PROMPTS, ComparisonPlan, candidate_of, clip_of, compare
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, Gate, GateError
 from sdxl_lab.evaluation.metrics import MetricError
 from sdxl_lab.images import max_difference
@@ -135,10 +135,10 @@ def test_a_plan_is_read_from_toml(tmp_path):
     plan = ComparisonPlan.from_toml(path)
     assert (plan.prompts, plan.seeds, plan.goldens) == (("a cat", "a dog"), (1, 2), 1)
     assert plan.gates == (Gate("seconds", "at most", 2.0),)
-    assert plan.metrics == (*comparison.METRICS, "seconds"), "what a gate judges is measured"
+    assert plan.metrics == (*comparison.DEFAULT_METRICS, "seconds"), "what a gate judges is measured"
     path.write_text("")
     assert ComparisonPlan.from_toml(path) == ComparisonPlan()
-    assert ComparisonPlan().prompts == PROMPTS
+    assert ComparisonPlan().prompts == DEFAULT_PROMPTS
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -180,10 +180,10 @@ def test_a_candidate_is_a_file_of_settings_or_a_image(tiny_config, tmp_path):
     assert candidate_of(tmp_path / "config.toml") == candidate_of(tmp_path / "image.png") == config
 
 
-def test_a_image_refined_from_another_is_no_candidate(tiny_config, tmp_path):
+def test_an_image_refined_from_another_is_no_candidate(tiny_config, tmp_path):
     (image,) = comparison.draw([ImageRequest(tiny_config, "a cat", 1)], FLOAT32)
     source = SourceImage(image.image, 0.5, dict(image.record))
     (refined,) = comparison.draw([ImageRequest(tiny_config, "a cat", 1, source)], FLOAT32)
     refined.save(tmp_path / "refined.png")
-    with pytest.raises(ConfigError, match="candidate must be an image drawn from words"):
+    with pytest.raises(ConfigError, match="candidate must be an image drawn from a prompt alone"):
         candidate_of(tmp_path / "refined.png")
