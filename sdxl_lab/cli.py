@@ -155,8 +155,8 @@ def _generate(asked: argparse.Namespace) -> None:
     if asked.out.suffix.lower() != ".png":
         raise ValueError(f"--out must end in .png, since only PNG carries the record; received '{asked.out}'")
 
-    from sdxl_lab.diffusion.denoising import ImageRequest
     from sdxl_lab.diffusion.engine import Engine
+    from sdxl_lab.job import ImageRequest
 
     request = ImageRequest(config, prompt, seed)
     with Engine.load(config) as engine:
@@ -169,7 +169,7 @@ def _generate(asked: argparse.Namespace) -> None:
 
 def _source(engine: Any, record: dict[str, Any]) -> Any:
     """The image that a refined one started from, drawn again from the record inside its record."""
-    from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
+    from sdxl_lab.job import ImageRequest, SourceImage
 
     parent = record["source"]
     above = _source(engine, parent) if "source" in parent else None
@@ -184,7 +184,7 @@ def _draw(engine: Any, request: Any) -> Any:
     with tqdm(total=1, unit="step", leave=False, disable=None) as bar:
         job = engine.submit(request)
         try:
-            while not job.future.done():
+            while not job.over:
                 bar.n, bar.total = job.progress[0], job.progress[1] or 1
                 bar.refresh()
                 time.sleep(0.05)
@@ -206,8 +206,8 @@ def _show(asked: argparse.Namespace) -> None:
 
 
 def _promote(asked: argparse.Namespace) -> None:
-    from sdxl_lab.diffusion.denoising import ImageRequest
     from sdxl_lab.evaluation.comparison import candidate_of, compare, draw
+    from sdxl_lab.job import ImageRequest
     from sdxl_lab.release.diff import difference_table
     from sdxl_lab.release.slot import clean_state, promote, read_evidence, served
 

@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image
 
 from sdxl_lab.config import RuntimeProfile
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.evaluation.comparison import draw
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, LEAST_PROMPTS, Gate, Verdict
 from sdxl_lab.evaluation.metrics import METRICS, find_metric
 from sdxl_lab.images import GeneratedImage, beside, open_image
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.release.slot import GoldenCheck, Slot, SlotError, compare_golden
 
 # nano's images in bfloat16 have an SSIM of 0.9988 to 0.9994 with those in float32. No limit tells that from a small

@@ -11,10 +11,10 @@ from scipy import ndimage
 
 from recipes.nano.scenes import caption, render, sample_scene
 from sdxl_lab.config import GenerationConfig
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.evaluation.metrics import METRICS, MetricError, clip_score, find_metric, near_duplicates
 from sdxl_lab.evaluation.statistics import paired
 from sdxl_lab.images import GeneratedImage
+from sdxl_lab.job import ImageRequest
 
 REFERENCED = [name for name, metric in METRICS.items() if metric.needs_reference]
 
