@@ -133,6 +133,16 @@ class Batcher:
         """The images that wait, in the order in which they arrived."""
         return [image.key for image in self._images.values() if not image.active]
 
+    @property
+    def arrivals(self) -> int:
+        """How many images have arrived in all."""
+        return self._count
+
+    def position(self, key: Hashable, now: float) -> int:
+        """The place among those that wait, from 1; 0 for one that does not wait."""
+        waiting = [image.key for image in self._ordered(now) if not image.active]
+        return waiting.index(key) + 1 if key in waiting else 0
+
     # --- what comes next ---------------------------------------------------------------------------------------------
 
     def plan(self, now: float) -> Plan:
@@ -238,9 +248,8 @@ class Batcher:
     def forecast(self, now: float) -> dict[Hashable, Forecast]:
         """When each image has its first call and when it is decoded, in seconds from now, if nobody else arrives: this
         very plan, played forward at the measured costs. An image under way has begun, at 0."""
-        images = {key: replace(image, parts=list(image.parts)) for key, image in self._images.items()}
-        twin = replace(self, exploring=False, _images=images)
-        starts = {key: 0.0 for key in self.active}
+        twin = self.twin()
+        starts = dict.fromkeys(self.active, 0.0)
         ends: dict[Hashable, float] = {}
         passed = 0.0
         while twin._images:
@@ -257,6 +266,11 @@ class Batcher:
                 ends[key] = passed
                 twin.remove(key)
         return {key: Forecast(starts[key], ends[key]) for key in ends}
+
+    def twin(self) -> "Batcher":
+        """The same images, to be played forward: it shares only the measurements, and tries nothing out."""
+        images = {key: replace(image, parts=list(image.parts)) for key, image in self._images.items()}
+        return replace(self, exploring=False, _images=images, _choices=dict(self._choices))
 
     def _alike(self, plan: Plan, now: float, seconds: float) -> int:
         """How many calls in a row this plan stands for."""

@@ -15,6 +15,7 @@ from diffusers import SchedulerMixin
 
 from sdxl_lab.config import ConfigError, RefinerConfig
 from sdxl_lab.diffusion import schedulers
+from sdxl_lab.diffusion.batching import Part
 from sdxl_lab.diffusion.models import Denoiser, Embedding, Models
 from sdxl_lab.job import ImageRequest, SourceImage
 
@@ -265,6 +266,17 @@ class Trajectory:
     def group(self) -> tuple[DenoiserName, int, int]:
         """What must agree for two images to share a UNet call: the UNet and the latents' height and width."""
         return self.stage.name, self.latents.shape[-2], self.latents.shape[-1]
+
+    def parts(self) -> list[Part]:
+        """The calls that are left, as the batcher counts them: runs of calls with the same rows."""
+        found: list[Part] = []
+        for stage in self.stages:
+            for guided in stage.guides[stage.index :]:
+                part = Part((stage.name, *self.latents.shape[-2:]), 2 if guided else 1, 1)
+                if found and found[-1][:2] == part[:2]:
+                    part = part._replace(calls=found.pop().calls + 1)
+                found.append(part)
+        return found
 
     def row_count(self) -> int:
         return self.stage.row_count()

@@ -6,15 +6,14 @@ scheduler. What it keeps of a job stands in its own `Work`, and goes when the jo
 from any thread.
 """
 
-import bisect
 import logging
 import threading
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self, overload
 
 import diffusers
@@ -24,8 +23,9 @@ from PIL import Image
 
 from sdxl_lab import __version__
 from sdxl_lab.config import ConfigError, GenerationConfig, RuntimeProfile
+from sdxl_lab.diffusion.batching import Batcher, Part
 from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
-from sdxl_lab.diffusion.latency import Forecast, LatencyModel, Workload, forecast
+from sdxl_lab.diffusion.latency import Forecast, LatencyModel
 from sdxl_lab.diffusion.models import Embedding, Models, identity, load
 from sdxl_lab.errors import Cancelled, EngineStopped, QueueFull
 from sdxl_lab.images import GeneratedImage, finish, preview
@@ -34,24 +34,24 @@ from sdxl_lab.job import Change, ImageRequest, Job, Outcome, Stepped
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int], None]
+# Images under way, each with its latents and embeddings: about 1 MB of SDXL at 1024 px, so some 256 MB at most.
+MAX_ACTIVE = 256
 
 
 @dataclass(eq=False)
 class Work:
-    """A job as the engine has it. `turn` is the tick in which it last had rows."""
+    """A job as the engine has it."""
 
     job: Job[Any]
-    priority: int
-    submitted: float = field(default_factory=lambda: time.monotonic())
+    submitted: float
     started: float = 0.0
     trajectory: Trajectory | None = None
-    turn: int = 0
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The engine at a glance. `rows` and `seconds` are those of the last UNet call; the last three fields are of all
-    UNet calls since the start."""
+    """The engine at a glance. `row_budget` is the most rows of a call; `rows` and `seconds` are those of the last UNet
+    call; the last three fields are of all UNet calls since the start."""
 
     queued: int
     running: int
@@ -70,14 +70,16 @@ class Engine:
 
     def __init__(self, models: Models, profile: RuntimeProfile, weights: dict[str, str], max_queue: int = 1000) -> None:
         self.models, self.profile, self.weights = models, profile, weights
-        self.max_queue, self.rows = max_queue, profile.rows
+        self.max_queue = max_queue
         self.failure: str | None = None
-        self._waiting: list[Work] = []
-        self._running: list[Work] = []
+        self._latency = LatencyModel()
+        self._batcher = Batcher(self._latency, profile.rows, MAX_ACTIVE)
+        self._works: dict[Job[Any], Work] = {}  # with the batcher, under the lock of `_wake`
         self._wake = threading.Condition()
         self._closed = False
         self._ticks = 0
-        self._latency = LatencyModel()
+        self._forecast_of: tuple[int, int] | None = None
+        self._forecasts: dict[Hashable, Forecast] = {}
         self._last_call = (0, 0.0)
         self._all_calls = (0, 0, 0.0)  # calls, rows, seconds: replaced whole, so that a reader needs no lock
         self._embeddings: OrderedDict[tuple[DenoiserName, str | None, bool], Embedding] = OrderedDict()
@@ -106,10 +108,10 @@ class Engine:
         """Cancel what is queued or running and end the thread."""
         with self._wake:
             self._closed = True
-            left = [*self._waiting, *self._running]
+            left = list(self._works)
             self._wake.notify()
-        for work in left:
-            work.job.cancel()
+        for job in left:
+            job.cancel()
         self._thread.join()
         self._finisher.shutdown()
 
@@ -119,26 +121,35 @@ class Engine:
 
     @property
     def queued(self) -> int:
-        return len(self._waiting)
+        return len(self._batcher.waiting)
+
+    @property
+    def rows(self) -> int:
+        """The most rows of a call: those of the profile, or fewer since memory ran out."""
+        return self._batcher.max_rows
+
+    @rows.setter
+    def rows(self, rows: int) -> None:
+        with self._wake:
+            self._batcher.max_rows = rows
+            self._batcher.measured()
 
     # --- what a job asks of its driver -------------------------------------------------------------------------------
 
     def position(self, job: Job[Any]) -> int:
         """`Job.position`."""
         with self._wake:
-            return next((place for place, work in enumerate(self._waiting, 1) if work.job is job), 0)
+            return self._batcher.position(job, time.monotonic())
 
     def eta(self, job: Job[Any]) -> float | None:
         """`Job.eta`."""
-        running, waiting = self._under_way()
-        forecasts = self._forecast(running, waiting)
-        place = next((index for index, work in enumerate([*running, *waiting]) if work.job is job), None)
-        return forecasts[place].end if forecasts and place is not None else None
+        found = self._forecast().get(job)
+        return None if found is None else found.end
 
     def preview(self, job: Job[Any]) -> Image.Image | None:
         """`Job.preview`."""
-        trajectory = next((work.trajectory for work in self._under_way()[0] if work.job is job), None)
-        latents = trajectory.denoised() if trajectory else None
+        work = self._works.get(job)
+        latents = work.trajectory.denoised() if work and work.trajectory else None
         return None if latents is None else preview(latents[0].float().cpu().numpy(), self.models.latent_rgb)
 
     def cancel(self, job: Job[Any]) -> None:
@@ -148,51 +159,49 @@ class Engine:
 
     # --- the whole of it ---------------------------------------------------------------------------------------------
 
-    def backlog_seconds(self) -> float | None:
-        """Seconds until an image submitted now would have its first step; None while nothing was measured."""
-        forecasts = self._forecast(*self._under_way(), Workload("none", 2, 1))
-        return forecasts[-1].start if forecasts else None
-
     def room_seconds(self) -> float | None:
         """Seconds until the queue takes one more image: 0.0 if it does now; None while nothing was measured."""
-        running, waiting = self._under_way()
+        with self._wake:
+            waiting = self._batcher.waiting
         if len(waiting) < self.max_queue:
             return 0.0
-        forecasts = self._forecast(running, waiting)
-        return forecasts[len(running) + len(waiting) - self.max_queue].start if forecasts else None
+        forecasts = self._forecast()
+        starts = sorted(forecasts[job].start for job in waiting if job in forecasts)
+        return starts[len(waiting) - self.max_queue] if len(starts) == len(waiting) else None
 
-    def _under_way(self) -> tuple[list[Work], list[Work]]:
-        """Those that are drawn and those that wait, at one moment."""
-        with self._wake:
-            return list(self._running), list(self._waiting)
-
-    def _forecast(self, running: list[Work], waiting: list[Work], *more: Workload) -> list[Forecast] | None:
+    def _forecast(self) -> dict[Hashable, Forecast]:
+        """Of all that is here, made once a tick and whenever somebody came; empty while nothing was measured."""
         if not self._latency:
-            return None
-        loads = [self._workload(work) for work in waiting]
-        return forecast([*map(self._workload, running)], [*loads, *more], self.rows, self._latency)
+            return {}
+        with self._wake:
+            made_of = (self._ticks, self._batcher.arrivals)
+            if made_of == self._forecast_of:
+                return self._forecasts
+            twin = self._batcher.twin()
+        forecasts = twin.forecast(time.monotonic())
+        with self._wake:
+            self._forecast_of, self._forecasts = made_of, forecasts
+        return forecasts
 
-    def _workload(self, work: Work) -> Workload:
-        """An image's remaining work; for one that waits, by its settings alone."""
-        request, trajectory = work.job.request, work.trajectory
-        if trajectory is not None:
-            name = next((stage.name for stage in trajectory.stages if not stage.finished), "base")
-            height, width = trajectory.latents.shape[-2:]
-            return Workload((name, height, width), rows_of(request), max(0, trajectory.total - trajectory.calls))
-        name = "base" if request.source is None else "refiner"
-        width, height = (
-            (request.config.width, request.config.height) if request.source is None else request.source.image.size
-        )
+    def _parts(self, request: ImageRequest) -> list[Part]:
+        """A waiting image's work, by its settings alone."""
+        config, calls, rows = request.config, calls_of(request), rows_of(request)
+        width, height = (config.width, config.height) if request.source is None else request.source.image.size
         factor = self.models.scale_factor
-        return Workload((name, height // factor, width // factor), rows_of(request), calls_of(request))
+        shape = height // factor, width // factor
+        if request.source is not None:
+            return [Part(("refiner", *shape), rows, calls)]
+        if config.refiner is None:
+            return [Part(("base", *shape), rows, calls)]
+        first = min(calls, max(1, round(calls * config.refiner.handover)))
+        return [Part(("base", *shape), rows, first), Part(("refiner", *shape), rows, calls - first)]
 
     def stats(self) -> EngineStats:
-        running, waiting = self._under_way()
         rows, seconds = self._last_call
-        in_flight = sum(rows_of(work.job.request) for work in running)
-        return EngineStats(
-            len(waiting), len(running), in_flight, self.rows, self._ticks, rows, seconds, *self._all_calls
-        )
+        with self._wake:
+            active, queued = self._batcher.active, len(self._batcher.waiting)
+            in_flight = sum(rows_of(job.request) for job in self._works if job in active)
+        return EngineStats(queued, len(active), in_flight, self.rows, self._ticks, rows, seconds, *self._all_calls)
 
     @overload
     def submit(
@@ -203,7 +212,7 @@ class Engine:
     def submit(self, request: Job[Outcome], on_step: OnStep | None = None, priority: int = 0) -> Job[Outcome]: ...
 
     def submit(self, request: ImageRequest | Job[Any], on_step: OnStep | None = None, priority: int = 0) -> Job[Any]:
-        """Queue an image: behind those of its own `priority` or a higher one, before the others.
+        """Queue an image. Who goes first is the batcher's to say; a higher `priority` goes before.
 
         `on_step(calls, total)` is called after each of its UNet calls, in the engine's thread: it must return at once.
         Raises `QueueFull`, `EngineStopped`, or `ConfigError` for a refiner that the engine's models do not have. That
@@ -216,14 +225,16 @@ class Engine:
             )
         if on_step is not None:
             job.watch(_on_step(on_step))
-        work = Work(job, priority)
+        parts = self._parts(job.request)
         with self._wake:
             if not self.healthy:
                 raise EngineStopped(self.failure or "the engine is closed")
-            if len(self._waiting) >= self.max_queue:
-                raise QueueFull(f"{len(self._waiting)} images are waiting, and no more are taken")
+            if self.queued >= self.max_queue:
+                raise QueueFull(f"{self.queued} images are waiting, and no more are taken")
             job.queue(self)
-            bisect.insort_right(self._waiting, work, key=lambda waiting: -waiting.priority)
+            now = time.monotonic()
+            self._works[job] = Work(job, now)
+            self._batcher.add(job, parts, now, priority)
             self._wake.notify()
         return job
 
@@ -244,9 +255,9 @@ class Engine:
         try:
             while True:
                 with self._wake:
-                    while not (self._waiting or self._running or self._closed):
+                    while not (self._works or self._closed):
                         self._wake.wait()
-                    if self._closed and not (self._waiting or self._running):
+                    if self._closed and not self._works:
                         return
                 self._tick()
         except BaseException as error:
@@ -257,60 +268,61 @@ class Engine:
         """The thread is about to end: say so to everyone."""
         with self._wake:
             self.failure = "".join(traceback.format_exception_only(error)).strip()
-            left = [*self._waiting, *self._running]
-            self._waiting.clear()
-            self._running.clear()
-        for work in left:
+            left = list(self._works)
+            self._works.clear()
+            for job in left:
+                self._batcher.remove(job)
+        for job in left:
             stopped = EngineStopped(self.failure)
             stopped.__cause__ = error
-            work.job.fail(stopped)
+            job.fail(stopped)
 
     def _tick(self) -> None:
-        """Drop the cancelled, admit the waiting, make one UNet call, send off the finished."""
+        """Drop the cancelled, carry out the batcher's plan, send off the finished."""
         self._ticks += 1
-        self._drop_cancelled()
-        self._admit()
-        if not self._running:
+        for job in [job for job in list(self._works) if _is_cancelled(job)]:
+            self._end(job, Cancelled("the image was cancelled"))
+        picked = self._picked()
+        if not picked:
             return
-        self._step(self._pick())
+        self._step(picked)
         by_shape: dict[torch.Size, list[Work]] = {}
-        for work in self._running:
-            if work.trajectory and work.trajectory.done:
+        for work in picked:
+            if work.job in self._works and work.trajectory and work.trajectory.done:
                 by_shape.setdefault(work.trajectory.latents.shape, []).append(work)
         for finished in by_shape.values():
             self._decode(finished)
             for work in finished:
-                self._running.remove(work)
+                self._forget(work.job)
 
-    def _drop_cancelled(self) -> None:
+    def _picked(self) -> list[Work]:
+        """Who shares the next call. Those whose turn it is for the first time are put under way."""
         with self._wake:
-            dropped = [work for work in [*self._waiting, *self._running] if _is_cancelled(work.job)]
-            self._waiting = [work for work in self._waiting if work not in dropped]
-        for work in dropped:
-            self._end(work, Cancelled("the image was cancelled"))
-
-    def _end(self, work: Work, error: Exception) -> None:
-        if work in self._running:
-            self._running.remove(work)
-        work.job.fail(error)
-
-    def _admit(self) -> None:
-        """Start waiting images, in order, while the rows in flight stay within the budget; one always may."""
-        while True:
-            with self._wake:
-                if not self._waiting:
-                    return
-                in_flight = sum(rows_of(work.job.request) for work in self._running)
-                if self._running and in_flight + rows_of(self._waiting[0].job.request) > self.rows:
-                    return
-                work = self._waiting.pop(0)
-                self._running.append(work)
+            plan = self._batcher.plan(time.monotonic())
+            for key in plan.start:
+                self._batcher.started(key)
+            picked = [self._works[job] for job in plan.call if job in self._works]
+        for work in [work for work in picked if work.trajectory is None]:
             work.started = time.monotonic()
             try:
                 work.trajectory = Trajectory(self.models, work.job.request, self._embed)
                 work.job.run()
+                with self._wake:
+                    self._batcher.refine(work.job, work.trajectory.parts())
             except Exception as error:
-                self._end(work, error)
+                self._end(work.job, error)
+                picked.remove(work)
+        group = next((work.trajectory.group for work in picked if work.trajectory), None)
+        return [work for work in picked if work.trajectory and work.trajectory.group == group]
+
+    def _forget(self, job: Job[Any]) -> None:
+        with self._wake:
+            self._works.pop(job, None)
+            self._batcher.remove(job)
+
+    def _end(self, job: Job[Any], error: Exception) -> None:
+        self._forget(job)
+        job.fail(error)
 
     def _embed(self, name: DenoiserName, prompt: str | None, negative: bool) -> Embedding:
         """Embeddings are kept for the prompts used last."""
@@ -322,24 +334,6 @@ class Engine:
                 self._embeddings.popitem(last=False)
         self._embeddings.move_to_end(key)
         return self._embeddings[key]
-
-    def _pick(self) -> list[Work]:
-        """The group whose turn was longest ago, as many of its images as the budget has rows for, those first that
-        have waited longest."""
-        ordered = sorted(self._running, key=lambda work: work.turn)
-        assert ordered[0].trajectory is not None
-        group = ordered[0].trajectory.group
-        picked: list[Work] = []
-        rows = 0
-        for work in ordered:
-            assert work.trajectory is not None
-            if work.trajectory.group != group:
-                continue
-            rows += work.trajectory.row_count()
-            if picked and rows > self.rows:
-                break
-            picked.append(work)
-        return picked
 
     def _step(self, picked: list[Work]) -> None:
         """One UNet call for all of them. If it fails they are tried apart, so that only the culprit fails; if memory
@@ -353,7 +347,7 @@ class Engine:
             predictions = self._predict(group[0], inputs)
         except Exception as error:
             if len(picked) == 1:
-                self._end(picked[0], error)
+                self._end(picked[0].job, error)
                 return
             exhausted = isinstance(error, torch.OutOfMemoryError)
         if predictions is None:  # out here the error is gone, and with its frames the memory that they held
@@ -372,15 +366,17 @@ class Engine:
             try:
                 trajectory.take(prediction)
             except Exception as error:
-                self._end(work, error)
+                self._end(work.job, error)
                 continue
-            work.turn = self._ticks
             stepped.append((work.job, trajectory))
         self._settle()
         self._last_call = rows, seconds = sum(len(each.timesteps) for each in inputs), time.monotonic() - began
         calls, all_rows, all_seconds = self._all_calls
         self._all_calls = calls + 1, all_rows + rows, all_seconds + seconds
-        self._latency.took(group, rows, seconds)
+        with self._wake:
+            self._latency.took(group, rows, seconds)
+            self._batcher.measured()
+            self._batcher.called([job for job, _ in stepped if job in self._batcher])
         for job, trajectory in stepped:
             job.step(trajectory.calls, trajectory.total)
 

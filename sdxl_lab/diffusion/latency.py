@@ -5,19 +5,10 @@ Knows numbers only: what a call costs was measured, what is under way and what w
 
 import statistics
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 REMEMBERED = 15  # the last calls of a kind; their median passes over a first, slow one
-
-
-@dataclass(frozen=True)
-class Workload:
-    """An image's remaining work: `calls` of `group`'s UNet, `rows` in each, then a decode."""
-
-    group: Hashable
-    rows: int
-    calls: int
 
 
 @dataclass(frozen=True)
@@ -69,31 +60,3 @@ class LatencyModel:
     def __bool__(self) -> bool:
         """Whether anything was measured."""
         return bool(self._seconds)
-
-
-def forecast(
-    running: Sequence[Workload], waiting: Sequence[Workload], budget: int, pace: LatencyModel
-) -> list[Forecast]:
-    """When each will start and end, the running first: the engine's own rule, played forward in leaps from one
-    image's end to the next. In a round every group has one call and every image in flight one step."""
-    left = {index: load.calls for index, load in enumerate(running)}
-    loads = [*running, *waiting]
-    starts, ends = dict.fromkeys(left, 0.0), dict.fromkeys(left, 0.0)
-    now, upcoming = 0.0, len(running)
-    while left or upcoming < len(loads):
-        while upcoming < len(loads):
-            in_flight = sum(loads[index].rows for index in left)
-            if left and in_flight + loads[upcoming].rows > budget:
-                break
-            left[upcoming], starts[upcoming] = loads[upcoming].calls, now
-            upcoming += 1
-        rows: dict[Hashable, int] = {}
-        for index in left:
-            rows[loads[index].group] = rows.get(loads[index].group, 0) + loads[index].rows
-        leap = max(1, min(left.values()))
-        now += leap * sum(pace.seconds(group, count) for group, count in rows.items())
-        done = [index for index in left if left[index] <= leap]
-        left = {index: calls - leap for index, calls in left.items() if calls > leap}
-        now += pace.seconds("decode", len(done))
-        ends |= dict.fromkeys(done, now)
-    return [Forecast(starts[index], ends[index]) for index in range(len(loads))]

@@ -75,7 +75,7 @@ def test_every_image_has_all_of_its_calls_and_no_call_is_too_large(drawn, max_ro
     batcher = Batcher(model(), max_rows=max_rows, max_active=max_active, order=order)
     played = Played(batcher).run(named(drawn))
     assert set(played.ends) == {key for _, key, *_ in named(drawn)}
-    had = {key: 0 for key in played.ends}
+    had = dict.fromkeys(played.ends, 0)
     for keys, rows in played.calls:
         assert keys, "work is conserved: while somebody waits there is a call"
         assert rows <= max_rows
