@@ -19,14 +19,15 @@ def trajectory_of(job: Job[Any]) -> Trajectory:
     return TRAJECTORIES[job]
 
 
-@pytest.fixture(autouse=True)
-def trajectories_are_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(scope="module", autouse=True)
+def trajectories_are_kept() -> Iterator[None]:
     decode = Engine._decode
 
     def keep(self: Engine, finished: list[Any]) -> None:
         TRAJECTORIES.update({work.job: work.trajectory for work in finished})
         decode(self, finished)
 
-    monkeypatch.setattr(Engine, "_decode", keep)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_decode", keep)
+        yield
     TRAJECTORIES.clear()
