@@ -10,7 +10,7 @@ import grimp
 import networkx
 
 from bench import cost, measure
-from service.api.problems import TABLE as PROBLEMS
+from service.api.problems import ENTRIES
 from service.app import create_app
 from service.settings import TABLE as SETTINGS
 from service.settings import Settings, default
@@ -65,7 +65,7 @@ def calls() -> str:
 
 def errors() -> str:
     """Every error of the service by status, with the end of its `type` and whether a Retry-After comes along."""
-    entries = sorted(PROBLEMS.values(), key=lambda entry: (entry.status, entry.kind))
+    entries = sorted(ENTRIES, key=lambda entry: (entry.status, entry.kind))
     return table(
         ("status", "`type`: `urn:sdxl-lab:...`", "what it says", "`Retry-After`"),
         *(

@@ -263,7 +263,7 @@ class Engine:
         for work in left:
             stopped = EngineStopped(self.failure)
             stopped.__cause__ = error
-            work.job.fail(stopped)
+            work.job.deliver(stopped)
 
     def _tick(self) -> None:
         """Drop the cancelled, admit the waiting, make one UNet call, send off the finished."""
@@ -292,7 +292,7 @@ class Engine:
     def _end(self, work: Work, error: Exception) -> None:
         if work in self._running:
             self._running.remove(work)
-        work.job.fail(error)
+        work.job.deliver(error)
 
     def _admit(self) -> None:
         """Start waiting images, in order, while the rows in flight stay within the budget; one always may."""
@@ -417,7 +417,7 @@ class Engine:
             self._latency.took("decode", len(finished), time.monotonic() - began)
         except Exception as error:
             if len(finished) == 1:
-                finished[0].job.fail(error)
+                finished[0].job.deliver(error)
                 return
             for work in finished:
                 self._decode([work])
@@ -436,9 +436,11 @@ class Engine:
                 "total_ms": 1000 * (time.monotonic() - work.submitted),
             }
             rounded = {name: round(value, 1) for name, value in timings.items()}
-            work.job.drawn(GeneratedImage(image, self._record(work), rounded))
+            drawn = GeneratedImage(image, self._record(work), rounded)
         except Exception as error:
-            work.job.fail(error)
+            work.job.deliver(error)
+            return
+        work.job.deliver(drawn)
 
     def _record(self, work: Work) -> dict[str, Any]:
         """All that decides the image's pixels."""

@@ -13,8 +13,9 @@ from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
 from sdxl_lab.config import ConfigError, GenerationConfig
-from service.api.problems import TABLE, Problem
+from service.api.problems import ENTRIES, Problem
 from service.api.schemas import Closed, GenerateRequest, Prompt, Text
+from service.deployment import UnknownModel
 
 PREFIX = "/v1"
 AUTO = "auto"  # the model that is served, whatever its name
@@ -58,10 +59,6 @@ EXAMPLES: Mapping[str, Any] = {
 
 Form = Literal["png", "webp", "jpeg"]
 Quality = Literal["low", "medium", "high", "xhigh", "max"]
-
-
-class UnknownModel(ConfigError):
-    """A model is asked for that is not the one served."""
 
 
 class ImagesRequest(Closed):
@@ -286,7 +283,7 @@ def answers(*kinds: str) -> dict[int | str, dict[str, Any]]:
     described: dict[int | str, dict[str, Any]] = {
         kind: {"model": ErrorBody, "description": "An error"} for kind in ("4XX", "5XX")
     }
-    for entry in TABLE.values():
+    for entry in ENTRIES:
         if entry.kind in kinds:
             problem = Problem(entry.status, entry.title, entry.kind, entry.title)
             status = error_response(problem).status_code

@@ -11,6 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from sdxl_lab.config import MAX_PROMPT, MAX_SEED, SCHEDULERS, ConfigError, GenerationConfig, Limits, RefinerConfig
+from sdxl_lab.job import JobState
+from service.jobs.records import JobRecord, StoredImage
 
 EXAMPLES: Mapping[str, Any] = {
     "body": '{"prompt": "A cat in a hat"}',
@@ -147,11 +149,6 @@ def bounded(document: dict[str, Any], limits: Limits) -> dict[str, Any]:
     return document
 
 
-def overridden(promoted: GenerationConfig, config: GenerationConfig) -> list[str]:
-    """The fields in which a configuration differs from the promoted one."""
-    return [name for name in GenerationConfig.__dataclass_fields__ if getattr(config, name) != getattr(promoted, name)]
-
-
 class Timings(BaseModel):
     """Milliseconds: in the queue, from there to the decoded image, all together."""
 
@@ -188,9 +185,9 @@ class Drawn(BaseModel):
     warnings: list[str] = []
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], prefix: str = "") -> Self:
-        """The answer for a stored record. `prefix` is the path that the service is mounted at."""
-        return cls(**_answer(record, prefix))
+    def of(cls, image: StoredImage, prefix: str = "") -> Self:
+        """The answer for a stored image. `prefix` is the path that the service is mounted at."""
+        return cls(**_answer(image, prefix))
 
 
 class Refined(Drawn):
@@ -201,21 +198,22 @@ class Refined(Drawn):
     source: str
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], prefix: str = "") -> Self:
-        return cls(**_answer(record, prefix), source=record["source"]["id"])
+    def of(cls, image: StoredImage, prefix: str = "") -> Self:
+        return cls(**_answer(image, prefix), source=image.record["source"]["id"])
 
 
-def _answer(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _answer(image: StoredImage, prefix: str) -> dict[str, Any]:
+    record = image.record
     return {
-        "id": record["id"],
-        "url": f"{prefix}/download/{record['id']}",
+        "id": str(image.id),
+        "url": f"{prefix}/download/{image.id}",
         "seed": record["seed"],
         "width": record["config"]["width"],
         "height": record["config"]["height"],
         "config": record.get("promoted", record["digest"]),
         "overridden": record.get("overridden", []),
-        "timings": record.get("timings"),
-        "warnings": record.get("warnings", []),
+        "timings": image.timings,
+        "warnings": list(image.warnings),
     }
 
 
@@ -240,6 +238,16 @@ class Chosen(BaseModel):
 
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
+# The states of a job in the words of the contract.
+TOLD: Mapping[JobState, State] = {
+    JobState.ACCEPTED: "queued",
+    JobState.QUEUED: "queued",
+    JobState.RUNNING: "running",
+    JobState.STORING: "running",
+    JobState.DONE: "done",
+    JobState.FAILED: "failed",
+    JobState.CANCELLED: "cancelled",
+}
 INFO = {
     **{name: DRAWN[name] for name in ("id", "url", "seed", "width", "height", "config", "overridden", "timings")},
     "state": "done",
@@ -277,32 +285,53 @@ class ImageInfo(BaseModel):
     record: dict[str, Any] | None = Field(None, description="all that repeats the image; of a single one only")
 
     @classmethod
-    def of(cls, content: Mapping[str, Any], prefix: str = "", state: State = "done", **more: Any) -> Self:
-        """What a stored record says, or what was written down of an image that is promised."""
-        config, source = content["config"], content.get("source")
+    def of(cls, image: StoredImage, prefix: str = "", **more: Any) -> Self:
+        """What is known of a stored image."""
+        record = image.record
         return cls(
-            id=content["id"],
-            state=state,
-            url=f"{prefix}/download/{content['id']}",
-            prompt=content["prompt"],
-            negative_prompt=config.get("negative_prompt"),
-            seed=content["seed"],
-            width=config["width"],
-            height=config["height"],
-            settings=Chosen(
-                scheduler=config["scheduler"],
-                steps=config["steps"],
-                guidance_scale=config["guidance_scale"],
-                refiner=config.get("refiner") is not None,
-            ),
-            config=content.get("promoted", content.get("digest")),
-            overridden=content.get("overridden"),
-            created=content.get("created"),
-            timings=content.get("timings"),
-            warnings=content.get("warnings") or None,
-            source=source.get("id") if isinstance(source, Mapping) else source,
+            **_asked(str(image.id), record["config"], prefix),
+            state="done",
+            prompt=record["prompt"],
+            seed=record["seed"],
+            config=record.get("promoted", record.get("digest")),
+            overridden=record.get("overridden"),
+            created=image.created,
+            timings=None if image.timings is None else Timings(**image.timings),
+            warnings=list(image.warnings) or None,
+            source=record.get("source", {}).get("id"),
             **more,
         )
+
+    @classmethod
+    def of_job(cls, job: JobRecord, state: State, prefix: str = "", **more: Any) -> Self:
+        """What was written down of an image that is to be drawn."""
+        return cls(
+            **_asked(str(job.id), job.config, prefix),
+            state=state,
+            prompt=job.prompt,
+            seed=job.seed,
+            config=job.promoted,
+            overridden=list(job.overridden),
+            created=job.created,
+            source=None if job.source is None else str(job.source),
+            **more,
+        )
+
+
+def _asked(id: str, config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {
+        "id": id,
+        "url": f"{prefix}/download/{id}",
+        "negative_prompt": config.get("negative_prompt"),
+        "width": config["width"],
+        "height": config["height"],
+        "settings": Chosen(
+            scheduler=config["scheduler"],
+            steps=config["steps"],
+            guidance_scale=config["guidance_scale"],
+            refiner=config.get("refiner") is not None,
+        ),
+    }
 
 
 class ImagePage(BaseModel):

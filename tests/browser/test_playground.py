@@ -152,7 +152,7 @@ def test_steps_and_previews_come_in_and_cancel_stops_the_image(home, live, visit
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator("#making")).to_be_hidden()
     expect(page.locator("#toast")).to_have_text("Cancelled")
-    wait_for(lambda: not live.studio.drawings.making)
+    wait_for(lambda: not live.jobs.active)
     assert json.loads(fetched(home, "images"))["images"] == []
     expect(page.locator("#problem")).to_be_hidden()
     draw(page, steps=2, width=64, height=64)
@@ -320,7 +320,7 @@ def test_the_keyboard_is_enough(home, live, visit):
     expect(page.locator("#making-title")).to_have_text(re.compile("Step"))
     page.keyboard.press("Escape")
     expect(page.locator("#making")).to_be_hidden()
-    wait_for(lambda: not live.studio.drawings.making)
+    wait_for(lambda: not live.jobs.active)
     assert len(json.loads(fetched(home, "images"))["images"]) == 1
 
 

@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ from starlette.types import ASGIApp
 from sdxl_lab.config import GenerationConfig, Limits, ModelRef
 from sdxl_lab.release.slot import promote
 from service.app import create_app
-from service.jobs.manager import Studio
+from service.jobs.manager import JobManager
+from service.jobs.records import JobRecord
 from service.server.connection import Connection
 from service.settings import Settings
 
@@ -27,7 +29,7 @@ NOBODYS = "5f2b8c1e-3d47-4a6b-9e0f-7c1d2a3b4c5d"  # a well-formed id that no ima
 
 class Live(NamedTuple):
     port: int
-    studio: Studio
+    jobs: JobManager
     server: uvicorn.Server
 
 
@@ -49,6 +51,14 @@ def slot(promoted: GenerationConfig, tmp_path_factory: pytest.TempPathFactory) -
         goldens = [engine.draw(ImageRequest(promoted, prompt, seed)) for prompt, seed in (("a ring", 3), ("a boat", 4))]
     promote(promoted, folder, images=goldens, why="a test", who="the tests", allow_dirty=True)
     return folder
+
+
+def left_behind(config: GenerationConfig, age: float = 0.0, **more: Any) -> JobRecord:
+    """The record of a job as a replica leaves it that was killed so many seconds ago."""
+    lease = {"state": "running", "holder": "another", "renewed": time.time() - age, "lease": 30}
+    asked = {"fingerprint": "", "prompt": "a ring", "seed": 1, "config": config.to_dict(), "promoted": ""}
+    begun = {"id": uuid.uuid4(), "created": 1.0, "attempts": 1, "overridden": ()}
+    return JobRecord(**asked | begun | lease | more)
 
 
 def write_slot(folder: Path, config: GenerationConfig, evidence: dict[str, Any] | None = None) -> Path:
@@ -74,9 +84,9 @@ def serve(slot: Path, tmp_path: Path) -> Iterator[Serve]:
         def start(*, ready: bool = True, **settings: Any) -> TestClient:
             chosen = Settings(**{"slot": slot, "store": tmp_path / "images"} | settings)
             client = stack.enter_context(TestClient(create_app(chosen)))
-            studio = client.app.state.studio
+            jobs = client.app.state.jobs
             # Two loads at a time in a process mix up: transformers builds modules under a global meta device.
-            stack.callback(wait_for, lambda: bool(studio.served.engine or studio.served.failure))
+            stack.callback(wait_for, lambda: bool(jobs.deployment.engine or jobs.deployment.failure))
             return wait_until_ready(client) if ready else client
 
         yield start
@@ -113,10 +123,10 @@ def serving(settings: Settings, front: Callable[[ASGIApp], ASGIApp] = lambda app
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    studio = app.state.studio
+    jobs = app.state.jobs
     try:
-        wait_for(lambda: studio.served.trouble is None)
-        yield Live(port, studio, server)
+        wait_for(lambda: jobs.deployment.trouble is None)
+        yield Live(port, jobs, server)
     finally:
         server.should_exit = True
         thread.join()

@@ -29,7 +29,7 @@ def copy(slot, tmp_path) -> Path:
 
 def settled(client):
     """`/readyz` when the goldens have been judged."""
-    wait_for(lambda: not client.app.state.studio.served.attesting)
+    wait_for(lambda: not client.app.state.jobs.deployment.attesting)
     return client.get("/readyz")
 
 
@@ -149,7 +149,7 @@ def test_off_draws_no_golden_and_says_so(serve, slot):
     client = serve(attest="off")
     assert client.get("/readyz").json()["attested_reason"] == "switched off by SDXL_ATTEST=off"
     assert client.get("/config").json()["comparisons"] == []
-    assert client.app.state.studio.served.engine.stats().calls == 0
+    assert client.app.state.jobs.deployment.engine.stats().calls == 0
 
 
 def test_a_service_that_stops_while_it_attests_does_not_wait_for_the_goldens(serve, monkeypatch):
@@ -163,10 +163,10 @@ def test_a_service_that_stops_while_it_attests_does_not_wait_for_the_goldens(ser
 
     monkeypatch.setattr(Engine, "_predict", slow)
     client = serve(ready=False)
-    studio = client.app.state.studio
+    jobs = client.app.state.jobs
     wait_for(lambda: drawn)
     assert "golden images are being drawn" in client.get("/readyz").json()["detail"]
-    studio.served.engine.close()
-    wait_for(lambda: not studio.served.attesting)
+    jobs.deployment.engine.close()
+    wait_for(lambda: not jobs.deployment.attesting)
     assert len(drawn) < 8
-    assert "cancelled" in studio.served.attestation.reason
+    assert "cancelled" in jobs.deployment.attestation.reason

@@ -65,7 +65,7 @@ def test_while_the_models_load_the_service_is_alive_and_not_ready(serve, monkeyp
 def test_models_that_cannot_be_loaded_are_told_by_readyz(serve, promoted, tmp_path):
     broken = promoted.with_(model=ModelRef(base=str(tmp_path / "nothing")))
     client = serve(ready=False, slot=write_slot(tmp_path / "broken", broken))
-    wait_for(lambda: client.app.state.studio.served.failure is not None)
+    wait_for(lambda: client.app.state.jobs.deployment.failure is not None)
     answer = client.get("/readyz")
     assert answer.status_code == 503
     assert "could not be loaded" in answer.json()["detail"]

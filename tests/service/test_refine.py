@@ -5,6 +5,7 @@ import pytest
 
 from sdxl_lab.images import open_image, read_record
 from sdxl_lab.job import ImageRequest, SourceImage
+from service.jobs.records import StoredImage
 from tests.service.conftest import NOBODYS
 
 
@@ -26,7 +27,7 @@ def test_a_stored_image_is_refined_as_the_engine_does_it(client, promoted, sourc
     assert record["id"] == body["id"]
     config = promoted.with_(width=128, height=64, negative_prompt="blue")
     job = ImageRequest(config, "a red ring", 5, SourceImage(open_image(before), 0.3, read_record(before)))
-    drawn = client.app.state.studio.served.engine.draw(job).image
+    drawn = client.app.state.jobs.deployment.engine.draw(job).image
     assert np.array_equal(np.asarray(open_image(png)), np.asarray(drawn))
 
 
@@ -69,7 +70,7 @@ def test_a_bad_value_is_refused_by_name(client, source, asked, field):
 
 def test_a_image_that_is_not_ours_is_refused(client, source):
     foreign = uuid.uuid4()
-    client.app.state.studio.store.put(foreign, b"no image", {})
+    client.app.state.jobs.store.put(StoredImage(id=foreign, created=1.0, record={}), b"no image")
     answer = client.post("/refine", json={"id": str(foreign)})
     assert (answer.status_code, answer.json()["field"]) == (422, "id")
 
