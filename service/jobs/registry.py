@@ -319,8 +319,13 @@ class Registry:
         entry = self._entries[job]
         entry.job.cancel(CancelledByClient())
         await _wait_for([entry], ANSWER)
-        if entry.job.committing and not entry.job.over:  # being stored: only then it is known what came first
+        if not entry.job.over and entry.job.committing:  # being stored: only then it is known what came first
             await _wait_for([entry], OUTAGE)
+        elif (
+            not entry.job.over and entry.job.durable
+        ):  # also if it crashes before its slow step ends
+            with contextlib.suppress(UnknownImage, StoreRefused, StoreUnreachable):
+                await asyncio.to_thread(self.leases.cancel, job)
         return entry.job.state
 
     async def drain(self, seconds: float, answer: float = ANSWER) -> None:
