@@ -346,6 +346,13 @@ class Jobs(RuleBasedStateMachine):
         self.kill()
         self.start()
 
+    @precondition(lambda self: self.engine.jobs)
+    @rule(data=st.data(), turns=st.integers(0, 8))
+    def crash_while_storing(self, data, turns):
+        self.finish(data, turns)
+        self.kill()
+        self.start()
+
     @rule(seconds=st.sampled_from([0, 1]))
     def stop_and_restart(self, seconds):
         """Everybody who waits is told, and the next start draws what is durable."""
@@ -446,7 +453,7 @@ class Jobs(RuleBasedStateMachine):
 
 TestJobs = Jobs.TestCase
 TestJobs.settings = settings(
-    max_examples=60,
+    max_examples=50,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,
