@@ -7,6 +7,7 @@ import urllib.request
 import uuid
 
 import numpy as np
+import obstore
 import pytest
 
 from sdxl_lab.images import open_image, read_record
@@ -169,3 +170,21 @@ def test_a_cancelled_request_leaves_the_engine_whole(client):
     assert not jobs.active
     assert client.post("/generate", json=PROMPT).status_code == 200
     assert jobs.deployment.engine.healthy
+
+
+READ_NOTHING = {
+    "JSON": ("/generate", PROMPT, {}),
+    "PNG": ("/generate", PROMPT, {"Accept": "image/png"}),
+    "WebP": ("/generate", PROMPT, {"Accept": "image/webp"}),
+    "events": ("/generate", PROMPT, {"Accept": "text/event-stream"}),
+    "OpenAI": ("/v1/images/generations", PROMPT | {"n": 2}, {}),
+    "OpenAI, events": ("/v1/images/generations", PROMPT | {"stream": True}, {}),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "headers"), READ_NOTHING.values(), ids=READ_NOTHING)
+def test_an_image_that_was_just_drawn_is_not_read_back_from_the_store(client, monkeypatch, path, body, headers):
+    get, read = obstore.get, []
+    monkeypatch.setattr(obstore, "get", lambda objects, name: (read.append(name), get(objects, name))[1])
+    assert client.post(path, json=body, headers=headers).status_code == 200
+    assert read == []
