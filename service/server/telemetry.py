@@ -12,7 +12,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from sdxl_lab import __version__
+from sdxl_lab.version import __version__
 from service.deployment import Served
 
 if TYPE_CHECKING:
