@@ -4,12 +4,12 @@ from .config import GenerationConfig as GenerationConfig
 from .config import ModelRef as ModelRef
 from .config import RefinerConfig as RefinerConfig
 from .config import RuntimeProfile as RuntimeProfile
-from .diffusion.denoising import ImageRequest as ImageRequest
-from .diffusion.denoising import SourceImage as SourceImage
 from .diffusion.engine import Engine as Engine
-from .diffusion.engine import Job as Job
 from .images import GeneratedImage as GeneratedImage
 from .images import read_record as read_record
+from .job import ImageRequest as ImageRequest
+from .job import Job as Job
+from .job import SourceImage as SourceImage
 from .notebook.explorer import Explorer as Explorer
 from .release.slot import Slot as Slot
 from .release.slot import load_slot as load_slot

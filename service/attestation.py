@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sdxl_lab.errors import Cancelled, EngineStopped
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.release.slot import GoldenCheck, Slot, compare_golden
 
 if TYPE_CHECKING:
@@ -51,9 +53,6 @@ class Attestation:
 
 def attest(slot: Slot, engine: "Engine") -> Attestation:
     """Draw every golden of `slot` and compare it. Raises `Cancelled` or `EngineStopped` where the engine is closed."""
-    from sdxl_lab.diffusion.denoising import ImageRequest
-    from sdxl_lab.diffusion.engine import Cancelled, EngineStopped
-
     began = time.monotonic()
     try:
         goldens = slot.goldens

@@ -77,6 +77,11 @@ def test_the_public_names_come_from_their_modules():
         assert getattr(sdxl_lab, name) is not None
 
 
+def test_a_configuration_and_a_job_come_without_torch():
+    program = "import sys; from sdxl_lab import GenerationConfig, ImageRequest, Job; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
 def test_a_name_that_is_not_public_is_refused():
     with pytest.raises(ImportError, match="Enigne"):
         from sdxl_lab import Enigne  # noqa: F401

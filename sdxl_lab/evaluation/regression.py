@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image
 
 from sdxl_lab.config import RuntimeProfile
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.evaluation.comparison import draw
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, LEAST_PROMPTS, Gate, Verdict
-from sdxl_lab.evaluation.metrics import METRICS, find
+from sdxl_lab.evaluation.metrics import METRICS, find_metric
 from sdxl_lab.images import GeneratedImage, beside, open_image
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.release.slot import GoldenCheck, Slot, SlotError, compare_golden
 
 # nano's images in bfloat16 have an SSIM of 0.9988 to 0.9994 with those in float32. No limit tells that from a small
@@ -144,7 +144,7 @@ def regress(slot: Slot, *, metrics: bool = True, profile: RuntimeProfile | None 
 
 
 def _metric_set(slot: Slot) -> dict[str, Any]:
-    """The slot's evidence where it holds what a trial measured, else nothing."""
+    """The slot's evidence where it holds what a comparison measured, else nothing."""
     evidence = slot.evidence or {}
     if not evidence.get("metrics"):
         return {}
@@ -156,8 +156,9 @@ def _metric_set(slot: Slot) -> dict[str, Any]:
         sound = False
     if not sound:
         raise SlotError(
-            f"evidence.json of the slot {slot.folder} must hold its metric set as a trial wrote it: prompts, seeds, "
-            "clip, gates, and a value of each metric for each prompt and seed. Promote again, or restore it from git"
+            f"evidence.json of the slot {slot.folder} must hold its metric set as a comparison wrote it: prompts, "
+            "seeds, clip, gates, and a value of each metric for each prompt and seed. Promote again, or restore it "
+            "from git"
         )
     return evidence
 
@@ -181,6 +182,6 @@ def _verdicts(judged: dict[str, Any], images: Sequence[GeneratedImage]) -> list[
     for gate in gates or DEFAULT_GATES:
         then = judged["metrics"].get(gate.metric)
         if then is not None:
-            metric = find(gate.metric, judged["clip"])
+            metric = find_metric(gate.metric, judged["clip"])
             verdicts.append(gate.judge(metric, metric(images), np.array(then["values"]), prompts))
     return verdicts

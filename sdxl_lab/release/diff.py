@@ -30,19 +30,21 @@ def flat(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def difference_table(
-    before: GenerationConfig | None, after: GenerationConfig, judged: Mapping[str, Any] | None = None
+    before: GenerationConfig | None, after: GenerationConfig, evidence: Mapping[str, Any] | None = None
 ) -> str:
-    """What a pull request says of a promotion, as Markdown: the settings that change, and with `judged` the metrics and
-    the gates."""
+    """What a pull request says of a promotion, as Markdown: the settings that change, and with `evidence` the metrics
+    and the gates."""
     changed = changes(flat(before.to_dict()) if before else {}, flat(after.to_dict()))
     parts = [f"### {f'`{before.digest}`' if before else 'a new slot'} → `{after.digest}`"]
     rows = [(f"`{name}`", _shown(old), _shown(new)) for name, (old, new) in changed.items()]
     parts.append(_markdown(("setting", "served", "candidate"), rows) if rows else "The settings are the same.")
-    if judged:
-        parts.append(_markdown(("metric", "better", "served", "candidate", "difference [95 %]"), _metric_rows(judged)))
-        drawn = " x ".join(_count(len(judged[names]), names) for names in ("prompts", "seeds"))
+    if evidence:
+        parts.append(
+            _markdown(("metric", "better", "served", "candidate", "difference [95 %]"), _metric_rows(evidence))
+        )
+        drawn = " x ".join(_count(len(evidence[names]), names) for names in ("prompts", "seeds"))
         parts.append(f"{drawn}; intervals are over prompts.")
-        verdicts = [("pass" if g["passed"] else "**fail**", g["gate"], g["figures"]) for g in judged["gates"]]
+        verdicts = [("pass" if g["passed"] else "**fail**", g["gate"], g["figures"]) for g in evidence["gates"]]
         if verdicts:
             parts.append(_markdown(("", "gate", "figures"), verdicts))
     return "\n\n".join(parts) + "\n"
@@ -52,9 +54,9 @@ def _count(number: int, names: str) -> str:
     return f"{number} {names if number != 1 else names.removesuffix('s')}"
 
 
-def _metric_rows(judged: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _metric_rows(evidence: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows = []
-    for name, metric in judged["metrics"].items():
+    for name, metric in evidence["metrics"].items():
         difference = metric.get("difference")
         shown = "" if difference is None else "{mean:+.4g} [{low:+.4g}, {high:+.4g}]".format(**difference)
         means = [_shown(None if (side := metric.get(key)) is None else side["mean"]) for key in ("served", "candidate")]

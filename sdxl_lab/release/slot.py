@@ -112,7 +112,7 @@ def load_slot(folder: Path | str) -> Slot:
     config = GenerationConfig.from_toml(config_file)
     evidence = None
     if evidence_file.is_file():
-        evidence = _read_evidence(evidence_file)
+        evidence = _load_evidence(evidence_file)
         if evidence["digest"] != config.digest:
             raise SlotError(
                 f"the slot {folder} must hold one configuration: config.toml has the digest {config.digest}, but "
@@ -121,8 +121,8 @@ def load_slot(folder: Path | str) -> Slot:
     return Slot(folder, config, evidence)
 
 
-# What `Comparison.judged` says; without one of these a file is no evidence.
-JUDGED_FIELDS = (
+# What `Comparison.evidence` gives; a file that lacks one of these is refused.
+EVIDENCE_FIELDS = (
     "digest",
     "replaces",
     "prompts",
@@ -140,14 +140,14 @@ JUDGED_FIELDS = (
 STALE_FIELDS = ("weights", "libraries", "version")
 
 
-def read_judged(path: Path | str) -> dict[str, Any]:
-    """The judgement that a trial wrote, for `promote`. Raises `SlotError` where the file is none."""
-    judged = _read_evidence(Path(path))
-    _check_judged(judged, str(path))
-    return judged
+def read_evidence(path: Path | str) -> dict[str, Any]:
+    """The evidence that a comparison wrote, for `promote`. Raises `SlotError` where the file is none."""
+    evidence = _load_evidence(Path(path))
+    _check_evidence(evidence, str(path))
+    return evidence
 
 
-def _read_evidence(path: Path) -> dict[str, Any]:
+def _load_evidence(path: Path) -> dict[str, Any]:
     try:
         evidence = json.loads(path.read_text())
         evidence["digest"]
@@ -156,10 +156,10 @@ def _read_evidence(path: Path) -> dict[str, Any]:
     return dict(evidence)
 
 
-def _check_judged(judged: Mapping[str, Any], name: str) -> None:
-    if missing := [field for field in JUDGED_FIELDS if field not in judged]:
-        raise SlotError(f"{name} must say what a trial says of its candidate; it lacks {', '.join(missing)}")
-    gates = judged["gates"]
+def _check_evidence(evidence: Mapping[str, Any], name: str) -> None:
+    if missing := [field for field in EVIDENCE_FIELDS if field not in evidence]:
+        raise SlotError(f"{name} must say what a comparison found about its candidate; it lacks {', '.join(missing)}")
+    gates = evidence["gates"]
     if not isinstance(gates, list) or not all(isinstance(gate, dict) and "passed" in gate for gate in gates):
         raise SlotError(f"{name} must say of each gate whether it passed; received {gates!r}")
 
@@ -207,19 +207,19 @@ def promote(
     images: Sequence[GeneratedImage],
     why: str,
     who: str,
-    judged: Mapping[str, Any] | None = None,
+    evidence: Mapping[str, Any] | None = None,
     allow_dirty: bool = False,
 ) -> Slot:
     """Write `config` into the slot `folder`, with `images` as its goldens, and what it was judged on as its evidence.
 
-    `judged` comes from a comparison of `config` with what the slot holds (`Comparison.judged`, `read_judged`); only a
-    slot that holds nothing yet can do without. Raises `SlotError`, and leaves the slot as it is, where
+    `evidence` comes from a comparison of `config` with what the slot holds (`Comparison.evidence`, `read_evidence`);
+    only a slot that holds nothing yet can do without. Raises `SlotError`, and leaves the slot as it is, where
 
     - there is no image or no reason, or an image is of another configuration or other weights than the first;
-    - a gate failed, or `judged` is of another configuration, or of other weights, libraries or code than the images;
-    - the work tree has uncommitted changes, now or when it was judged, without `allow_dirty`;
+    - a gate failed, or `evidence` is of another configuration, or of other weights, libraries or code than the images;
+    - the work tree has uncommitted changes, now or when it was compared, without `allow_dirty`;
     - `folder` is neither a slot, nor an empty folder, nor absent;
-    - the slot does not hold what `judged` compared with, as when another promotion came first.
+    - the slot does not hold what `evidence` compared with, as when another promotion came first.
 
     What the slot held is kept in `.replaced/`, beside it.
     """
@@ -228,14 +228,14 @@ def promote(
         raise SlotError("a promotion must come with at least one image and a reason. Example: why='sharper hats'")
     _check_images(config, images)
     drawn = {name: images[0].record[name] for name in ("weights", "runtime", "libraries", "version")}
-    if judged is not None:
-        _check_judged(judged, "the evidence")
-        _check_promotable(config, judged, drawn)
-    commit, dirty = clean_state(allow_dirty, was_dirty=bool(judged and judged.get("dirty")))
+    if evidence is not None:
+        _check_evidence(evidence, "the evidence")
+        _check_promotable(config, evidence, drawn)
+    commit, dirty = clean_state(allow_dirty, was_dirty=bool(evidence and evidence.get("dirty")))
     goldens = {_golden_name(number, image): image for number, image in enumerate(images, 1)}
-    evidence = {
+    written = {
         "replaces": None,
-        **(judged or {}),
+        **(evidence or {}),
         **drawn,
         "digest": config.digest,
         "model": config.model.to_dict(),
@@ -251,8 +251,8 @@ def promote(
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone(folder.parent):
-        _check_unchanged(folder, evidence["replaces"])
-        _write(folder, config, evidence, goldens)
+        _check_unchanged(folder, written["replaces"])
+        _write(folder, config, written, goldens)
         return load_slot(folder)
 
 
@@ -272,20 +272,22 @@ def _check_images(config: GenerationConfig, images: Sequence[GeneratedImage]) ->
             )
 
 
-def _check_promotable(config: GenerationConfig, judged: Mapping[str, Any], drawn: Mapping[str, Any]) -> None:
-    if judged["digest"] != config.digest:
+def _check_promotable(config: GenerationConfig, evidence: Mapping[str, Any], drawn: Mapping[str, Any]) -> None:
+    if evidence["digest"] != config.digest:
         raise SlotError(
             f"the evidence must speak of the configuration promoted, {config.digest}; received evidence of "
-            f"{judged['digest']!r}. Try the candidate against the slot again"
+            f"{evidence['digest']!r}. Try the candidate against the slot again"
         )
     for name in STALE_FIELDS:
-        if judged[name] != drawn[name]:
-            before, now = ({name: value} if isinstance(value, str) else value for value in (judged[name], drawn[name]))
+        if evidence[name] != drawn[name]:
+            before, now = (
+                {name: value} if isinstance(value, str) else value for value in (evidence[name], drawn[name])
+            )
             raise SlotError(
                 f"the evidence is stale: its {name} are not those the goldens are drawn with: {_changed(before, now)}. "
                 "Try the candidate against the slot again"
             )
-    if failed := [gate for gate in judged["gates"] if not gate["passed"]]:
+    if failed := [gate for gate in evidence["gates"] if not gate["passed"]]:
         said = "; ".join(f"{gate.get('gate')} ({gate.get('figures')})" for gate in failed)
         raise SlotError(f"a promotion must pass all of its gates; failed: {said}")
 
@@ -384,8 +386,8 @@ def _golden_name(number: int, image: GeneratedImage) -> str:
 
 
 def clean_state(allow_dirty: bool, *, was_dirty: bool = False) -> tuple[str | None, bool]:
-    """`git_state`; `SlotError` for a work tree with uncommitted changes, now or when something was judged, unless they
-    are allowed. Whoever draws for long before promoting asks first."""
+    """`git_state`; `SlotError` for a work tree with uncommitted changes, now or when something was compared, unless
+    they are allowed. Whoever draws for long before promoting asks first."""
     commit, dirty = git_state()
     dirty = dirty or was_dirty
     if dirty and not allow_dirty:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, Record, RefinerConfig
-from sdxl_lab.evaluation.metrics import Metric, find
+from sdxl_lab.evaluation.metrics import Metric, find_metric
 
 LIMIT = 10_000  # cells
 LONGEST = 1_000_000  # values of a range
@@ -173,7 +173,7 @@ def overlaid(config: GenerationConfig, table: Any) -> GenerationConfig:
 def named_metric(name: str, clip: str = "nano") -> Metric:
     """A metric by its name, or one of yours as `module:attribute`. Raises `MetricError` or `SweepError`."""
     if not isinstance(name, str) or ":" not in name:
-        return find(name, clip)
+        return find_metric(name, clip)
     try:
         metric = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:

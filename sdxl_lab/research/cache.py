@@ -9,22 +9,24 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
 from tempfile import NamedTemporaryFile
 from typing import Any, Self
 
 from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile, canonical
-from sdxl_lab.diffusion.denoising import ImageRequest, calls_of, rows_of
-from sdxl_lab.diffusion.engine import Engine, EngineStopped, Job
+from sdxl_lab.diffusion.denoising import calls_of, rows_of
+from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import identity, placement
+from sdxl_lab.errors import EngineStopped
 from sdxl_lab.evaluation.metrics import Metric
 from sdxl_lab.images import GeneratedImage, ImageError, open_image, read_record
+from sdxl_lab.job import ImageRequest, Job, JobState
 from sdxl_lab.version import __version__
 
 FOLDER = Path("runs/cache")
@@ -253,40 +255,42 @@ class ImageCache:
 
     def _drawn(self, engine: Engine, group: Mapping[str, Cell]) -> Generator[tuple[str, str | None]]:
         """Every cell's key once it is kept or has failed, and why it failed."""
-        running: dict[Future[GeneratedImage], tuple[str, Job]] = {}
+        running: dict[Job[GeneratedImage], str] = {}
+        over: SimpleQueue[Job[GeneratedImage]] = SimpleQueue()
 
-        def ended(futures: Iterable[Future[GeneratedImage]]) -> Iterator[tuple[str, str | None]]:
-            for future in list(futures):
-                key, _ = running.pop(future)
-                yield key, self._outcome(key, future)
+        def next_over() -> tuple[str, str | None]:
+            job = over.get()
+            key = running.pop(job)
+            return key, self._outcome(key, job)
 
         try:
             for key, cell in group.items():
                 while len(running) >= 2 * engine.profile.rows:
-                    yield from ended(wait(running, return_when=FIRST_COMPLETED).done)
+                    yield next_over()
                 try:
                     job = engine.submit(cell.request, priority=-1)  # behind what somebody waits for
                 except ValueError as error:
                     yield key, _said(error)
                     continue
-                running[job.future] = key, job
+                running[job] = key
+                job.add_done_callback(over.put)
             while running:
-                yield from ended(wait(running, return_when=FIRST_COMPLETED).done)
+                yield next_over()
         finally:
-            for _, job in running.values():
+            for job in running:
                 job.cancel()
-            for future, (key, _) in running.items():
-                if future.done() and future.exception() is None:
-                    self._keep(key, future.result())
+            for job, key in running.items():
+                if job.state is JobState.DONE:
+                    self._keep(key, job.result())
 
-    def _outcome(self, key: str, future: Future[GeneratedImage]) -> str | None:
+    def _outcome(self, key: str, job: Job[GeneratedImage]) -> str | None:
         """Keep the image, or say why there is none. An engine that stopped ends all work."""
-        error = future.exception()
+        error = job.exception()
         if isinstance(error, EngineStopped):
             raise error
         if error is not None:
             return _said(error)
-        self._keep(key, future.result())
+        self._keep(key, job.result())
         return None
 
     def _measure(self, metric: Metric, keys: Sequence[str], references: Mapping[str, str]) -> dict[str, str]:

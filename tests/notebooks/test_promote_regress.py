@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from sdxl_lab.config import GenerationConfig
-from sdxl_lab.evaluation.comparison import ComparisonPlan
-from sdxl_lab.evaluation.comparison import run as try_candidate
+from sdxl_lab.evaluation.comparison import ComparisonPlan, compare
 from sdxl_lab.images import open_image
-from sdxl_lab.notebook.runner import EXECUTED, ROOT, NotebookError, run
+from sdxl_lab.notebook.runner import EXECUTED, ROOT, NotebookError, run_notebook
 from sdxl_lab.release.slot import load_slot, promote
 
 NANO = ROOT / "service/promoted/nano"
@@ -19,7 +18,7 @@ PROMPTS = ["a cat", "a dog", "a red hat", "a blue boat", "a tree"]
 
 
 def execute(name: str, copy: str, **parameters: Any) -> Path:
-    return run(ROOT / "notebooks" / name, parameters, out=ROOT / EXECUTED / copy, cell_seconds=240)
+    return run_notebook(ROOT / "notebooks" / name, parameters, out=ROOT / EXECUTED / copy, cell_seconds=240)
 
 
 @pytest.fixture
@@ -33,9 +32,9 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 def slot(model: Path, tiny_config: GenerationConfig, tmp_path: Path) -> Path:
     """The random model promoted, with five prompts as its metric set."""
     config = tiny_config.with_(model=tiny_config.model.named(str(model)))
-    found = try_candidate(config, tmp_path / "slot", ComparisonPlan(prompts=tuple(PROMPTS), seeds=(0,), goldens=2))
+    found = compare(config, tmp_path / "slot", ComparisonPlan(prompts=tuple(PROMPTS), seeds=(0,), goldens=2))
     promote(
-        config, tmp_path / "slot", images=found.goldens, why="w", who="Ada", judged=found.judged(), allow_dirty=True
+        config, tmp_path / "slot", images=found.goldens, why="w", who="Ada", evidence=found.evidence(), allow_dirty=True
     )
     return tmp_path / "slot"
 

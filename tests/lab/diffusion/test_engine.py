@@ -17,9 +17,12 @@ from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig, Limits, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine as engines
-from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage, Trajectory
-from sdxl_lab.diffusion.engine import Cancelled, Engine, EngineStopped, QueueFull
+from sdxl_lab.diffusion.denoising import Trajectory
+from sdxl_lab.diffusion.engine import Engine, EngineStats
+from sdxl_lab.errors import Cancelled, EngineStopped, QueueFull
 from sdxl_lab.images import ImageError, max_difference, read_watermark
+from sdxl_lab.job import ImageRequest, Job, SourceImage
+from tests.lab.diffusion.conftest import trajectory_of
 
 # Other images in the call move float32 sums by 1e-6 at most; rounded, a pixel may fall to the other side.
 ROUNDING = 1 / 255 + 1e-9
@@ -31,9 +34,8 @@ def requests(config: GenerationConfig, count: int) -> list[ImageRequest]:
     return [ImageRequest(config.with_(scheduler=names[i % 4], steps=3 + i % 3), f"image {i}", i) for i in range(count)]
 
 
-def latents(job: engines.Job) -> torch.Tensor:
-    job.result(SECONDS)
-    return job.trajectory.latents
+def latents(job: Job) -> torch.Tensor:
+    return trajectory_of(job).latents
 
 
 def close_to(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -51,7 +53,7 @@ class Gate:
         assert self.opened.wait(SECONDS)
 
 
-def hold(engine: Engine, config: GenerationConfig) -> tuple[Gate, engines.Job]:
+def hold(engine: Engine, config: GenerationConfig) -> tuple[Gate, Job]:
     """The engine held at the one step of an image, so that what comes next waits together."""
     gate = Gate()
     held = engine.submit(ImageRequest(config.with_(steps=1), "gate", 0), on_step=gate)
@@ -71,14 +73,15 @@ def test_a_higher_priority_goes_first_and_equals_keep_their_order(start, config)
     engine, order = start(rows=2), []
     gate, held = hold(engine, config)
 
-    def ask(name: str, priority: int) -> engines.Job:
+    def ask(name: str, priority: int) -> Job:
         request = ImageRequest(config.with_(steps=1), name, 0)
         return engine.submit(request, on_step=lambda *_: order.append(name), priority=priority)
 
     jobs = [ask("a", 0), ask("b", 0), ask("c", 5), ask("d", 5), ask("e", -1)]
     assert [job.position for job in jobs] == [3, 4, 1, 2, 5]
     assert held.position == 0
-    assert engine.stats() == engines.EngineStats(5, 1, 2, 2, engine.stats().ticks, 0, 0.0)
+    now = engine.stats()
+    assert now == EngineStats(5, 1, 2, 2, now.ticks, 2, now.seconds, 1, 2, now.seconds)
     gate.opened.set()
     for job in jobs:
         job.result(SECONDS)
@@ -116,7 +119,7 @@ def test_the_eta_is_what_the_wait_turns_out_to_be(start, config, monkeypatch):
     etas, backlog = [job.eta for job in jobs], engine.backlog_seconds()
     took = {}
     for index, job in enumerate(jobs):
-        job.future.add_done_callback(lambda _, index=index: took.setdefault(index, clock[0] - began))
+        job.add_done_callback(lambda _, index=index: took.setdefault(index, clock[0] - began))
     for job in jobs:
         job.result(SECONDS)
     for index, eta in enumerate(etas):
@@ -150,7 +153,7 @@ def test_what_the_last_step_points_to_is_the_final_latent(start, config, schedul
     """At the end of the schedule hardly any noise is left, so the last prediction is where the image ends."""
     job = start().submit(ImageRequest(config.with_(scheduler=scheduler, steps=8), "a cat", 1))
     final = latents(job)
-    pointed = job.trajectory.denoised()
+    pointed = trajectory_of(job).denoised()
     assert (pointed - final).abs().max() <= 0.1 * final.abs().max()
 
 
@@ -182,7 +185,7 @@ def test_no_runtime_option_changes_what_is_drawn(nano, options, tolerance, tmp_p
             jobs = [engine.submit(request) for request in asked]
             for request, job in zip(asked, jobs, strict=True):
                 assert max_difference(job.result(800).image, nano.draw(request).image) <= tolerance
-                assert job.trajectory.latents.dtype == torch.float32
+                assert trajectory_of(job).latents.dtype == torch.float32
                 assert job.result().record["runtime"].items() >= options.items()
     finally:
         torch.set_num_threads(threads)
@@ -320,7 +323,7 @@ def test_images_beyond_the_row_budget_wait_for_a_place_in_order(start, config, m
     gate, held = hold(engine, config)
     jobs = [engine.submit(ImageRequest(config, "a crowd", seed)) for seed in range(5)]
     for index, job in enumerate(jobs):
-        job.future.add_done_callback(lambda _, index=index: finished.append(index))
+        job.add_done_callback(lambda _, index=index: finished.append(index))
     assert [job.state for job in jobs] == ["queued"] * 5
     assert engine.queued == 5
     gate.opened.set()
@@ -393,13 +396,12 @@ def test_cancelling_a_finished_image_leaves_it_finished(start, config):
     assert (job.state, job.result()) == ("done", image)
 
 
-def test_a_future_cancelled_from_outside_does_not_stop_the_engine(start, config):
-    """asyncio cancels the futures it wraps, when a client leaves."""
+def test_a_job_that_others_ended_does_not_stop_the_engine(start, config):
+    """A service that stops waits for no step."""
     engine, gate = start(), Gate()
     job = engine.submit(ImageRequest(config, "a cat", 1), on_step=gate)
     assert gate.reached.wait(SECONDS)
-    job.future.cancel()
-    job.cancel()
+    assert job.fail(Cancelled("the service stops"))
     gate.opened.set()
     with pytest.raises(Cancelled):
         job.result(SECONDS)
@@ -419,7 +421,7 @@ def test_an_interrupted_draw_cancels_its_image(start, config, monkeypatch):
     monkeypatch.setattr(Engine, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.draw(ImageRequest(config.with_(steps=200), "a cat", 1))
-    assert isinstance(jobs[0].future.exception(SECONDS), Cancelled)
+    assert isinstance(jobs[0].exception(SECONDS), Cancelled)
 
 
 def test_close_cancels_what_is_left_and_refuses_more(start, config):
@@ -433,7 +435,7 @@ def test_close_cancels_what_is_left_and_refuses_more(start, config):
     gate.opened.set()
     closing.join(SECONDS)
     assert not closing.is_alive()
-    assert [type(job.future.exception(0)) for job in jobs] == [Cancelled] * 3
+    assert [type(job.exception(0)) for job in jobs] == [Cancelled] * 3
     with pytest.raises(EngineStopped, match="the engine is closed"):
         engine.submit(ImageRequest(config, "a cat", 1))
 
@@ -456,7 +458,7 @@ def test_a_image_that_is_being_admitted_is_cancelled_by_close_too(start, config,
         time.sleep(0.001)
     go.set()
     closing.join(SECONDS)
-    assert isinstance(job.future.exception(0), Cancelled)
+    assert isinstance(job.exception(0), Cancelled)
 
 
 def test_a_full_queue_refuses_at_once(start, config):
@@ -664,7 +666,7 @@ def test_when_the_thread_fails_everybody_learns_it(start, config, monkeypatch, p
     monkeypatch.setattr(engines if place == "Trajectory" else engine, place, fails)
     jobs += [engine.submit(request) for request in asked[1:]]
     gate.opened.set()
-    failures = [job.future.exception(SECONDS) for job in jobs[0 if place == "_decode" else 1 :]]
+    failures = [job.exception(SECONDS) for job in jobs[0 if place == "_decode" else 1 :]]
     assert {type(failure) for failure in failures} == {EngineStopped}
     assert all("the ground is gone" in str(failure) for failure in failures)
     assert all(isinstance(failure.__cause__, Catastrophe) for failure in failures)

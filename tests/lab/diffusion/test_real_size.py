@@ -9,9 +9,10 @@ import torch
 
 from bench.truesize import TextlessDenoiser, random_unet
 from sdxl_lab.config import GenerationConfig, Limits, RuntimeProfile
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import Models
+from sdxl_lab.job import ImageRequest
+from tests.lab.diffusion.conftest import trajectory_of
 
 
 @pytest.fixture(scope="module")
@@ -42,5 +43,5 @@ def test_the_true_unet_takes_two_steps_in_the_engine(unet, tiny_models):
         for job in jobs:
             image = job.result(280)
             assert image.image.size == (128, 128)
-            assert torch.isfinite(job.trajectory.latents).all()
+            assert torch.isfinite(trajectory_of(job).latents).all()
         assert engine.stats().rows == 3, "a guided and an unguided image shared the call"

@@ -14,13 +14,12 @@ from PIL import Image
 
 from sdxl_lab.config import GenerationConfig, Limits, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine, schedulers
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.models import load
-from sdxl_lab.evaluation import comparison as trial
-from sdxl_lab.evaluation import regression
+from sdxl_lab.evaluation import comparison, regression
 from sdxl_lab.evaluation.comparison import ComparisonPlan
 from sdxl_lab.evaluation.regression import RegressionError, regress
 from sdxl_lab.images import GeneratedImage, open_image
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.release import slot as promotion
 from sdxl_lab.release.diff import changed_fields
 from sdxl_lab.release.slot import Slot, SlotError, load_slot, promote
@@ -67,8 +66,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, models: Any, ref: ModelRef) -> None:
 
 
 def put(config: GenerationConfig, folder: Path, plan: ComparisonPlan = PLAN) -> Slot:
-    found = trial.run(config, folder, plan, FLOAT32)
-    promote(config, folder, images=found.goldens, why="w", who="Ada", judged=found.judged(), allow_dirty=True)
+    found = comparison.compare(config, folder, plan, FLOAT32)
+    promote(config, folder, images=found.goldens, why="w", who="Ada", evidence=found.evidence(), allow_dirty=True)
     return load_slot(folder)
 
 
@@ -181,7 +180,7 @@ def test_a_scheduler_that_leaks_into_the_next_image_is_red(slot, monkeypatch):
     monkeypatch.setattr(schedulers, "build", leaky)
     assert regress(slot, metrics=False, profile=FLOAT32).passed, "nothing has leaked yet"
     karras = slot.config.with_(scheduler="dpmpp_2m_karras")
-    trial.draw([ImageRequest(karras, "a cat", 1)], FLOAT32)
+    comparison.draw([ImageRequest(karras, "a cat", 1)], FLOAT32)
     found = regress(slot, metrics=False, profile=FLOAT32)
     assert all("the image differs by" in golden.reason for golden in found.goldens)
 
@@ -277,7 +276,7 @@ def test_a_metric_set_that_no_trial_wrote_is_refused(slot, damage):
     evidence = json.loads((slot.folder / "evidence.json").read_text()) | damage
     kept = {name: value for name, value in evidence.items() if value is not ...}
     (slot.folder / "evidence.json").write_text(json.dumps(kept))
-    with pytest.raises(SlotError, match="must hold its metric set as a trial wrote it"):
+    with pytest.raises(SlotError, match="must hold its metric set as a comparison wrote it"):
         regress(load_slot(slot.folder), profile=FLOAT32)
 
 

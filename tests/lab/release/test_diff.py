@@ -5,7 +5,7 @@ from sdxl_lab.release.diff import changed_fields, difference_table
 
 BEFORE = GenerationConfig(negative_prompt="a | b\nc")
 AFTER = BEFORE.with_(steps=20, refiner=RefinerConfig(0.7), negative_prompt=None)
-JUDGED = {
+EVIDENCE = {
     "prompts": ["a"] * 8,
     "seeds": [0, 1],
     "metrics": {
@@ -37,7 +37,7 @@ def test_what_differs_is_named_field_by_field():
 
 def test_the_table_is_markdown_for_a_pull_request():
     assert (
-        difference_table(BEFORE, AFTER, JUDGED)
+        difference_table(BEFORE, AFTER, EVIDENCE)
         == f"""\
 ### `{BEFORE.digest}` → `{AFTER.digest}`
 

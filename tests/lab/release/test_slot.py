@@ -12,7 +12,7 @@ from PIL import Image
 from sdxl_lab.config import ConfigError, GenerationConfig
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.release import slot as promotion
-from sdxl_lab.release.slot import JUDGED_FIELDS, SlotError, compare_golden, load_slot, promote, read_judged, served
+from sdxl_lab.release.slot import EVIDENCE_FIELDS, SlotError, compare_golden, load_slot, promote, read_evidence, served
 
 ROOT = Path(__file__).parents[3]
 CONFIG, OTHER = GenerationConfig(), GenerationConfig(steps=7)
@@ -49,8 +49,8 @@ def slot(tmp_path):
     return tmp_path / "promoted" / "slot"
 
 
-def judged(config: GenerationConfig = CONFIG, replaces: GenerationConfig | None = None, **more) -> dict[str, Any]:
-    """What a trial says of a candidate that passed."""
+def evidence(config: GenerationConfig = CONFIG, replaces: GenerationConfig | None = None, **more) -> dict[str, Any]:
+    """What a comparison says of a candidate that passed."""
     said = {
         "digest": config.digest,
         "replaces": replaces.digest if replaces else None,
@@ -71,7 +71,7 @@ def judged(config: GenerationConfig = CONFIG, replaces: GenerationConfig | None 
 
 def put(slot: Path, config: GenerationConfig = CONFIG, **more):
     """Promote, over whatever the slot holds."""
-    asked = {"images": [image(config)], "why": "sharper hats", "who": "Ada", "judged": judged(config, served(slot))}
+    asked = {"images": [image(config)], "why": "sharper hats", "who": "Ada", "evidence": evidence(config, served(slot))}
     return promote(config, slot, **(asked | more))
 
 
@@ -81,10 +81,10 @@ def test_a_promotion_writes_the_whole_slot(slot):
     assert written == load_slot(slot)
     assert written.config == CONFIG
     assert [golden.prompt for golden in written.goldens] == ["A cat in a hat", "red circle"]
-    evidence = written.evidence
-    when = evidence.pop("when")
+    kept = written.evidence
+    when = kept.pop("when")
     assert when.endswith("+00:00")
-    assert evidence == {
+    assert kept == {
         "digest": CONFIG.digest,
         "replaces": None,
         "who": "Ada",
@@ -95,7 +95,7 @@ def test_a_promotion_writes_the_whole_slot(slot):
         "weights": {"base": "sha256 abc"},
         "runtime": {"device": "cpu"},
         "libraries": {"torch": "2.13.0"},
-        **{name: judged()[name] for name in ("prompts", "seeds", "clip", "metrics", "gates")},
+        **{name: evidence()[name] for name in ("prompts", "seeds", "clip", "metrics", "gates")},
         "model": {"base": "nano", "refiner": "nano"},
         "goldens": [
             {"file": written.goldens[0].path.name, "prompt": "A cat in a hat", "seed": 7},
@@ -133,23 +133,26 @@ REFUSED = [
         "('A cat in a hat', seed 8) is of another model: base was sha256 abc, is sha256 def",
     ),
     (
-        {"judged": judged(OTHER)},
+        {"evidence": evidence(OTHER)},
         f"evidence must speak of the configuration promoted, {CONFIG.digest}; received evidence of '{OTHER.digest}'",
     ),
-    ({"judged": judged(weights={"base": "sha256 old"})}, "stale: its weights are not those the goldens are drawn with"),
     (
-        {"judged": judged(libraries={"torch": "2.12.0"})},
+        {"evidence": evidence(weights={"base": "sha256 old"})},
+        "stale: its weights are not those the goldens are drawn with",
+    ),
+    (
+        {"evidence": evidence(libraries={"torch": "2.12.0"})},
         "its libraries are not those the goldens are drawn with: torch",
     ),
-    ({"judged": judged(version="0.0.9")}, "version was 0.0.9, is 0.1.0. Try the candidate against the slot again"),
+    ({"evidence": evidence(version="0.0.9")}, "version was 0.0.9, is 0.1.0. Try the candidate against the slot again"),
     (
-        {"judged": judged(gates=[{"gate": "clip_score: better", "passed": False, "figures": "-2 [-3, -1]"}])},
+        {"evidence": evidence(gates=[{"gate": "clip_score: better", "passed": False, "figures": "-2 [-3, -1]"}])},
         "must pass all of its gates; failed: clip_score: better (-2 [-3, -1])",
     ),
-    ({"judged": judged(gates="passed")}, "must say of each gate whether it passed; received 'passed'"),
-    ({"judged": judged(dirty=True)}, "clean work tree"),
-    ({"judged": judged(replaces=OTHER)}, f"compared with, {OTHER.digest}; it holds nothing"),
-    ({"judged": {"digest": CONFIG.digest}}, "it lacks replaces, prompts, seeds"),
+    ({"evidence": evidence(gates="passed")}, "must say of each gate whether it passed; received 'passed'"),
+    ({"evidence": evidence(dirty=True)}, "clean work tree"),
+    ({"evidence": evidence(replaces=OTHER)}, f"compared with, {OTHER.digest}; it holds nothing"),
+    ({"evidence": {"digest": CONFIG.digest}}, "it lacks replaces, prompts, seeds"),
 ]
 
 
@@ -158,9 +161,9 @@ REFUSED = [
 def test_a_promotion_without_its_evidence_is_refused(slot, asked, said, before):
     if before:
         put(slot, before)
-        if "replaces" in asked.get("judged", {}):
+        if "replaces" in asked.get("evidence", {}):
             asked, said = (
-                asked | {"judged": asked["judged"] | {"replaces": CONFIG.digest}},
+                asked | {"evidence": asked["evidence"] | {"replaces": CONFIG.digest}},
                 said.replace(f"{OTHER.digest}; it holds nothing", f"{CONFIG.digest}; it holds {OTHER.digest}"),
             )
     contents_before = contents(slot)
@@ -173,22 +176,22 @@ def test_a_promotion_without_its_evidence_is_refused(slot, asked, said, before):
 def test_what_is_served_is_replaced_only_on_evidence_against_it(slot):
     put(slot)
     with pytest.raises(SlotError, match=f"compared with, nothing; it holds {CONFIG.digest}"):
-        put(slot, OTHER, judged=None)
+        put(slot, OTHER, evidence=None)
     assert load_slot(slot).config == CONFIG
 
 
 def test_a_new_slot_can_do_without_a_trial(slot):
-    assert put(slot, judged=None).evidence["replaces"] is None
+    assert put(slot, evidence=None).evidence["replaces"] is None
 
 
-@pytest.mark.parametrize("field", JUDGED_FIELDS)
-def test_a_file_that_says_less_than_a_trial_is_no_evidence(tmp_path, field):
+@pytest.mark.parametrize("field", EVIDENCE_FIELDS)
+def test_a_file_that_says_less_than_a_comparison_is_no_evidence(tmp_path, field):
     path = tmp_path / "evidence.json"
-    path.write_text(json.dumps(judged()))
-    assert read_judged(path) == judged()
-    path.write_text(json.dumps({name: value for name, value in judged().items() if name != field}))
+    path.write_text(json.dumps(evidence()))
+    assert read_evidence(path) == evidence()
+    path.write_text(json.dumps({name: value for name, value in evidence().items() if name != field}))
     with pytest.raises(SlotError, match=field):
-        read_judged(path)
+        read_evidence(path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", "\x00", None], ids=repr)
@@ -197,7 +200,7 @@ def test_corrupt_evidence_is_refused(tmp_path, content):
     if content is not None:
         path.write_text(content)
     with pytest.raises(SlotError, match=r"evidence\.json must be JSON with the digest it speaks of"):
-        read_judged(path)
+        read_evidence(path)
 
 
 def test_a_dirty_tree_is_refused_unless_allowed(slot, monkeypatch):
@@ -248,7 +251,7 @@ print("compared", flush=True)
 sys.stdin.readline()
 try:
     tests.promote(config, slot, images=[tests.image(config, seed=s) for s in range(20)], why="w", who=sys.argv[2],
-                  judged=tests.judged(config, compared))
+                  evidence=tests.evidence(config, compared))
     print("promoted", flush=True)
 except promotion.SlotError as error:
     print(error, flush=True)
@@ -512,8 +515,8 @@ def test_an_empty_folder_becomes_a_slot(slot):
 def test_what_a_slot_held_can_be_brought_back(slot):
     put(slot)
     before = contents(slot)
-    put(slot, OTHER, judged=judged(OTHER, CONFIG))
-    put(slot, CONFIG, judged=judged(CONFIG, OTHER))
+    put(slot, OTHER, evidence=evidence(OTHER, CONFIG))
+    put(slot, CONFIG, evidence=evidence(CONFIG, OTHER))
     first, second = sorted((slot.parent / ".replaced").iterdir())
     assert contents(first) == before
     assert load_slot(first).digest == CONFIG.digest
@@ -524,6 +527,6 @@ def test_a_link_to_a_slot_stays_a_link(slot, tmp_path):
     put(slot)
     link = tmp_path / "current"
     link.symlink_to(slot)
-    put(link, OTHER, judged=judged(OTHER, CONFIG))
+    put(link, OTHER, evidence=evidence(OTHER, CONFIG))
     assert link.is_symlink()
     assert load_slot(slot).digest == OTHER.digest
