@@ -93,10 +93,8 @@ def promotion() -> list[Row]:
     prompts = [word for prompt in (PROMPT, *OTHERS) for word in ("--prompt", prompt)]
     gates = [word for gate in GATES for word in ("--gate", gate)]
     # The demo has to run in a work tree with changes, too: hence --allow-dirty.
-    command = (
-        *(sys.executable, "-m", "sdxl_lab", "promote", candidate(), slot, "--seed", str(SEED), *prompts),
-        *("--who", "demo", "--why", "details from the refiner, at three times the work", "--allow-dirty"),
-    )
+    command = [sys.executable, "-m", "sdxl_lab", "promote", str(candidate()), str(slot), "--seed", str(SEED), *prompts]
+    command += ["--who", "demo", "--why", "details from the refiner, at three times the work", "--allow-dirty"]
     refused = attempt(*command)
     if refused.returncode != 1 or "must pass all of its gates" not in refused.stderr:
         raise SystemExit(f"the default gates must refuse the candidate; received:\n{refused.stderr[-3000:]}")
