@@ -46,6 +46,12 @@ class ModelError(ValueError):
     """A checkpoint cannot be loaded, or lacks what is asked of it."""
 
 
+class Prompt(NamedTuple):
+    """All that decides an embedding. `text` is None where there is no negative prompt."""
+
+    text: str | None
+
+
 class Embedding(NamedTuple):
     """A prompt as the UNet takes it: `hidden` (1, 77, width) and `pooled` (1, projection)."""
 
@@ -68,15 +74,22 @@ class Denoiser:
     zero_negative: bool
     aesthetic: bool
 
+    def embed(self, prompt: Prompt) -> Embedding:
+        """A prompt as `StableDiffusionXLPipeline.encode_prompt` has it: without text, zeros or the empty prompt's."""
+        encoded = self._encoded(prompt if prompt.text is not None else prompt._replace(text=""))
+        if prompt.text is None and self.zero_negative:
+            return Embedding(torch.zeros_like(encoded.hidden), torch.zeros_like(encoded.pooled))
+        return encoded
+
     @torch.no_grad()
-    def embed(self, prompt: str) -> Embedding:
-        """The penultimate hidden states of all encoders side by side, and the last one's pooled projection, as
-        `StableDiffusionXLPipeline.encode_prompt` has them. Text beyond 77 tokens is cut."""
+    def _encoded(self, prompt: Prompt) -> Embedding:
+        """The penultimate hidden states of all encoders side by side, and the last one's pooled projection. Text beyond
+        77 tokens is cut."""
         hidden = []
         pooled = None
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             ids = tokenizer(
-                prompt,
+                prompt.text,
                 padding="max_length",
                 max_length=tokenizer.model_max_length,
                 truncation=True,
@@ -88,12 +101,6 @@ class Denoiser:
                 pooled = output[0]
         assert pooled is not None, "the last text encoder of an SDXL has a projection"
         return Embedding(torch.cat(hidden, -1), pooled)
-
-    def embed_negative(self, prompt: str | None) -> Embedding:
-        if prompt is None and self.zero_negative:
-            like = self.embed("")
-            return Embedding(torch.zeros_like(like.hidden), torch.zeros_like(like.pooled))
-        return self.embed(prompt or "")
 
     @cached_property
     def sigmas(self) -> np.ndarray:
