@@ -104,7 +104,8 @@ class Stage:
         config = self.config
         scale = config.guidance_scale
         self.guided = scale > 1 and self.denoiser.unet.config.time_cond_proj_dim is None
-        self.positive = embed(self.name, Prompt(request.prompt))
+        self.positive = embed(self.name, Prompt(request.prompt, config.clip_skip))
+        # The pipelines skip layers for the positive prompt alone.
         self.negative = embed(self.name, Prompt(config.negative_prompt)) if self.guided else self.positive
         device = self.positive.hidden.device
         original = config.original_size or size

@@ -32,7 +32,7 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from PIL import Image
 
-from sdxl_lab.config import ModelRef, RuntimeProfile
+from sdxl_lab.config import ConfigError, ModelRef, RuntimeProfile
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +47,11 @@ class ModelError(ValueError):
 
 
 class Prompt(NamedTuple):
-    """All that decides an embedding. `text` is None where there is no negative prompt."""
+    """All that decides an embedding. `text` is None where there is no negative prompt; `clip_skip` is how many layers
+    before the penultimate one are skipped, None for none."""
 
     text: str | None
+    clip_skip: int | None = None
 
 
 class Embedding(NamedTuple):
@@ -83,8 +85,10 @@ class Denoiser:
 
     @torch.no_grad()
     def _encoded(self, prompt: Prompt) -> Embedding:
-        """The penultimate hidden states of all encoders side by side, and the last one's pooled projection. Text beyond
-        77 tokens is cut."""
+        """The penultimate hidden states of all encoders side by side, or those `clip_skip` layers before them, and the
+        last one's pooled projection, which skips nothing. Text beyond 77 tokens is cut. Raises `ConfigError` where an
+        encoder has too few layers."""
+        skipped = prompt.clip_skip or 0
         hidden = []
         pooled = None
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
@@ -96,7 +100,11 @@ class Denoiser:
                 return_tensors="pt",
             ).input_ids
             output = encoder(ids.to(encoder.device), output_hidden_states=True)
-            hidden.append(output.hidden_states[-2])
+            most = len(output.hidden_states) - 2  # which begin with the embedded tokens, before the first layer
+            if skipped > most:
+                rule = f"at most {most}, since a text encoder of the model has {most + 1} layers"
+                raise ConfigError("clip_skip", skipped, rule, most)
+            hidden.append(output.hidden_states[-(skipped + 2)])
             if output[0].ndim == 2:
                 pooled = output[0]
         assert pooled is not None, "the last text encoder of an SDXL has a projection"
