@@ -62,7 +62,7 @@ lock: .venv/.installed ## requirements.lock anew from requirements.txt, with the
 	$(BIN)/uv pip compile requirements.txt --quiet --generate-hashes --no-header --no-emit-index-url \
 	  --python-version 3.11 --python-platform x86_64-unknown-linux-gnu --output-file requirements.lock
 
-train: .venv/.installed system ## Train nano, the miniature SDXL, from nothing; resumes
+train: .venv/.installed system ## Train nano, the miniature SDXL, from scratch; resumes
 	$(PY) -m recipes.nano
 
 clean: ## Remove .venv and caches; never runs/ or images/
