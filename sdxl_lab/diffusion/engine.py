@@ -22,7 +22,6 @@ import torch
 import transformers
 from PIL import Image
 
-from sdxl_lab import __version__
 from sdxl_lab.config import ConfigError, GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
 from sdxl_lab.diffusion.latency import Forecast, LatencyModel, Workload, forecast
@@ -30,6 +29,7 @@ from sdxl_lab.diffusion.models import Embedding, Models, identity, load
 from sdxl_lab.errors import Cancelled, EngineStopped, QueueFull
 from sdxl_lab.images import GeneratedImage, finish, preview
 from sdxl_lab.job import Change, ImageRequest, Job, Outcome, Stepped
+from sdxl_lab.version import __version__
 
 log = logging.getLogger(__name__)
 
