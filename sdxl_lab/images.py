@@ -130,7 +130,9 @@ def a1111_parameters(record: Mapping[str, Any]) -> str:
     }
     if "source" in record:
         settings["Denoising strength"] = record["strength"]
-    elif config.get("refiner"):
+    if config.get("clip_skip") is not None:
+        settings["Clip skip"] = config["clip_skip"] + 2  # A1111 counts from the last layer, which is its 1
+    if "source" not in record and config.get("refiner"):
         settings |= {"Refiner": config["model"]["refiner"], "Refiner switch at": config["refiner"]["handover"]}
     settings["Version"] = f"SDXL Lab {record['version']}"
     lines = [record["prompt"]]

@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.routing import Match
 
-from sdxl_lab import __version__
+from sdxl_lab.version import __version__
 from service.api import images, openai, ops, page
 from service.api.problems import MEDIA_TYPE, ProblemBody
 from service.api.schemas import bounded
@@ -80,7 +80,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     undescribed = app.openapi
 
     def openapi() -> dict[str, Any]:
-        document = bounded(undescribed(), deployment.slot.config.limits)
+        document = bounded(undescribed(), deployment.slot.limits)
         return describe(document) if settings.api_keys else document
 
     app.openapi = openapi  # type: ignore[method-assign]

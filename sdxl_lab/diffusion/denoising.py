@@ -15,11 +15,11 @@ from diffusers import SchedulerMixin
 
 from sdxl_lab.config import ConfigError, RefinerConfig
 from sdxl_lab.diffusion import schedulers
-from sdxl_lab.diffusion.models import Denoiser, Embedding, Models
+from sdxl_lab.diffusion.models import Denoiser, Embedding, Models, Prompt
 from sdxl_lab.job import ImageRequest, SourceImage
 
 DenoiserName = Literal["base", "refiner"]
-Embed = Callable[[DenoiserName, str | None, bool], Embedding]
+Embed = Callable[[DenoiserName, Prompt], Embedding]
 
 
 class Rows(NamedTuple):
@@ -104,8 +104,9 @@ class Stage:
         config = self.config
         scale = config.guidance_scale
         self.guided = scale > 1 and self.denoiser.unet.config.time_cond_proj_dim is None
-        self.positive = embed(self.name, request.prompt, False)
-        self.negative = embed(self.name, config.negative_prompt, True) if self.guided else self.positive
+        self.positive = embed(self.name, Prompt(request.prompt, config.clip_skip))
+        # The pipelines skip layers for the positive prompt alone.
+        self.negative = embed(self.name, Prompt(config.negative_prompt)) if self.guided else self.positive
         device = self.positive.hidden.device
         original = config.original_size or size
         target = config.target_size or size

@@ -106,8 +106,8 @@ async def generate(asked: GenerateRequest, request: Request, negotiated: Asked) 
     jobs: JobManager = request.app.state.jobs
 
     async def made() -> ImageRequest:
-        config = asked.over(jobs.deployment.slot.config)
-        return ImageRequest(config, asked.prompt, _seed(asked.seed, negotiated))
+        slot = jobs.deployment.slot
+        return ImageRequest(asked.over(slot.config, slot.limits), asked.prompt, _seed(asked.seed, negotiated))
 
     return await _answer(request, negotiated, await _submitted(jobs, negotiated, asked, made), Drawn)
 
@@ -125,7 +125,8 @@ async def refine(asked: RefineRequest, request: Request, negotiated: Asked) -> A
 
     async def made() -> ImageRequest:
         source = await jobs.source(asked.id, asked.strength)
-        config = asked.over(jobs.deployment.slot.config, source.record, source.image.size)
+        slot = jobs.deployment.slot
+        config = asked.over(slot.config, slot.limits, source.record, source.image.size)
         prompt = source.record["prompt"] if asked.prompt is None else asked.prompt
         return ImageRequest(config, prompt, _seed(asked.seed, negotiated), source)
 

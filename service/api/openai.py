@@ -127,7 +127,8 @@ def _requests(
     asked: ImagesRequest, manager: JobManager, request: Request, key: str | None
 ) -> list[tuple[ImageRequest, Terms]]:
     """A request for each image: neighbouring seeds, and with an idempotency key a key for each."""
-    config = asked.over(manager.deployment.slot.config)
+    slot = manager.deployment.slot
+    config = asked.over(slot.config, slot.limits)
     scope = f"{PREFIX} {client_of(request)}"  # keys of /generate are others
     seed = secrets.randbelow(2**32) if key is None else Key(scope, key).seed
     mark = fingerprint({"request": type(asked).__name__, **asked.model_dump(exclude_none=True)})

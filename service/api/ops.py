@@ -5,8 +5,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
-from sdxl_lab import __version__
 from sdxl_lab.config import SCHEDULERS
+from sdxl_lab.version import __version__
 from service.api.problems import answers
 from service.deployment import Deployment
 
@@ -21,6 +21,7 @@ async def config(request: Request) -> dict[str, Any]:
     content: dict[str, Any] = {
         "slot": slot.folder.name,
         "config": slot.config.to_dict(),
+        "limits": slot.limits.to_dict(),
         "schedulers": SCHEDULERS,
         "digest": slot.digest,
         "evidence": slot.evidence,

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sdxl_lab.config import GenerationConfig, canonical
+from sdxl_lab.config import GenerationConfig, canonical, migrated_config
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import ImageRequest, JobState
 
@@ -84,7 +84,7 @@ class JobRecord(Record):
 
     @classmethod
     def of_first_version(cls, plain: dict[str, Any]) -> dict[str, Any]:
-        return {**plain, "schema": 1}
+        return {**_migrated(plain), "schema": 1}
 
     @classmethod
     def of(
@@ -101,7 +101,7 @@ class JobRecord(Record):
             seed=request.seed,
             config=request.config.to_dict(),
             promoted=promoted.digest,
-            overridden=tuple(overridden(promoted, request.config)),
+            overridden=tuple(request.config.differs(promoted)),
             source=None if source is None else uuid.UUID(source.record["id"]),
             strength=None if source is None else source.strength,
         )
@@ -129,7 +129,7 @@ class StoredImage(Record):
     @classmethod
     def of_first_version(cls, plain: dict[str, Any]) -> dict[str, Any]:
         """Then all stood in one table; what the PNG carries is what is left."""
-        record = dict(plain)
+        record = _migrated(plain)
         return {
             "schema": 1,
             "id": record["id"],
@@ -165,6 +165,9 @@ class StoredImage(Record):
         return {**self.record, **facts, **{name: value for name, value in more.items() if value is not None}}
 
 
-def overridden(promoted: GenerationConfig, config: GenerationConfig) -> list[str]:
-    """The fields in which a configuration differs from the promoted one."""
-    return [name for name in GenerationConfig.__dataclass_fields__ if getattr(config, name) != getattr(promoted, name)]
+def _migrated(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of 0.1.0 with its configuration as of today, and likewise that of the image that it refines."""
+    config, _ = migrated_config(plain["config"])
+    source = plain.get("source")
+    more = {"source": _migrated(source)} if isinstance(source, Mapping) else {}
+    return {**plain, "config": config.to_dict(), **more}

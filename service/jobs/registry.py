@@ -321,9 +321,7 @@ class Registry:
         await _wait_for([entry], ANSWER)
         if not entry.job.over and entry.job.committing:  # being stored: only then it is known what came first
             await _wait_for([entry], OUTAGE)
-        elif (
-            not entry.job.over and entry.job.durable
-        ):  # also if it crashes before its slow step ends
+        elif not entry.job.over and entry.job.durable:  # also if it crashes before its slow step ends
             with contextlib.suppress(UnknownImage, StoreRefused, StoreUnreachable):
                 await asyncio.to_thread(self.leases.cancel, job)
         return entry.job.state

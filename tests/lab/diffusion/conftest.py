@@ -19,8 +19,9 @@ def trajectory_of(job: Job[Any]) -> Trajectory:
     return TRAJECTORIES[job]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def trajectories_are_kept() -> Iterator[None]:
+    """For a whole module: its images are drawn by fixtures, too."""
     decode = Engine._decode
 
     def keep(self: Engine, finished: list[Any]) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile
 from sdxl_lab.diffusion import models
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import ModelError, identity, load, placement
+from sdxl_lab.diffusion.models import ModelError, Prompt, identity, load, placement
 
 CPU = RuntimeProfile(device="cpu", dtype="float32")
 
@@ -159,14 +159,15 @@ def test_noise_levels_are_those_of_sdxl(tiny_models):
 
 
 def test_without_a_negative_prompt_the_base_gets_zeros_and_the_refiner_the_empty_prompt(tiny_models):
-    assert not tiny_models.base.embed_negative(None).hidden.any()
-    assert tiny_models.base.embed_negative("").hidden.any()
-    assert torch.equal(tiny_models.refiner.embed_negative(None).hidden, tiny_models.refiner.embed("").hidden)
+    base, refiner = tiny_models.base, tiny_models.refiner
+    assert not base.embed(Prompt(None)).hidden.any()
+    assert base.embed(Prompt("")).hidden.any()
+    assert torch.equal(refiner.embed(Prompt(None)).hidden, refiner.embed(Prompt("")).hidden)
 
 
 @pytest.mark.parametrize("prompt", ["x" * 2000, "日本 🐈 é", " ", "a cat " * 300])
 def test_any_text_becomes_an_embedding_of_77_tokens(tiny_models, prompt):
-    found = tiny_models.base.embed(prompt)
+    found = tiny_models.base.embed(Prompt(prompt))
     assert found.hidden.shape[:2] == (1, 77)
     assert torch.isfinite(found.hidden).all()
 
@@ -240,7 +241,7 @@ def test_the_folder_that_holds_a_model_names_its_vae(tiny_model):
     assert all(torch.equal(a, b) for a, b in zip(own.vae.parameters(), named.vae.parameters(), strict=True))
     assert (
         identity(ref(tiny_model, vae=str(tiny_model)))["vae"]
-        == identity(ModelRef(str(tiny_model / "base/vae")))["base"]
+        == identity(ModelRef(base=str(tiny_model / "base/vae")))["base"]
     )
 
 
