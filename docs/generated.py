@@ -13,6 +13,7 @@ import networkx
 from bench import cost, measure
 from sdxl_lab.config import GenerationConfig, ServingLimits
 from sdxl_lab.declaration import Declared, Setting, Table
+from sdxl_lab.job import OVER, TRANSITIONS, JobState
 from service.api.problems import ENTRIES
 from service.app import create_app
 from service.settings import TABLE as SETTINGS
@@ -119,7 +120,15 @@ def _option(setting: Setting) -> str:
     return f"`--{setting.option}`" if setting.option else "`--model`" if setting.name == "model" else ""
 
 
+def job_states() -> str:
+    """The table of a job's legal transitions, as a state diagram."""
+    ends = (f"  {state} --> [*]" for state in JobState if state in OVER)
+    moves = (f"  {state} --> {after}" for state in JobState for after in JobState if after in TRANSITIONS[state])
+    return "\n".join(["```mermaid", "stateDiagram-v2", f"  [*] --> {JobState.ACCEPTED}", *moves, *ends, "```"])
+
+
 PARTS = {
+    "job states": job_states,
     "configuration": configuration,
     "limits": limits,
     "imports sdxl_lab": lambda: diagram("sdxl_lab"),
