@@ -425,9 +425,9 @@ class Jobs(RuleBasedStateMachine):
 
     def teardown(self):
         """On a sound machine everything that is owed is drawn in the end."""
-        if not hasattr(self, "manager"):
-            return
         try:
+            if not hasattr(self, "manager"):
+                return
             self.full = self.engine.lazy = False
             for _ in range(100):
                 self.claim()
@@ -446,7 +446,8 @@ class Jobs(RuleBasedStateMachine):
             self.nothing_is_stored_twice()
             self.what_was_cancelled_is_not_stored()
         finally:
-            self.kill()
+            if hasattr(self, "loop"):
+                self.kill()
             self.patch.undo()
             self.folder.cleanup()
 
