@@ -287,7 +287,7 @@ class GenerationConfig(Declared):
         Setting(
             kind=GUIDANCE_SCALE,
             label="Guidance scale",
-            help="how far each step follows the prompt; 1 or less: no guidance",
+            help="how far each step follows the prompt (1 or less: no guidance)",
             example=5.0,
             source="Ho and Salimans 2022 (arXiv 2207.12598); diffusers: guidance_scale",
             step=0.5,
@@ -311,7 +311,7 @@ class GenerationConfig(Declared):
         Setting(
             kind=Pair(Number(0, 1000), increasing=True),
             label="Guidance interval",
-            help="the noise levels between which guidance is applied; left out: all",
+            help="the noise levels between which guidance is applied (left out: all)",
             example=(0.28, 5.42),
             unit="sigma",
             source="Kynkaanniemi et al. 2024 (arXiv 2404.07724)",
@@ -351,7 +351,7 @@ class GenerationConfig(Declared):
         Setting(
             kind=EXTENT,
             label="Original size",
-            help="the size before scaling that SDXL is told; left out: the image's own",
+            help="the size before scaling that SDXL is told (left out: the image's own)",
             example=(256, 256),
             unit="pixels",
             source=f"{PODELL}, section 2.2; diffusers: original_size",
@@ -373,7 +373,7 @@ class GenerationConfig(Declared):
         Setting(
             kind=EXTENT,
             label="Target size",
-            help="the size after cropping that SDXL is told; left out: the image's own",
+            help="the size after cropping that SDXL is told (left out: the image's own)",
             example=(256, 256),
             unit="pixels",
             source=f"{PODELL}, section 2.3; diffusers: target_size",
@@ -527,7 +527,7 @@ class RuntimeProfile(Declared):
         Setting(
             kind=Text(pattern=r"^(auto|cpu|cuda|cuda:[0-9]+)$", meaning="auto, cpu, cuda or cuda:N"),
             label="Device",
-            help="where the models run; auto: CUDA where there is one",
+            help="where the models run (auto: CUDA where there is one)",
             example="auto",
         ),
     ] = "auto"
@@ -536,7 +536,7 @@ class RuntimeProfile(Declared):
         Setting(
             kind=Choice(("auto", "float32", "float16", "bfloat16")),
             label="Data type",
-            help="the UNets' numbers; auto: float32 on a CPU, float16 on CUDA",
+            help="the UNets' numbers (auto: float32 on a CPU, float16 on CUDA)",
             example="auto",
         ),
     ] = "auto"
@@ -554,7 +554,7 @@ class RuntimeProfile(Declared):
         Setting(
             kind=Whole(1, 1024),
             label="Threads",
-            help="torch's threads; left out: one for each core",
+            help="torch's threads (left out: one for each core)",
             example=2,
         ),
     ] = None

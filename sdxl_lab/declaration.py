@@ -87,6 +87,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(known), 1)), None)
 
 
+def left_out(value: object) -> bool:
+    """Whether a plain value says that a nested class is left out, as `Declared.changed` reads it."""
+    return value is None or value is False or value == NONE
+
+
 # --- kinds of values -------------------------------------------------------------------------------------------------
 
 

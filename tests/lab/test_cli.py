@@ -80,7 +80,7 @@ def test_like_draws_the_same_pixels(config_file, tmp_path):
 
 def test_like_draws_a_refined_image_of_a_refined_image_again(tiny_config, tiny_models, tmp_path):
     first, second = tmp_path / "first.png", tmp_path / "second.png"
-    config = tiny_config.with_(steps=4, refiner=RefinerConfig(0.5))
+    config = tiny_config.with_(steps=4, refiner=RefinerConfig(handover=0.5))
     with Engine.load(config, RuntimeProfile()) as drawing:
         image = drawing.draw(ImageRequest(config, "a cat", 3))
         for seed, strength in ((4, 0.5), (5, 0.75)):

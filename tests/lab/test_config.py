@@ -220,6 +220,36 @@ def test_a_watermark_below_its_smallest_size_is_refused(width, height):
         GenerationConfig(watermark=True, width=width, height=height)
 
 
+CHANGES = [
+    ({"steps": 7}, {"steps": 7}),
+    ({"guidance_interval": [0.3, 5.0]}, {"guidance_interval": (0.3, 5.0)}),
+    ({"guidance_interval": "none"}, {"guidance_interval": None}),
+    ({"refiner": "none"}, {"refiner": None}),
+    ({"refiner": {"handover": 0.7}}, {"refiner": RefinerConfig(handover=0.7)}),
+    ({"refiner.handover": 0.7}, {"refiner": RefinerConfig(handover=0.7)}),
+    ({"refiner": True}, {"refiner": RefinerConfig()}),
+    ({"model": "some/hub-id"}, {"model": ModelRef(base="some/hub-id")}),
+    ({"model": "nano"}, {}),
+    ({"model.revision": "main"}, {"model": ModelRef(refiner="nano", revision="main")}),
+    ({"negative_prompt": "blurry"}, {"negative_prompt": "blurry"}),
+]
+
+
+@pytest.mark.parametrize(("values", "changes"), CHANGES, ids=[str(values) for values, _ in CHANGES])
+def test_any_setting_can_be_changed_by_a_plain_value(values, changes):
+    start = GenerationConfig(guidance_interval=(1, 2))
+    assert start.changed(values) == start.with_(**changes)
+
+
+def test_settings_change_together_so_that_rules_over_two_of_them_see_the_outcome_alone():
+    small = GenerationConfig(width=64, height=64)
+    assert small.changed({"watermark": True, "width": 256, "height": 256}).watermark
+    few = {"scheduler": "lcm", "steps": 4}
+    assert GenerationConfig(steps=100).changed(few) == GenerationConfig(**few)
+    with pytest.raises(ConfigError, match="watermark must be false below"):
+        small.changed({"watermark": True, "width": 256})
+
+
 # --- round trips and the digest --------------------------------------------------------------------------------------
 
 ROUND = {
