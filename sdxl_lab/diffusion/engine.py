@@ -24,8 +24,9 @@ from PIL import Image
 from sdxl_lab import __version__
 from sdxl_lab.config import ConfigError, GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.denoising import DenoiserName, ImageRequest, Rows, Trajectory, calls_of, rows_of
+from sdxl_lab.diffusion.inventory import identity
 from sdxl_lab.diffusion.latency import Forecast, LatencyModel, Workload, forecast
-from sdxl_lab.diffusion.models import Embedding, Models, identity, load
+from sdxl_lab.diffusion.models import Embedding, Models, load
 from sdxl_lab.images import GeneratedImage, finish, preview
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from sdxl_lab.diffusion.models import NANO, loading
+from sdxl_lab.diffusion.inventory import NANO
+from sdxl_lab.diffusion.models import loading
 from sdxl_lab.images import GeneratedImage, max_difference
 
 Measure = Callable[[Sequence[GeneratedImage], Sequence[GeneratedImage]], Iterable[float]]

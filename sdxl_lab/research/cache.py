@@ -23,7 +23,8 @@ from sdxl_lab import __version__
 from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile, canonical
 from sdxl_lab.diffusion.denoising import ImageRequest, calls_of, rows_of
 from sdxl_lab.diffusion.engine import Engine, EngineStopped, Job
-from sdxl_lab.diffusion.models import identity, placement
+from sdxl_lab.diffusion.inventory import identity
+from sdxl_lab.diffusion.models import placement
 from sdxl_lab.evaluation.metrics import Metric
 from sdxl_lab.images import GeneratedImage, ImageError, open_image, read_record
 

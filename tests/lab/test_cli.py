@@ -18,7 +18,7 @@ from sdxl_lab.config import GenerationConfig, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine
 from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import ModelError
+from sdxl_lab.diffusion.inventory import ModelError
 from sdxl_lab.evaluation import comparison as trial
 from sdxl_lab.evaluation import regression
 from sdxl_lab.images import max_difference, open_image, read_record

@@ -8,7 +8,6 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from sdxl_lab.diffusion import schedulers
 from sdxl_lab.config import (
     FEWER_STEPS,
     MODELS,
@@ -23,6 +22,7 @@ from sdxl_lab.config import (
     checked_seed,
     migrated_config,
 )
+from sdxl_lab.diffusion import schedulers
 
 KINDS = (ModelRef, RefinerConfig, ServingLimits, GenerationConfig, RuntimeProfile)
 SETTINGS = [(kind, name) for kind in KINDS for name in kind.model_fields]

@@ -5,7 +5,6 @@ compared as floats, before they are rounded to 8 bits. What the reference does i
 documentation, never taken from the code under test.
 """
 
-import dataclasses
 import json
 import logging
 import threading
@@ -25,7 +24,8 @@ from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RefinerConf
 from sdxl_lab.diffusion import schedulers
 from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import NANO, load
+from sdxl_lab.diffusion.inventory import NANO
+from sdxl_lab.diffusion.models import load
 
 log = logging.getLogger(__name__)  # shown by --log-cli-level=INFO
 
@@ -409,7 +409,9 @@ def test_refining_with_a_model_without_refiner_is_refused():
 
 @pytest.mark.parametrize(("handover", "lacking"), [(0.01, "base"), (0.999, "refiner")])
 def test_a_hand_over_that_leaves_a_stage_without_a_step_is_refused(bench, handover, lacking):
-    request = ImageRequest(bench.config.with_(scheduler="dpmpp_2m", refiner=RefinerConfig(handover=handover)), "a cat", 1)
+    request = ImageRequest(
+        bench.config.with_(scheduler="dpmpp_2m", refiner=RefinerConfig(handover=handover)), "a cat", 1
+    )
     if lacking == "base":
         request = replace(request, config=request.config.with_(scheduler="lcm", refiner=RefinerConfig(handover=0.0001)))
     with pytest.raises(ConfigError, match=rf"enough that both base and refiner get one \({lacking} has none\)"):

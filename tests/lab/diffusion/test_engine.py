@@ -719,9 +719,7 @@ def test_options_of_one_scheduler_do_not_leak_into_the_next(start, config):
 def test_a_watermark_moves_pixels(start, config):
     engine = start()
     plain = config.with_(width=256, height=256, steps=1)
-    one, marked = (
-        engine.draw(ImageRequest(asked, "a cat", 1)).image for asked in (plain, plain.with_(watermark=True))
-    )
+    one, marked = (engine.draw(ImageRequest(asked, "a cat", 1)).image for asked in (plain, plain.with_(watermark=True)))
     assert max_difference(one, marked) > 1e-3
     assert read_watermark(marked) != read_watermark(one)
 

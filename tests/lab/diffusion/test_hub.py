@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from sdxl_lab.config import ModelRef
-from sdxl_lab.diffusion.models import ModelError, load
+from sdxl_lab.diffusion.inventory import ModelError
+from sdxl_lab.diffusion.models import load
 
 ROOT = Path(__file__).parents[3]
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -37,7 +38,7 @@ socket.getaddrinfo = unresolved
 from pathlib import Path
 from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import ModelError
+from sdxl_lab.diffusion.inventory import ModelError
 from sdxl_lab.diffusion.denoising import ImageRequest
 
 blob, revision, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]

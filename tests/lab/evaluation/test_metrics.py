@@ -194,7 +194,7 @@ def test_the_clip_score_is_a_hundred_times_the_cosine_that_transformers_gives():
     import torch
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-    from sdxl_lab.diffusion.models import NANO
+    from sdxl_lab.diffusion.inventory import NANO
 
     images = [
         generated(scene(seed), prompt) for seed, prompt in enumerate(["a red cat", "a blue boat on a red ground"])
