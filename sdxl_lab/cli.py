@@ -183,10 +183,10 @@ def _generate(asked: argparse.Namespace) -> None:
         from sdxl_lab.images import read_record
 
         record = read_record(asked.like)
-        config = GenerationConfig.from_dict(record["config"])
-        prompt = prompt if prompt is not None else record["prompt"]
-        seed = seed if seed is not None else record["seed"]
-        refined = record if "source" in record else None
+        config = record.config
+        prompt = prompt if prompt is not None else record.prompt
+        seed = seed if seed is not None else record.seed
+        refined = record if record.source is not None else None
     elif asked.config:
         config = GenerationConfig.from_toml(asked.config)
     else:
@@ -211,14 +211,14 @@ def _generate(asked: argparse.Namespace) -> None:
     print(f"{asked.out}  seed {seed}  config {config.short_digest}  {image.timings['total_ms'] / 1000:.1f} s")
 
 
-def _source(engine: Any, record: dict[str, Any]) -> Any:
+def _source(engine: Any, record: Any) -> Any:
     """The image that a refined one started from, drawn again from the record inside its record."""
     from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
 
-    parent = record["source"]
-    above = _source(engine, parent) if "source" in parent else None
-    request = ImageRequest(GenerationConfig.from_dict(parent["config"]), parent["prompt"], parent["seed"], above)
-    return SourceImage(engine.draw(request).image, record["strength"], parent)
+    parent = record.source
+    above = _source(engine, parent) if parent.source is not None else None
+    request = ImageRequest(parent.config, parent.prompt, parent.seed, above)
+    return SourceImage(engine.draw(request).image, record.strength, parent)
 
 
 def _draw(engine: Any, request: Any) -> Any:
@@ -245,7 +245,7 @@ def _show(asked: argparse.Namespace) -> None:
     print(
         a1111_parameters(record)
         if asked.parameters
-        else json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False)
+        else json.dumps(record.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
     )
 
 
@@ -253,16 +253,17 @@ def _promote(asked: argparse.Namespace) -> None:
     from sdxl_lab.diffusion.denoising import ImageRequest
     from sdxl_lab.evaluation import comparison as trial
     from sdxl_lab.release.diff import difference_table
-    from sdxl_lab.release.slot import clean_state, promote, read_judged, served
+    from sdxl_lab.release.promote import clean_state, promote, read_findings
+    from sdxl_lab.release.slot import slot_config
 
     clean_state(asked.allow_dirty)
     config = trial.candidate_of(asked.candidate)
-    before = served(asked.slot)
+    before = slot_config(asked.slot)
     if asked.evidence:
         if given := [name for name in ("plan", "prompt", "seed", "gate") if getattr(asked, name) is not None]:
             raise ValueError(f"--evidence says what was tried, and must come without --{given[0]}")
-        judged = read_judged(asked.evidence)
-        goldens = trial.draw([ImageRequest(config, golden["prompt"], golden["seed"]) for golden in judged["goldens"]])
+        judged = read_findings(asked.evidence)
+        goldens = trial.draw([ImageRequest(config, golden.prompt, golden.seed) for golden in judged.goldens])
     else:
         found = trial.run(config, asked.slot, _plan(asked))
         judged, goldens = found.judged(), found.goldens
@@ -295,10 +296,10 @@ def _verify(asked: argparse.Namespace) -> None:
 
     found = regress(load_slot(asked.slot), metrics=False)
     for golden in found.goldens:
-        comparison = golden.comparison
-        verdict = "differs" if golden.reason else "as promoted"
-        measured = f"{comparison.measure} {comparison.difference:.4f}, allowed {comparison.tolerance:.4f}"
-        print(f"{comparison.golden.path.name}  {verdict}  {measured}")
+        verdict = "as promoted" if golden.passed else "differs"
+        measured = f"{golden.measure} {golden.difference:.4f}, allowed {golden.tolerance:.4f}"
+        similar = "" if golden.ssim is None else f", SSIM {golden.ssim:.4f}"
+        print(f"{golden.golden.path.name}  {verdict}  {measured}{similar}")
     found.check()
 
 
@@ -310,8 +311,8 @@ def _diff(asked: argparse.Namespace) -> None:
     before = load_slot(asked.slot)
     if asked.candidate.is_dir():
         other = load_slot(asked.candidate)
-        judged = other.evidence if other.evidence and other.evidence.get("replaces") == before.digest else None
-        print(difference_table(before.config, other.config, judged))
+        judged = other.evidence if other.evidence and other.evidence.replaces == before.digest else None
+        print(difference_table(before.config, other.config, judged, (before.limits, other.limits)))
     else:
         print(difference_table(before.config, candidate_of(asked.candidate)))
 

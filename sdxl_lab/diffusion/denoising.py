@@ -18,6 +18,7 @@ from PIL import Image
 from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig, checked_prompt, checked_seed
 from sdxl_lab.diffusion import schedulers
 from sdxl_lab.diffusion.models import Denoiser, Embedding, Models
+from sdxl_lab.record import ImageRecord
 
 DenoiserName = Literal["base", "refiner"]
 Embed = Callable[[DenoiserName, str | None, bool], Embedding]
@@ -30,7 +31,7 @@ class SourceImage:
 
     image: Image.Image
     strength: float
-    record: dict[str, Any]
+    record: ImageRecord
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,15 @@ def guide(negative: torch.Tensor, positive: torch.Tensor, scale: float, rescale:
     return guided
 
 
+class Outcome(NamedTuple):
+    """A trajectory's part of the image's record, whose fields these are."""
+
+    sampler: str
+    scheduler: dict[str, Any]
+    unet_calls: dict[str, int]
+    unet_rows: dict[str, int]
+
+
 class Trajectory:
     """One image under way. `latents` (1, 4, h, w), float32 whatever the UNet's dtype, and `done` are the outcome;
     `calls` of `total` are the UNet calls made so far. Raises `ConfigError` where the settings leave a stage without a
@@ -321,20 +331,11 @@ class Trajectory:
         """The clean latents that the last step points to, None before the first. Any thread may ask."""
         return None if self._last is None else self._last.denoised()
 
-    def record(self) -> dict[str, Any]:
-        """What was asked, what the scheduler made of it, and what it cost, as plain values."""
-        request, config = self.request, self.request.config
-        record: dict[str, Any] = {
-            "prompt": request.prompt,
-            "negative_prompt": config.negative_prompt,
-            "seed": request.seed,
-            "config": config.to_dict(),
-            "digest": config.digest,
-            "sampler": schedulers.TABLE[config.scheduler].a1111,
-            "scheduler": schedulers.effective(self.stages[-1].scheduler),
-            "unet_calls": {stage.name: len(stage.timesteps) for stage in self.stages},
-            "unet_rows": {stage.name: stage.total_rows for stage in self.stages},
-        }
-        if request.source is not None:
-            record |= {"source": request.source.record, "strength": request.source.strength}
-        return record
+    def outcome(self) -> Outcome:
+        """What the scheduler made of the settings, and what that cost."""
+        return Outcome(
+            sampler=schedulers.TABLE[self.request.config.scheduler].a1111,
+            scheduler=schedulers.effective(self.stages[-1].scheduler),
+            unet_calls={stage.name: len(stage.timesteps) for stage in self.stages},
+            unet_rows={stage.name: stage.total_rows for stage in self.stages},
+        )

@@ -28,6 +28,7 @@ from sdxl_lab.diffusion.inventory import identity
 from sdxl_lab.diffusion.latency import Forecast, LatencyModel, Workload, forecast
 from sdxl_lab.diffusion.models import Embedding, Models, load
 from sdxl_lab.images import GeneratedImage, finish, preview
+from sdxl_lab.record import ImageRecord
 
 log = logging.getLogger(__name__)
 
@@ -476,12 +477,20 @@ class Engine:
             return
         job.future.set_result(generated)
 
-    def _record(self, job: Job) -> dict[str, Any]:
-        """All that decides the image's pixels."""
+    def _record(self, job: Job) -> ImageRecord:
+        """All that decides the image's pixels: the only place where such a record begins."""
         assert job.trajectory is not None
-        return job.trajectory.record() | {
-            "version": __version__,
-            "weights": self.weights,
-            "runtime": self.profile.to_dict(),
-            "libraries": {module.__name__: module.__version__ for module in (diffusers, torch, transformers)},
-        }
+        request = job.request
+        return ImageRecord(
+            version=__version__,
+            prompt=request.prompt,
+            seed=request.seed,
+            config=request.config,
+            digest=request.config.digest,
+            source=None if request.source is None else request.source.record,
+            strength=None if request.source is None else request.source.strength,
+            weights=self.weights,
+            runtime=self.profile.to_dict(),
+            libraries={module.__name__: module.__version__ for module in (diffusers, torch, transformers)},
+            **job.trajectory.outcome()._asdict(),
+        )

@@ -1,11 +1,10 @@
 """A candidate beside what a slot serves: both drawn for the same prompts and seeds, measured, and judged by gates.
 
-Gives what a promotion is decided on (`Comparison.judged`, for `promotion.promote`) and the images to look at. Writes
+Gives what a promotion is decided on (`Comparison.judged`, for `promote`) and the images to look at. Writes
 nothing.
 """
 
 import dataclasses
-import json
 import platform
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,9 @@ from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, Gate, Verdict
 from sdxl_lab.evaluation.metrics import Metric, MetricError, find, interval, paired
 from sdxl_lab.images import GeneratedImage, beside, read_record
-from sdxl_lab.release.slot import git_state, served
+from sdxl_lab.release.promote import git_state
+from sdxl_lab.release.records import Findings
+from sdxl_lab.release.slot import slot_config
 
 METRICS = ("clip_score", "sharpness", "contrast", "clipping", "unet_rows")
 # Every prompt names all it means: nano draws what is left out by chance, and chance is noise in a comparison.
@@ -117,7 +118,7 @@ class Comparison:
         magnified; of a new slot the candidate alone."""
         found = []
         for at in range(0, len(self.images), len(self.plan.seeds)):
-            prompt, candidate = self.images[at].record["prompt"], self.images[at].image
+            prompt, candidate = self.images[at].record.prompt, self.images[at].image
             if not self.served:
                 found.append((prompt, candidate))
                 continue
@@ -139,30 +140,30 @@ class Comparison:
     def passed(self) -> bool:
         return all(verdict.passed for verdict in self.verdicts)
 
-    def judged(self, notebook: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What `promotion.promote` takes and a slot keeps as evidence: plain values, as JSON has them.
+    def judged(self, notebook: Mapping[str, Any] | None = None) -> Findings:
+        """What `release.promote` takes, and a slot keeps as evidence.
 
         `notebook` is what `notebook.origin` gives, where the trial runs in one.
         """
         record = self.images[0].record
         commit, dirty = git_state()
         judged = {
+            "schema": Findings.SCHEMA,
             "digest": self.candidate.digest,
             "replaces": self.served.digest if self.served else None,
-            "prompts": list(self.plan.prompts),
-            "seeds": list(self.plan.seeds),
+            "prompts": self.plan.prompts,
+            "seeds": self.plan.seeds,
             "clip": self.plan.clip,
             "metrics": {metric.name: self._metric(metric) for metric in self.plan.measures},
             "gates": [vars(verdict) for verdict in self.verdicts],
-            **{name: record[name] for name in ("weights", "runtime", "libraries", "version")},
+            **{name: getattr(record, name) for name in ("weights", "runtime", "libraries", "version")},
             "machine": {"python": platform.python_version(), "processor": platform.machine()},
             "commit": commit,
             "dirty": dirty,
             "notebook": dict(notebook) if notebook else None,
-            "goldens": [{"prompt": golden.record["prompt"], "seed": golden.record["seed"]} for golden in self.goldens],
+            "goldens": [{"prompt": golden.record.prompt, "seed": golden.record.seed} for golden in self.goldens],
         }
-        plain: dict[str, Any] = json.loads(json.dumps(judged))
-        return plain
+        return Findings.read(judged, "this comparison")
 
     def _metric(self, metric: Metric) -> dict[str, Any]:
         values, before = self.values[metric.name], self.served_values.get(metric.name)
@@ -197,7 +198,7 @@ def run(
     """
     plan = plan or ComparisonPlan()
     plan = plan if plan.clip else dataclasses.replace(plan, clip=clip_of(candidate.model))
-    before = served(slot)
+    before = slot_config(slot)
     _check_gates(plan, before)
     configs = [candidate] if before is None else [candidate, before]
     drawn = draw([ImageRequest(config, prompt, seed) for config in configs for prompt, seed in plan.pairs], profile)
@@ -243,8 +244,8 @@ def candidate_of(path: Path | str) -> GenerationConfig:
     path = Path(path)
     if path.suffix == ".png":
         record = read_record(path)
-        if "source" in record:
+        if record.source is not None:
             rule = "an image drawn from words; this one was refined from another image"
             raise ConfigError("candidate", str(path), rule, "runs/cat.png")
-        return GenerationConfig.from_dict(record["config"])
+        return record.config
     return GenerationConfig.from_toml(path)

@@ -202,8 +202,8 @@ class ImageCache:
         notes = {
             "png": hashlib.sha256(png).hexdigest(),
             "timings": dict(image.timings),
-            "unet_calls": sum(image.record["unet_calls"].values()),
-            "unet_rows": sum(image.record["unet_rows"].values()),
+            "unet_calls": sum(image.record.unet_calls.values()),
+            "unet_rows": sum(image.record.unet_rows.values()),
             "metrics": {},
         }
         _write(self._path(key, "json"), json.dumps(notes).encode())

@@ -114,8 +114,8 @@ async def model(name: str, request: Request) -> Model:
 
 
 def _model(studio: Studio) -> Model:
-    evidence = studio.served.slot.evidence or {}
-    promoted = datetime.fromisoformat(evidence["when"]).timestamp() if "when" in evidence else 0
+    evidence = studio.served.slot.evidence
+    promoted = datetime.fromisoformat(evidence.when).timestamp() if evidence else 0
     return Model(id=studio.served.slot.folder.name, created=int(promoted))
 
 

@@ -80,7 +80,7 @@ class Drawings:
         origin = order.source
         source = None
         if origin is not None:  # a PNG that somebody put into the store does not know under which id
-            source = SourceImage(origin.image, origin.strength, {**origin.record, "id": str(origin.id)})
+            source = SourceImage(origin.image, origin.strength, origin.record.with_(id=str(origin.id)))
         job = ImageRequest(order.config, order.prompt, seed, source)
         asked = {
             "created": before["created"] if before else round(time.time(), 3),
@@ -195,14 +195,14 @@ class Drawings:
         """Store the image. What differs between two drawings of the same one stands beside it, not in it."""
         assert self.served.counter is not None
         asked = drawing.asked
-        record = {**image.record, **{name: asked[name] for name in ("id", "promoted", "overridden")}}
+        record = image.record.with_(id=asked["id"], promoted=asked["promoted"], overridden=tuple(asked["overridden"]))
         texts = {"prompt": asked["prompt"], "negative_prompt": asked["config"].get("negative_prompt", "")}
         beside = {
             "timings": dict(image.timings),
             "warnings": self.served.counter.warnings(texts),
             "request": asked["request"],
         }
-        return self.store.put(drawing.id, encode_png(image.image, record), record | beside)
+        return self.store.put(drawing.id, encode_png(image.image, record), record.to_dict() | beside)
 
     def _settle(self, drawing: Drawing, outcome: Mapping[str, Any] | Exception) -> None:
         """Write down how a lasting image ended; where the store refuses, it stays promised."""

@@ -23,6 +23,7 @@ from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig, canonical
 from sdxl_lab.images import ImageError, open_image, read_record
+from sdxl_lab.record import ImageRecord
 from service.api.schemas import EXAMPLES
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class StoredSource:
 
     id: uuid.UUID
     image: Image.Image
-    record: Mapping[str, Any]
+    record: ImageRecord
     strength: float
 
     @classmethod

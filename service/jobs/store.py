@@ -314,7 +314,7 @@ class Store:
             try:
                 record, created = read_record(path), round(path.stat().st_mtime, 3)
                 self._write(_newest(uuid.UUID(path.stem), created), b"")
-                kept = {**record, "id": path.stem, "created": created}
+                kept = {**record.to_dict(), "id": path.stem, "created": created}
                 self._write(f"{path.stem}.json", canonical(kept).encode())
             except (StoreRefused, ValueError):  # no image of ours, or a name that only looks like an id
                 continue  # it can still be fetched

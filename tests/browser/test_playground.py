@@ -256,7 +256,7 @@ def test_the_copied_command_makes_the_same_pixels(home, visit, tmp_path):
         command = page.evaluate("navigator.clipboard.readText()")
         subprocess.run([shutil.which("bash"), "-c", command], cwd=tmp_path, check=True, capture_output=True)
         made = (tmp_path / f"sdxl-lab-{image[:8]}.png").read_bytes()
-        assert read_record(made)["prompt"] == QUOTED
+        assert read_record(made).prompt == QUOTED
         assert np.array_equal(pixels(made), pixels(fetched(home, f"download/{image}")))
 
 

@@ -66,7 +66,7 @@ def test_generate_repeats_its_own_seed_and_draws_a_new_one_where_none_is_given(c
     seeds = []
     for name in ("one.png", "two.png"):
         assert main(["generate", "a cat", "--config", str(config_file), "--out", str(tmp_path / name)]) == 0
-        seeds.append(read_record(tmp_path / name)["seed"])
+        seeds.append(read_record(tmp_path / name).seed)
     assert seeds[0] != seeds[1]
 
 
@@ -84,7 +84,7 @@ def test_like_draws_a_refined_image_of_a_refined_image_again(tiny_config, tiny_m
     with Engine.load(config, RuntimeProfile()) as drawing:
         image = drawing.draw(ImageRequest(config, "a cat", 3))
         for seed, strength in ((4, 0.5), (5, 0.75)):
-            source = SourceImage(image.image, strength, dict(image.record))
+            source = SourceImage(image.image, strength, image.record)
             image = drawing.draw(ImageRequest(config, "a red cat", seed, source))
     image.save(first)
     assert main(["generate", "--like", str(first), "--out", str(second)]) == 0

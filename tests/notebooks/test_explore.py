@@ -23,7 +23,7 @@ def test_explore_draws_compares_and_promotes(tmp_path: Path) -> None:
 
     written = sorted(path.name for path in (tmp_path / "images").iterdir())
     assert written == ["golden.png", "image.png", "refiner.png", "schedulers.png"]
-    assert read_record(tmp_path / "images" / "image.png")["prompt"] == "A cat in a hat"
+    assert read_record(tmp_path / "images" / "image.png").prompt == "A cat in a hat"
 
     slot = load_slot(slot_folder)
     assert slot.config.steps == 6

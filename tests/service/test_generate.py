@@ -77,7 +77,7 @@ def test_the_largest_seed_and_any_text_are_taken(client):
     prompt = "Katze 🐈 mit Hut\n\t\x7f‮ ' \" \\ </script> {}" + "é" * 200
     body = client.post("/generate", json={"prompt": prompt, "seed": 2**63 - 1}).json()
     assert body["seed"] == 2**63 - 1
-    assert read_record(client.get(body["url"]).content)["prompt"] == prompt
+    assert read_record(client.get(body["url"]).content).prompt == prompt
 
 
 def test_a_prompt_beyond_77_tokens_is_drawn_with_a_warning(client):

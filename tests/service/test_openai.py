@@ -101,7 +101,7 @@ def test_a_prompt_is_enough(client, promoted):
 
 def test_the_image_is_the_one_that_generate_draws(live, client):
     png = decoded(client.images.generate(prompt=PROMPT, size="64x128").data[0].b64_json)
-    body = {"prompt": PROMPT, "width": 64, "height": 128, "seed": read_record(png)["seed"]}
+    body = {"prompt": PROMPT, "width": 64, "height": 128, "seed": read_record(png).seed}
     job = later(live, body)
     wait_for(lambda: uuid.UUID(job) not in live.studio.drawings.making)
     again = live.studio.store.get(uuid.UUID(job))

@@ -42,7 +42,7 @@ def test_what_is_asked_goes_before_what_the_image_had(client, source):
 def test_a_refined_image_can_be_refined(client, source):
     once = client.post("/refine", json={"id": source["id"]}).json()
     twice = client.post("/refine", json={"id": once["id"]}).json()
-    assert read_record(client.get(twice["url"]).content)["source"]["source"]["id"] == source["id"]
+    assert read_record(client.get(twice["url"]).content).source["source"]["id"] == source["id"]
 
 
 @pytest.mark.parametrize("unknown", [NOBODYS, "../../etc/passwd", "", "\0", "é", "nil"])

@@ -20,6 +20,7 @@ from sdxl_lab.diffusion import engine as engines
 from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage, Trajectory
 from sdxl_lab.diffusion.engine import Cancelled, Engine, EngineStopped, QueueFull
 from sdxl_lab.images import ImageError, max_difference, read_watermark
+from tests.made import image_record
 
 # Other images in the call move float32 sums by 1e-6 at most; rounded, a pixel may fall to the other side.
 ROUNDING = 1 / 255 + 1e-9
@@ -183,7 +184,7 @@ def test_no_runtime_option_changes_what_is_drawn(nano, options, tolerance, tmp_p
             for request, job in zip(asked, jobs, strict=True):
                 assert max_difference(job.result(800).image, nano.draw(request).image) <= tolerance
                 assert job.trajectory.latents.dtype == torch.float32
-                assert job.result().record["runtime"].items() >= options.items()
+                assert job.result().record.runtime.items() >= options.items()
     finally:
         torch.set_num_threads(threads)
 
@@ -257,7 +258,7 @@ def test_eight_threads_each_get_their_own_image(start, config):
     asked = requests(config, 8)
     with ThreadPoolExecutor(8) as threads:
         images = list(threads.map(engine.draw, asked))
-    assert [image.record["prompt"] for image in images] == [request.prompt for request in asked]
+    assert [image.record.prompt for image in images] == [request.prompt for request in asked]
     for request, image in zip(asked, images, strict=True):
         assert max_difference(image.image, engine.draw(request).image) <= ROUNDING
     assert len({image.image.tobytes() for image in images}) == 8
@@ -352,8 +353,8 @@ def test_progress_is_honest_through_both_stages(start, config):
     image = job.result(SECONDS)
     assert seen == [(call, 5) for call in range(1, 6)]
     assert job.progress == (5, 5)
-    assert sum(image.record["unet_calls"].values()) == 5
-    assert set(image.record["unet_calls"]) == {"base", "refiner"}
+    assert sum(image.record.unet_calls.values()) == 5
+    assert set(image.record.unet_calls) == {"base", "refiner"}
 
 
 def test_a_running_image_is_cancelled_within_a_step(start, config):
@@ -684,7 +685,7 @@ def test_a_refiner_that_the_engine_does_not_have_is_refused_at_once(tiny_models,
     with Engine(replace(tiny_models, refiner=None), profile, {}) as engine:
         with pytest.raises(ConfigError, match="refiner must be left out: the engine's models have no refiner"):
             engine.submit(request)
-        refining = ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, {}))
+        refining = ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, image_record()))
         with pytest.raises(ConfigError, match=r"refiner must be left out: .* without a refiner"):
             engine.submit(refining).result(SECONDS)
         assert engine.healthy
@@ -708,9 +709,7 @@ def test_the_record_says_all_that_decides_the_pixels(start, config):
 def test_options_of_one_scheduler_do_not_leak_into_the_next(start, config):
     engine = start()
     names = ("euler", "dpmpp_2m_sde_karras", "dpmpp_2m", "euler")
-    records = [
-        engine.draw(ImageRequest(config.with_(scheduler=name), "a cat", 1)).record["scheduler"] for name in names
-    ]
+    records = [engine.draw(ImageRequest(config.with_(scheduler=name), "a cat", 1)).record.scheduler for name in names]
     assert [record["use_karras_sigmas"] for record in records] == [False, True, False, False]
     assert records[2]["algorithm_type"] == "dpmsolver++"
     assert records[0] == records[3]
@@ -732,5 +731,5 @@ def test_another_model_draws_another_image(start, config, lively_model):
         theirs = other.draw(replace(request, config=request.config.with_(model=ref)))
     mine = start().draw(request)
     assert max_difference(mine.image, theirs.image) > 1e-3
-    assert mine.record["digest"] != theirs.record["digest"]
-    assert theirs.record["weights"]["refiner"].startswith("sha256 ")
+    assert mine.record.digest != theirs.record.digest
+    assert theirs.record.weights["refiner"].startswith("sha256 ")

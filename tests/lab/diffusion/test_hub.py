@@ -50,7 +50,7 @@ def draw(**change):
     try:
         with Engine.load(config, RuntimeProfile(device="cpu", dtype="float32")) as engine:
             image = engine.submit(ImageRequest(config, "a cat", seed=1)).result()
-            return {"size": image.image.size, "weights": image.record["weights"]}
+            return {"size": image.image.size, "weights": image.record.weights}
     except ModelError as error:
         return str(error)
 

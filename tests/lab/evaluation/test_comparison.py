@@ -37,12 +37,12 @@ def test_both_draw_the_same_prompts_and_seeds_in_the_plans_order(tiny_config, sl
     found = run(candidate, slot, PLAN, FLOAT32)
     assert PLAN.pairs == [(prompt, seed) for prompt in FIVE for seed in (3, 4)]
     for images, config in ((found.images, candidate), (found.served_images, tiny_config)):
-        assert [(p.record["prompt"], p.record["seed"]) for p in images] == PLAN.pairs
-        assert {p.record["digest"] for p in images} == {config.digest}
+        assert [(p.record.prompt, p.record.seed) for p in images] == PLAN.pairs
+        assert {p.record.digest for p in images} == {config.digest}
     np.testing.assert_array_equal(found.values["unet_rows"], np.full(10, 6.0))
     np.testing.assert_array_equal(found.served_values["unet_rows"], np.full(10, 8.0))
     assert found.passed
-    assert [(golden.record["prompt"], golden.record["seed"]) for golden in found.goldens] == [
+    assert [(golden.record.prompt, golden.record.seed) for golden in found.goldens] == [
         ("a cat", 3),
         ("a dog", 3),
     ]
@@ -105,8 +105,8 @@ def test_a_new_slot_is_tried_against_nothing(tiny_config, tmp_path):
 def test_models_that_differ_are_each_drawn_with_their_own(tiny_model, tiny_config, slot):
     alone = tiny_config.with_(model=ModelRef(base=str(tiny_model / "base")))
     found = run(alone, slot, PLAN, FLOAT32)
-    assert "refiner" not in found.images[0].record["weights"]
-    assert "refiner" in found.served_images[0].record["weights"]
+    assert "refiner" not in found.images[0].record.weights
+    assert "refiner" in found.served_images[0].record.weights
     assert max_difference(found.images[0].image, found.served_images[0].image) == 0
 
 
@@ -182,7 +182,7 @@ def test_a_candidate_is_a_file_of_settings_or_a_image(tiny_config, tmp_path):
 
 def test_a_image_refined_from_another_is_no_candidate(tiny_config, tmp_path):
     (image,) = trial.draw([ImageRequest(tiny_config, "a cat", 1)], FLOAT32)
-    source = SourceImage(image.image, 0.5, dict(image.record))
+    source = SourceImage(image.image, 0.5, image.record)
     (refined,) = trial.draw([ImageRequest(tiny_config, "a cat", 1, source)], FLOAT32)
     refined.save(tmp_path / "refined.png")
     with pytest.raises(ConfigError, match="candidate must be an image drawn from words"):

@@ -23,6 +23,7 @@ from sdxl_lab.evaluation.metrics import (
     paired,
 )
 from sdxl_lab.images import GeneratedImage
+from tests.made import image_record
 
 REFERENCED = [name for name, metric in METRICS.items() if metric.needs_reference]
 
@@ -30,7 +31,7 @@ REFERENCED = [name for name, metric in METRICS.items() if metric.needs_reference
 def generated(pixels, prompt="a red cat", **record):
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.asarray(pixels, dtype=np.uint8))
     return GeneratedImage(
-        image, {"prompt": prompt, **record}, {"queued_ms": 500.0, "denoise_ms": 1500.0, "total_ms": 2100.0}
+        image, image_record(prompt=prompt, **record), {"queued_ms": 500.0, "denoise_ms": 1500.0, "total_ms": 2100.0}
     )
 
 
@@ -203,7 +204,7 @@ def test_the_clip_score_is_a_hundred_times_the_cosine_that_transformers_gives():
     model = CLIPModel.from_pretrained(NANO / "clip", variant="fp16", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(NANO / "clip")
     pixels = CLIPImageProcessorPil.from_pretrained(NANO / "clip")([p.image for p in images], return_tensors="pt")
-    ids = tokenizer([p.record["prompt"] for p in images], padding="max_length", max_length=77, return_tensors="pt")
+    ids = tokenizer([p.record.prompt for p in images], padding="max_length", max_length=77, return_tensors="pt")
     with torch.no_grad():
         logits = model(input_ids=ids.input_ids, pixel_values=pixels.pixel_values).logits_per_image
         expected = 100 * logits.diagonal() / model.logit_scale.exp()

@@ -279,7 +279,7 @@ def test_a_metric_set_that_no_trial_wrote_is_refused(slot, damage):
 def elsewhere(slot: Slot, change) -> regression.Redrawn:
     """The first golden, as another kind of machine gives it back."""
     golden = slot.goldens[0]
-    record = golden.record | {"runtime": golden.record["runtime"] | {"device": "cuda", "dtype": "float16"}}
+    record = golden.record | {"runtime": golden.record.runtime | {"device": "cuda", "dtype": "float16"}}
     image = GeneratedImage(change(open_image(golden.path)), record, {})
     comparison = promotion.compare_golden(golden, image)
     assert comparison.measure == "mean-abs"

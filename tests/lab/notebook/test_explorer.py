@@ -49,7 +49,7 @@ def test_generate_draws_what_the_controls_say(explorer: Explorer) -> None:
     assert drawn.config.refiner == RefinerConfig(handover=0.5)
     shown = bytes(explorer.panel.image.value)
     assert max_difference(open_image(shown), drawn.image) == 0
-    assert read_record(shown)["digest"] == drawn.config.digest
+    assert read_record(shown).digest == drawn.config.digest
     assert "Done in" in explorer.panel.status.value
     for text in ("#1: a red cat", "heun, 3 steps, guidance 5", "seed 12", "refiner at 0.5", drawn.config.digest):
         assert text in explorer.panel.caption.value

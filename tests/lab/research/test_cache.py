@@ -193,7 +193,7 @@ def test_a_cell_that_cannot_be_drawn_fails_alone_and_is_tried_again(
 
 def test_a_metric_that_fails_on_one_image_keeps_the_others(store: ImageCache, tiny_config: GenerationConfig) -> None:
     def measure(images: Any, _: Any) -> list[float]:
-        if any(image.record["seed"] == 1 for image in images):
+        if any(image.record.seed == 1 for image in images):
             raise ValueError("odd seeds are not measured")
         return [1.0] * len(images)
 

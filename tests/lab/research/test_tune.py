@@ -117,7 +117,7 @@ def test_the_front_of_a_known_quality_is_found_and_what_is_hopeless_is_stopped(
 @pytest.mark.slow
 def test_the_field_that_decides_is_the_important_one(tuned: Callable, plan: StudyPlan) -> None:
     def measure(images: Any, _: Any) -> Iterator[float]:
-        return (-abs(image.record["config"]["guidance_scale"] - BEST_SCALE) for image in images)
+        return (-abs(image.record.config["guidance_scale"] - BEST_SCALE) for image in images)
 
     metric = Metric("scale", "higher", "this test", measure)
     found = tuned(replace(plan, metric=metric, pairs=PAIRS[:2], trials=20, startup=20))
