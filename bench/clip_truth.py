@@ -14,10 +14,10 @@ from bench.settings import Size, config_of
 from recipes.nano.evaluate import held_out_scenes, verdict
 from recipes.nano.judge import Verdict
 from recipes.nano.scenes import COLOURS, NOUNS, RELATIONS, Scene, caption, render
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.metrics import Metric, clip_score, interval
 from sdxl_lab.images import GeneratedImage
+from sdxl_lab.job import ImageRequest
 
 GUIDANCE = (1.0, 3.0, 6.0)
 PARTS = ("right", "colour", "noun", "relation")

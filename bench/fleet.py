@@ -23,8 +23,9 @@ from bench.servers import server
 from bench.settings import Size, body, config_of
 from bench.simulate import Cost, Rule, Work, capacity, fleet, poisson
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
-from sdxl_lab.diffusion.denoising import DenoiserName, ImageRequest, Trajectory
+from sdxl_lab.diffusion.denoising import DenoiserName, Trajectory
 from sdxl_lab.diffusion.models import Embedding, load
+from sdxl_lab.job import ImageRequest
 
 ROWS = 16  # the service's own default
 INTERVAL = (0.28, 5.42)

@@ -12,8 +12,8 @@ from bench.engine import all_at_once, seconds
 from bench.measure import Report
 from bench.settings import PROMPTS, Size, config_of
 from sdxl_lab.config import RuntimeProfile
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.job import ImageRequest
 
 # Published, one image of 30 steps at 1024 px on an H100: diffusers in float16, and TensorRT.
 PUBLISHED = {"published, H100, diffusers, 30 steps: s": 2.496, "published, H100, TensorRT, 30 steps: s": 1.471}

@@ -27,9 +27,9 @@ from bench.measure import Report, plot
 from bench.settings import FLOAT32, Size, config_of, varied_body
 from bench.soak import OVER, Ledger, reconcile
 from sdxl_lab.config import GenerationConfig
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.images import max_difference, open_image
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.research.plots import COLOURS
 
 SEED = 6

@@ -11,8 +11,8 @@ from bench.clients import post, request
 from bench.measure import Report, ratios
 from bench.servers import server
 from bench.settings import FLOAT32, PROMPTS, Size, body, config_of
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.job import ImageRequest
 
 
 def latency(size: Size) -> None:

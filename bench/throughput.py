@@ -13,8 +13,8 @@ from bench.rooms import room
 from bench.servers import server
 from bench.settings import FLOAT32, Body, Size, body, config_of
 from sdxl_lab.config import SCHEDULERS, GenerationConfig
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.job import ImageRequest
 
 # Taken from all that the static servers can do, too: no second-order ones, whose steps cost two calls.
 MIXED = [name for name in SCHEDULERS if name not in ("heun", "kdpm2", "kdpm2_a", "dpmpp_sde", "lcm", "tcd", "pndm")]

@@ -14,9 +14,9 @@ from bench.engine import draw_all
 from bench.measure import Report, alternate, ratios
 from bench.settings import Size
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import Denoiser, Embedding, load
+from sdxl_lab.job import ImageRequest
 
 # stable-diffusion-xl-base-1.0/unet/config.json
 SDXL_UNET = {

@@ -199,8 +199,8 @@ def _generate(asked: argparse.Namespace) -> None:
     if asked.out.suffix.lower() != ".png":
         raise ValueError(f"--out must end in .png, since only PNG carries the record; received '{asked.out}'")
 
-    from sdxl_lab.diffusion.denoising import ImageRequest
     from sdxl_lab.diffusion.engine import Engine
+    from sdxl_lab.job import ImageRequest
 
     request = ImageRequest(config, prompt, seed)
     with Engine.load(config) as engine:
@@ -213,7 +213,7 @@ def _generate(asked: argparse.Namespace) -> None:
 
 def _source(engine: Any, record: Any) -> Any:
     """The image that a refined one started from, drawn again from the record inside its record."""
-    from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
+    from sdxl_lab.job import ImageRequest, SourceImage
 
     parent = record.source
     above = _source(engine, parent) if parent.source is not None else None
@@ -228,7 +228,7 @@ def _draw(engine: Any, request: Any) -> Any:
     with tqdm(total=1, unit="step", leave=False, disable=None) as bar:
         job = engine.submit(request)
         try:
-            while not job.future.done():
+            while not job.over:
                 bar.n, bar.total = job.progress[0], job.progress[1] or 1
                 bar.refresh()
                 time.sleep(0.05)
@@ -250,8 +250,8 @@ def _show(asked: argparse.Namespace) -> None:
 
 
 def _promote(asked: argparse.Namespace) -> None:
-    from sdxl_lab.diffusion.denoising import ImageRequest
     from sdxl_lab.evaluation import comparison as trial
+    from sdxl_lab.job import ImageRequest
     from sdxl_lab.release.diff import difference_table
     from sdxl_lab.release.promote import clean_state, promote, read_findings
     from sdxl_lab.release.slot import slot_config

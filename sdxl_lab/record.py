@@ -5,10 +5,11 @@ own, or refuses it with the command that migrates it. Imports no torch.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from sdxl_lab.config import MAX_PROMPT, MAX_SEED, ConfigError, GenerationConfig, migrated_config
 
@@ -96,6 +97,14 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def _finite(settings: dict[str, Any]) -> dict[str, Any]:
+    """What JSON has no number for, as text: DPM-Solver's `lambda_min_clipped` is `-inf` unless someone sets it."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in settings.items()
+    }
+
+
 class ImageRecord(Record):
     """What an image was made of, and all that makes it again.
 
@@ -113,7 +122,7 @@ class ImageRecord(Record):
     config: GenerationConfig
     digest: Digest
     sampler: Annotated[str, Field(examples=["Euler"])]
-    scheduler: Annotated[dict[str, Any], Field(examples=[{"class": "EulerDiscreteScheduler"}])]
+    scheduler: Annotated[dict[str, Any], AfterValidator(_finite), Field(examples=[{"class": "EulerDiscreteScheduler"}])]
     unet_calls: Annotated[dict[str, int], Field(examples=[{"base": 25}])]
     unet_rows: Annotated[dict[str, int], Field(examples=[{"base": 50}])]
     weights: Annotated[dict[str, str], Field(examples=[{"base": "sha256 ..."}])]

@@ -44,6 +44,8 @@ FORBIDDEN = [
     ("sdxl_lab/config.py", "from sdxl_lab.diffusion import schedulers"),
     ("sdxl_lab/diffusion/models.py", "from sdxl_lab.evaluation import metrics"),
     ("sdxl_lab/config.py", "import torch"),
+    ("sdxl_lab/job.py", "import diffusers"),
+    ("sdxl_lab/job.py", "import sdxl_lab.release.slot"),
     ("sdxl_lab/utils.py", ""),
     ("service/__init__.py", "from sdxl_lab import cli"),
     ("service/__init__.py", "import sdxl_lab.evaluation.metrics"),
@@ -60,8 +62,8 @@ def test_a_forbidden_import_is_noticed(tree, module, line):
     assert "BROKEN" in answer.stdout or "not listed as layers" in answer.stdout
 
 
-@pytest.mark.parametrize("module", ["sdxl_lab", "sdxl_lab.config"])
-def test_the_configuration_is_read_without_the_models_libraries(module):
+@pytest.mark.parametrize("module", ["sdxl_lab", "sdxl_lab.config", "sdxl_lab.errors", "sdxl_lab.job"])
+def test_a_configuration_and_a_job_are_had_without_the_models_libraries(module):
     program = f"import sys, {module}; print(*[name for name in {HEAVY} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert answer.stdout.split() == []

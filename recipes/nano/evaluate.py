@@ -23,10 +23,10 @@ from recipes.nano import judge, unet, vae
 from recipes.nano.scenes import COLOURS, NOUNS, SHAPES, THINGS, Scene, Thing, caption, render, sample_scene
 from recipes.nano.words import ids
 from sdxl_lab.config import GenerationConfig, RefinerConfig
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import NANO
 from sdxl_lab.images import GeneratedImage
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.research.plots import grid
 
 

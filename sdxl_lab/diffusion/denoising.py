@@ -7,59 +7,19 @@ UNet's answer; who else shares that call it does not know. Step by step it does 
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
-from PIL import Image
 
-from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig, checked_prompt, checked_seed
+from sdxl_lab.config import ConfigError, RefinerConfig
 from sdxl_lab.diffusion import schedulers
 from sdxl_lab.diffusion.models import Denoiser, Embedding, Models
-from sdxl_lab.record import ImageRecord
+from sdxl_lab.job import ImageRequest, SourceImage
 
 DenoiserName = Literal["base", "refiner"]
 Embed = Callable[[DenoiserName, str | None, bool], Embedding]
-
-
-@dataclass(frozen=True)
-class SourceImage:
-    """The image that an image-to-image request starts from, the record that repeats it, and how much of the noise
-    schedule is gone through again (`strength`, above 0 to 1)."""
-
-    image: Image.Image
-    strength: float
-    record: ImageRecord
-
-
-@dataclass(frozen=True)
-class ImageRequest:
-    """What is asked: a configuration, a prompt, a seed. With `source`, the refiner goes over that image again.
-
-    Raises `ConfigError` when something is out of its range, before any work.
-    """
-
-    config: GenerationConfig
-    prompt: str
-    seed: int
-    source: SourceImage | None = None
-
-    def __post_init__(self) -> None:
-        checked_prompt(self.prompt)
-        checked_seed(self.seed)
-        if self.source is None:
-            return
-        strength = self.source.strength
-        if not (isinstance(strength, int | float) and 0 < strength <= 1):
-            raise ConfigError("strength", strength, "a number above 0, at most 1", 0.3)
-        if int(self.config.steps * strength) < 1:
-            raise ConfigError(
-                "strength", strength, f"at least 1/steps, here {1 / self.config.steps:.3g}, or no step is left", 0.3
-            )
-        if self.config.model.refiner is None:
-            raise ConfigError("model", self.config.model.base, "one with a refiner, since refining was asked", "nano")
 
 
 class Rows(NamedTuple):

@@ -2,7 +2,8 @@
 
 Images of different prompts, seeds, schedulers, step counts and guidance join and leave between any two calls; only
 the UNet and the image's size must agree. The engine knows trajectories and jobs; it knows no HTTP, no files and no
-scheduler. Every method may be called from any thread.
+scheduler. What it keeps of a job stands in its own `Work`, and goes when the job is over. Every method may be called
+from any thread.
 """
 
 import bisect
@@ -12,9 +13,9 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Self
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Self, overload
 
 import diffusers
 import torch
@@ -22,12 +23,14 @@ import transformers
 from PIL import Image
 
 from sdxl_lab import __version__
-from sdxl_lab.config import ConfigError, GenerationConfig, RuntimeProfile
-from sdxl_lab.diffusion.denoising import DenoiserName, ImageRequest, Rows, Trajectory, calls_of, rows_of
-from sdxl_lab.diffusion.inventory import identity
+from sdxl_lab.config import GenerationConfig, RuntimeProfile
+from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
+from sdxl_lab.diffusion.inventory import differing, identity
 from sdxl_lab.diffusion.latency import Forecast, LatencyModel, Workload, forecast
 from sdxl_lab.diffusion.models import Embedding, Models, load
+from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import GeneratedImage, finish, preview
+from sdxl_lab.job import Change, ImageRequest, Job, Outcome, Stepped
 from sdxl_lab.record import ImageRecord
 
 log = logging.getLogger(__name__)
@@ -35,75 +38,16 @@ log = logging.getLogger(__name__)
 OnStep = Callable[[int, int], None]
 
 
-class Cancelled(Exception):
-    """The image was cancelled before it was finished."""
+@dataclass(eq=False)
+class Work:
+    """A job as the engine has it. `turn` is the tick in which it last had rows."""
 
-
-class EngineStopped(RuntimeError):
-    """The engine is closed, or its thread has failed; `__cause__` says why."""
-
-
-class QueueFull(RuntimeError):
-    """The engine's queue has as many waiting images as it takes."""
-
-
-class Job:
-    """An image that was asked for. `state` is queued, running, done, failed or cancelled. Any thread may ask it."""
-
-    def __init__(self, engine: "Engine", request: ImageRequest, on_step: OnStep | None, priority: int) -> None:
-        self.request, self.on_step, self.priority = request, on_step, priority
-        self._engine = engine
-        self.future: Future[GeneratedImage] = Future()
-        self.future.set_running_or_notify_cancel()  # so that only the engine can end it
-        self.submitted = time.monotonic()
-        self.started = self.submitted
-        self.first_step: float | None = None  # when its first UNet call was done
-        self.trajectory: Trajectory | None = None
-        self.served = 0  # the tick in which it last had rows
-        self._cancelled = threading.Event()
-
-    @property
-    def state(self) -> str:
-        if not self.future.done():
-            return "running" if self.trajectory else "queued"
-        error = self.future.exception()
-        return "done" if error is None else "cancelled" if isinstance(error, Cancelled) else "failed"
-
-    @property
-    def progress(self) -> tuple[int, int]:
-        """UNet calls made, of how many; (0, 0) while queued."""
-        return (self.trajectory.calls, self.trajectory.total) if self.trajectory else (0, 0)
-
-    @property
-    def position(self) -> int:
-        """The place in the queue, from 1; 0 once it has left it."""
-        return self._engine.position(self)
-
-    @property
-    def eta(self) -> float | None:
-        """Seconds until the image is done, from the measured speed and all that shares the engine; 0.0 when it is
-        over, None while nothing was measured."""
-        return self._engine.eta(self)
-
-    def preview(self) -> Image.Image | None:
-        """The image as the last step sees it, small and rough, by a linear map of the latents; None before the first
-        step. Takes under a millisecond on a CPU and none of it in the engine's thread: call it from your own."""
-        latents = self.trajectory.denoised() if self.trajectory else None
-        if latents is None:
-            return None
-        return preview(latents[0].float().cpu().numpy(), self._engine.models.latent_rgb)
-
-    def cancel(self) -> None:
-        """Stop at the next tick. `result` then raises `Cancelled`; a finished image stays finished."""
-        self._cancelled.set()
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled.is_set()
-
-    def result(self, timeout: float | None = None) -> GeneratedImage:
-        """Wait for the image. Raises what went wrong, `Cancelled`, or `TimeoutError`."""
-        return self.future.result(timeout)
+    job: Job[Any]
+    priority: int
+    submitted: float = field(default_factory=lambda: time.monotonic())
+    started: float = 0.0
+    trajectory: Trajectory | None = None
+    turn: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,8 +74,8 @@ class Engine:
         self.models, self.profile, self.weights = models, profile, weights
         self.max_queue, self.rows = max_queue, profile.rows
         self.failure: str | None = None
-        self._waiting: list[Job] = []
-        self._running: list[Job] = []
+        self._waiting: list[Work] = []
+        self._running: list[Work] = []
         self._wake = threading.Condition()
         self._closed = False
         self._ticks = 0
@@ -164,9 +108,10 @@ class Engine:
         """Cancel what is queued or running and end the thread."""
         with self._wake:
             self._closed = True
-            for job in [*self._waiting, *self._running]:
-                job.cancel()
+            left = [*self._waiting, *self._running]
             self._wake.notify()
+        for work in left:
+            work.job.cancel()
         self._thread.join()
         self._finisher.shutdown()
 
@@ -178,19 +123,32 @@ class Engine:
     def queued(self) -> int:
         return len(self._waiting)
 
-    def position(self, job: Job) -> int:
+    # --- what a job asks of its driver -------------------------------------------------------------------------------
+
+    def position(self, job: Job[Any]) -> int:
         """`Job.position`."""
         with self._wake:
-            return self._waiting.index(job) + 1 if job in self._waiting else 0
+            return next((place for place, work in enumerate(self._waiting, 1) if work.job is job), 0)
 
-    def eta(self, job: Job) -> float | None:
+    def eta(self, job: Job[Any]) -> float | None:
         """`Job.eta`."""
-        if job.future.done():
-            return 0.0
         running, waiting = self._under_way()
         forecasts = self._forecast(running, waiting)
-        everyone = [*running, *waiting]
-        return forecasts[everyone.index(job)].end if forecasts and job in everyone else None
+        place = next((index for index, work in enumerate([*running, *waiting]) if work.job is job), None)
+        return forecasts[place].end if forecasts and place is not None else None
+
+    def preview(self, job: Job[Any]) -> Image.Image | None:
+        """`Job.preview`."""
+        trajectory = next((work.trajectory for work in self._under_way()[0] if work.job is job), None)
+        latents = trajectory.denoised() if trajectory else None
+        return None if latents is None else preview(latents[0].float().cpu().numpy(), self.models.latent_rgb)
+
+    def cancel(self, job: Job[Any]) -> None:
+        """The next tick sees the job's `cancel_reason`."""
+        with self._wake:
+            self._wake.notify()
+
+    # --- the whole of it ---------------------------------------------------------------------------------------------
 
     def backlog_seconds(self) -> float | None:
         """Seconds until an image submitted now would have its first step; None while nothing was measured."""
@@ -205,19 +163,20 @@ class Engine:
         forecasts = self._forecast(running, waiting)
         return forecasts[len(running) + len(waiting) - self.max_queue].start if forecasts else None
 
-    def _under_way(self) -> tuple[list[Job], list[Job]]:
+    def _under_way(self) -> tuple[list[Work], list[Work]]:
         """Those that are drawn and those that wait, at one moment."""
         with self._wake:
             return list(self._running), list(self._waiting)
 
-    def _forecast(self, running: list[Job], waiting: list[Job], *more: Workload) -> list[Forecast] | None:
+    def _forecast(self, running: list[Work], waiting: list[Work], *more: Workload) -> list[Forecast] | None:
         if not self._latency:
             return None
-        return forecast([*map(self._load, running)], [*map(self._load, waiting), *more], self.rows, self._latency)
+        loads = [self._workload(work) for work in waiting]
+        return forecast([*map(self._workload, running)], [*loads, *more], self.rows, self._latency)
 
-    def _load(self, job: Job) -> Workload:
+    def _workload(self, work: Work) -> Workload:
         """An image's remaining work; for one that waits, by its settings alone."""
-        request, trajectory = job.request, job.trajectory
+        request, trajectory = work.job.request, work.trajectory
         if trajectory is not None:
             name = next((stage.name for stage in trajectory.stages if not stage.finished), "base")
             height, width = trajectory.latents.shape[-2:]
@@ -232,31 +191,47 @@ class Engine:
     def stats(self) -> EngineStats:
         running, waiting = self._under_way()
         rows, seconds = self._last_call
-        in_flight = sum(rows_of(job.request) for job in running)
+        in_flight = sum(rows_of(work.job.request) for work in running)
         return EngineStats(
             len(waiting), len(running), in_flight, self.rows, self._ticks, rows, seconds, *self._all_calls
         )
 
-    def submit(self, request: ImageRequest, on_step: OnStep | None = None, priority: int = 0) -> Job:
+    @overload
+    def submit(
+        self, request: ImageRequest, on_step: OnStep | None = None, priority: int = 0
+    ) -> Job[GeneratedImage]: ...
+
+    @overload
+    def submit(self, request: Job[Outcome], on_step: OnStep | None = None, priority: int = 0) -> Job[Outcome]: ...
+
+    def submit(self, request: ImageRequest | Job[Any], on_step: OnStep | None = None, priority: int = 0) -> Job[Any]:
         """Queue an image: behind those of its own `priority` or a higher one, before the others.
 
         `on_step(calls, total)` is called after each of its UNet calls, in the engine's thread: it must return at once.
-        Raises `QueueFull`, `EngineStopped`, or `ConfigError` for a refiner that the engine's models do not have. That
-        they are those of the request's configuration is for the caller to see to.
+        Raises `QueueFull`, `EngineStopped`, or `ModelMismatch` for a request of other models than the engine's.
         """
-        if request.config.refiner is not None and self.models.refiner is None:
-            raise ConfigError(
-                "refiner", "a refiner stage", "left out: the engine's models have no refiner", "refiner = none"
-            )
-        job = Job(self, request, on_step, priority)
+        job = request if isinstance(request, Job) else Job(request)
+        self._check_models(job.request)
+        if on_step is not None:
+            job.watch(_on_step(on_step))
+        work = Work(job, priority)
         with self._wake:
             if not self.healthy:
                 raise EngineStopped(self.failure or "the engine is closed")
             if len(self._waiting) >= self.max_queue:
                 raise QueueFull(f"{len(self._waiting)} images are waiting, and no more are taken")
-            bisect.insort_right(self._waiting, job, key=lambda waiting: -waiting.priority)
+            job.queue(self)
+            bisect.insort_right(self._waiting, work, key=lambda waiting: -waiting.priority)
             self._wake.notify()
         return job
+
+    def _check_models(self, request: ImageRequest) -> None:
+        """An image must not be drawn by one model and recorded under the name of another. A refiner that a request
+        does not use may be another one."""
+        asked, own = request.config.model, self.models.ref
+        refines = request.config.refiner is not None or request.source is not None
+        if any(role != "refiner" or refines for role in differing(own, asked)):
+            raise ModelMismatch(asked.to_dict(), f"the one that this engine was loaded for, {own.to_dict()}", own.base)
 
     def draw(self, request: ImageRequest) -> GeneratedImage:
         """Submit and wait; Ctrl-C (or a notebook's Stop) cancels at the next step."""
@@ -291,11 +266,10 @@ class Engine:
             left = [*self._waiting, *self._running]
             self._waiting.clear()
             self._running.clear()
-        for job in left:
+        for work in left:
             stopped = EngineStopped(self.failure)
             stopped.__cause__ = error
-            if not job.future.done():
-                job.future.set_exception(stopped)
+            work.job.fail(stopped)
 
     def _tick(self) -> None:
         """Drop the cancelled, admit the waiting, make one UNet call, send off the finished."""
@@ -305,27 +279,26 @@ class Engine:
         if not self._running:
             return
         self._step(self._pick())
-        finished = [job for job in self._running if job.trajectory and job.trajectory.done]
-        by_shape: dict[torch.Size, list[Job]] = {}
-        for job in finished:
-            assert job.trajectory is not None
-            by_shape.setdefault(job.trajectory.latents.shape, []).append(job)
-        for jobs in by_shape.values():
-            self._decode(jobs)
-            for job in jobs:
-                self._running.remove(job)
+        by_shape: dict[torch.Size, list[Work]] = {}
+        for work in self._running:
+            if work.trajectory and work.trajectory.done:
+                by_shape.setdefault(work.trajectory.latents.shape, []).append(work)
+        for finished in by_shape.values():
+            self._decode(finished)
+            for work in finished:
+                self._running.remove(work)
 
     def _drop_cancelled(self) -> None:
         with self._wake:
-            dropped = [job for job in [*self._waiting, *self._running] if job.cancelled]
-            self._waiting = [job for job in self._waiting if not job.cancelled]
-        for job in dropped:
-            self._end(job, Cancelled("the image was cancelled"))
+            dropped = [work for work in [*self._waiting, *self._running] if _is_cancelled(work.job)]
+            self._waiting = [work for work in self._waiting if work not in dropped]
+        for work in dropped:
+            self._end(work, Cancelled("the image was cancelled"))
 
-    def _end(self, job: Job, error: Exception) -> None:
-        if job in self._running:
-            self._running.remove(job)
-        job.future.set_exception(error)
+    def _end(self, work: Work, error: Exception) -> None:
+        if work in self._running:
+            self._running.remove(work)
+        work.job.fail(error)
 
     def _admit(self) -> None:
         """Start waiting images, in order, while the rows in flight stay within the budget; one always may."""
@@ -333,16 +306,17 @@ class Engine:
             with self._wake:
                 if not self._waiting:
                     return
-                in_flight = sum(rows_of(job.request) for job in self._running)
-                if self._running and in_flight + rows_of(self._waiting[0].request) > self.rows:
+                in_flight = sum(rows_of(work.job.request) for work in self._running)
+                if self._running and in_flight + rows_of(self._waiting[0].job.request) > self.rows:
                     return
-                job = self._waiting.pop(0)
-                self._running.append(job)
-            job.started = time.monotonic()
+                work = self._waiting.pop(0)
+                self._running.append(work)
+            work.started = time.monotonic()
             try:
-                job.trajectory = Trajectory(self.models, job.request, self._embed)
+                work.trajectory = Trajectory(self.models, work.job.request, self._embed)
+                work.job.run()
             except Exception as error:
-                self._end(job, error)
+                self._end(work, error)
 
     def _embed(self, name: DenoiserName, prompt: str | None, negative: bool) -> Embedding:
         """Embeddings are kept for the prompts used last."""
@@ -355,28 +329,28 @@ class Engine:
         self._embeddings.move_to_end(key)
         return self._embeddings[key]
 
-    def _pick(self) -> list[Job]:
+    def _pick(self) -> list[Work]:
         """The group whose turn was longest ago, as many of its images as the budget has rows for, those first that
         have waited longest."""
-        ordered = sorted(self._running, key=lambda job: job.served)
+        ordered = sorted(self._running, key=lambda work: work.turn)
         assert ordered[0].trajectory is not None
         group = ordered[0].trajectory.group
-        picked: list[Job] = []
+        picked: list[Work] = []
         rows = 0
-        for job in ordered:
-            assert job.trajectory is not None
-            if job.trajectory.group != group:
+        for work in ordered:
+            assert work.trajectory is not None
+            if work.trajectory.group != group:
                 continue
-            rows += job.trajectory.row_count()
+            rows += work.trajectory.row_count()
             if picked and rows > self.rows:
                 break
-            picked.append(job)
+            picked.append(work)
         return picked
 
-    def _step(self, jobs: list[Job]) -> None:
-        """One UNet call for all jobs. If it fails they are tried apart, so that only the culprit fails; if memory
+    def _step(self, picked: list[Work]) -> None:
+        """One UNet call for all of them. If it fails they are tried apart, so that only the culprit fails; if memory
         ran out, the budget is halved first."""
-        trajectories = [job.trajectory for job in jobs if job.trajectory]
+        trajectories = [work.trajectory for work in picked if work.trajectory]
         began, group = time.monotonic(), trajectories[0].group
         predictions: tuple[torch.Tensor, ...] | None = None
         exhausted = False
@@ -384,40 +358,37 @@ class Engine:
             inputs = [trajectory.inputs() for trajectory in trajectories]
             predictions = self._predict(group[0], inputs)
         except Exception as error:
-            if len(jobs) == 1:
-                self._end(jobs[0], error)
+            if len(picked) == 1:
+                self._end(picked[0], error)
                 return
             exhausted = isinstance(error, torch.OutOfMemoryError)
         if predictions is None:  # out here the error is gone, and with its frames the memory that they held
             if exhausted:
                 self.rows = max(2, self.rows // 2)
-                log.warning("out of memory with %d images in one call; the row budget is now %d", len(jobs), self.rows)
+                log.warning(
+                    "out of memory with %d images in one call; the row budget is now %d", len(picked), self.rows
+                )
                 torch.cuda.empty_cache()
-            half = len(jobs) // 2
-            self._step(jobs[:half])
-            self._step(jobs[half:])
+            half = len(picked) // 2
+            self._step(picked[:half])
+            self._step(picked[half:])
             return
-        for job, trajectory, prediction in zip(jobs, trajectories, predictions, strict=True):
+        stepped = []
+        for work, trajectory, prediction in zip(picked, trajectories, predictions, strict=True):
             try:
                 trajectory.take(prediction)
             except Exception as error:
-                self._end(job, error)
+                self._end(work, error)
                 continue
-            job.served = self._ticks
-            if job.on_step is not None:
-                try:
-                    job.on_step(trajectory.calls, trajectory.total)
-                except Exception:
-                    log.exception("a step callback failed; the image goes on without it")
-                    job.on_step = None
+            work.turn = self._ticks
+            stepped.append((work.job, trajectory))
         self._settle()
-        now = time.monotonic()
-        for job in jobs:
-            job.first_step = job.first_step or now
-        self._last_call = rows, seconds = sum(len(each.timesteps) for each in inputs), now - began
+        self._last_call = rows, seconds = sum(len(each.timesteps) for each in inputs), time.monotonic() - began
         calls, all_rows, all_seconds = self._all_calls
         self._all_calls = calls + 1, all_rows + rows, all_seconds + seconds
         self._latency.took(group, rows, seconds)
+        for job, trajectory in stepped:
+            job.step(trajectory.calls, trajectory.total)
 
     def _settle(self) -> None:
         """Wait for the GPU: else steps would be queued there far ahead, and neither a cancel nor a clock would mean
@@ -443,44 +414,42 @@ class Engine:
         parts: tuple[torch.Tensor, ...] = answer[:count].float().split([len(each.timesteps) for each in inputs])
         return parts
 
-    def _decode(self, jobs: list[Job]) -> None:
+    def _decode(self, finished: list[Work]) -> None:
         """VAE decode of images that finished together; the rest of the work is the finisher's."""
         began = time.monotonic()
         try:
-            latents = torch.cat([job.trajectory.latents for job in jobs if job.trajectory])
+            latents = torch.cat([work.trajectory.latents for work in finished if work.trajectory])
             pixels = self.models.decode(latents)
-            self._latency.took("decode", len(jobs), time.monotonic() - began)
+            self._latency.took("decode", len(finished), time.monotonic() - began)
         except Exception as error:
-            if len(jobs) == 1:
-                jobs[0].future.set_exception(error)
+            if len(finished) == 1:
+                finished[0].job.fail(error)
                 return
-            for job in jobs:
-                self._decode([job])
+            for work in finished:
+                self._decode([work])
             return
-        for job, image in zip(jobs, pixels, strict=True):
+        for work, image in zip(finished, pixels, strict=True):
             denoised = time.monotonic()
-            self._finisher.submit(self._finish, job, image, denoised)
+            self._finisher.submit(self._finish, work, image, denoised)
 
-    def _finish(self, job: Job, pixels: Any, denoised: float) -> None:
+    def _finish(self, work: Work, pixels: Any, denoised: float) -> None:
         """Runs in the finisher's thread."""
         try:
-            image = finish(pixels, watermark=job.request.config.watermark)
+            image = finish(pixels, watermark=work.job.request.config.watermark)
             timings = {
-                "queued_ms": 1000 * (job.started - job.submitted),
-                "denoise_ms": 1000 * (denoised - job.started),
-                "total_ms": 1000 * (time.monotonic() - job.submitted),
+                "queued_ms": 1000 * (work.started - work.submitted),
+                "denoise_ms": 1000 * (denoised - work.started),
+                "total_ms": 1000 * (time.monotonic() - work.submitted),
             }
             rounded = {name: round(value, 1) for name, value in timings.items()}
-            generated = GeneratedImage(image, self._record(job), rounded)
+            work.job.drawn(GeneratedImage(image, self._record(work), rounded))
         except Exception as error:
-            job.future.set_exception(error)
-            return
-        job.future.set_result(generated)
+            work.job.fail(error)
 
-    def _record(self, job: Job) -> ImageRecord:
+    def _record(self, work: Work) -> ImageRecord:
         """All that decides the image's pixels: the only place where such a record begins."""
-        assert job.trajectory is not None
-        request = job.request
+        assert work.trajectory is not None
+        request = work.job.request
         return ImageRecord(
             version=__version__,
             prompt=request.prompt,
@@ -492,5 +461,18 @@ class Engine:
             weights=self.weights,
             runtime=self.profile.to_dict(),
             libraries={module.__name__: module.__version__ for module in (diffusers, torch, transformers)},
-            **job.trajectory.outcome()._asdict(),
+            **work.trajectory.outcome()._asdict(),
         )
+
+
+def _is_cancelled(job: Job[Any]) -> bool:
+    """Whether it is to be cancelled, or was ended by others: a service that stops waits for no step."""
+    return job.over or job.cancel_reason is not None
+
+
+def _on_step(callback: OnStep) -> Callable[[Change], None]:
+    def watch(change: Change) -> None:
+        if isinstance(change, Stepped):
+            callback(*change)
+
+    return watch

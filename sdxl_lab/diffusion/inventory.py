@@ -39,6 +39,16 @@ def identity(ref: ModelRef) -> dict[str, str]:
     return found
 
 
+def differing(own: ModelRef, asked: ModelRef) -> list[str]:
+    """The roles in which two models have another name or revision: base, refiner, vae."""
+    named = {
+        "base": ("base", "revision"),
+        "refiner": ("refiner", "refiner_revision"),
+        "vae": ("vae", "vae_revision"),
+    }
+    return [role for role, names in named.items() if any(own.value(name) != asked.value(name) for name in names)]
+
+
 def _identity(name: str, revision: str | None, role: str, others: Collection[str]) -> str:
     folder = folder_of(name, "base/vae" if role == "vae" else role)
     if folder is None:

@@ -100,7 +100,7 @@ class Denoiser:
 @dataclass(frozen=True)
 class Models:
     """An SDXL on a device; `dtype` is the UNets'. `refiner` is None where the configuration has none. `latent_rgb`
-    (5, 3) is the linear map from latents to pixels that previews use."""
+    (5, 3) is the linear map from latents to pixels that previews use. `ref` is what was asked for."""
 
     base: Denoiser
     refiner: Denoiser | None
@@ -108,6 +108,7 @@ class Models:
     device: torch.device
     dtype: torch.dtype
     latent_rgb: np.ndarray
+    ref: ModelRef
 
     @property
     def scale_factor(self) -> int:
@@ -178,7 +179,8 @@ def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:
     for pipe in (base, refiner):
         if pipe is not None:
             _lay_out(pipe.unet, profile)
-    return Models(_denoiser(base), _denoiser(refiner) if refiner else None, base.vae, device, dtype, _latent_rgb(ref))
+    second = _denoiser(refiner) if refiner else None
+    return Models(_denoiser(base), second, base.vae, device, dtype, _latent_rgb(ref), ref)
 
 
 def _steadied(vae: AutoencoderKL) -> AutoencoderKL:

@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RuntimeProfile, checked_prompt, checked_seed
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, Gate, Verdict
 from sdxl_lab.evaluation.metrics import Metric, MetricError, find, interval, paired
 from sdxl_lab.images import GeneratedImage, beside, read_record
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.release.promote import git_state
 from sdxl_lab.release.records import Findings
 from sdxl_lab.release.slot import slot_config

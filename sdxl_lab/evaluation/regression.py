@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 
 from sdxl_lab.config import RuntimeProfile
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, LEAST_PROMPTS, Gate, Verdict
 from sdxl_lab.evaluation.metrics import find
 from sdxl_lab.images import GeneratedImage
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.release.records import Evidence
 from sdxl_lab.release.slot import Slot, SlotError
 from sdxl_lab.release.verify import GoldenCheck, verify

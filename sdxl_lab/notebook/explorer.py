@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from sdxl_lab.config import ConfigError, GenerationConfig
-from sdxl_lab.diffusion.denoising import ImageRequest
-from sdxl_lab.diffusion.engine import Cancelled, Engine, Job
+from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.errors import Cancelled
+from sdxl_lab.images import GeneratedImage
+from sdxl_lab.job import ImageRequest, Job
 from sdxl_lab.notebook.form import FormError, differences, next_seed, request_of, values_of
 from sdxl_lab.notebook.widgets import Drawn, Panel
 
@@ -24,7 +26,7 @@ class Asked(NamedTuple):
     """An image asked for. `over` is set once its end is on the panel."""
 
     number: int
-    job: Job
+    job: Job[GeneratedImage]
     over: threading.Event
 
 
@@ -121,7 +123,7 @@ class Explorer:
         with self._lock:
             return [*self._history, *(_drawn(asked) for asked in self._asked if asked.job.state == "done")]
 
-    def generate(self, **changes: Any) -> Job:
+    def generate(self, **changes: Any) -> Job[GeneratedImage]:
         """Queue an image of the controls' settings, with some `changes`: prompt, seed, or fields of the configuration.
         The controls stay as they are.
 
@@ -167,7 +169,7 @@ class Explorer:
         pause = threading.Event()
         while True:
             with self._lock:
-                ended = [asked for asked in self._asked if asked.job.future.done()]
+                ended = [asked for asked in self._asked if asked.job.over]
                 self._history += [_drawn(asked) for asked in ended if asked.job.state == "done"]
                 self._asked = [asked for asked in self._asked if asked not in ended]
                 under_way = [asked.job for asked in self._asked]
@@ -194,7 +196,7 @@ class Explorer:
             self.show(drawn)
             self.panel.add_card(drawn, self._card_actions(drawn))
             return
-        error = job.future.exception()
+        error = job.exception()
         self.panel.show_stopped(None if isinstance(error, Cancelled) else str(error) or repr(error))
         if isinstance(error, ConfigError) and error.field in self.panel.controls:
             self.panel.tell({error.field: str(error)}, "")

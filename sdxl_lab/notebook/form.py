@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sdxl_lab.config import MAX_SEED, ConfigError, GenerationConfig, RefinerConfig, checked_prompt, checked_seed
-from sdxl_lab.diffusion.denoising import ImageRequest
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.release.diff import changes, flat
 
 SEED_POLICIES = ("fixed", "random", "next")

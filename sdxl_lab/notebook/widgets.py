@@ -13,9 +13,8 @@ import ipywidgets as ipy
 from PIL import Image
 
 from sdxl_lab.config import SCHEDULERS, GenerationConfig
-from sdxl_lab.diffusion.denoising import ImageRequest
-from sdxl_lab.diffusion.engine import Job
 from sdxl_lab.images import GeneratedImage, magnified_difference
+from sdxl_lab.job import ImageRequest, Job
 from sdxl_lab.notebook.form import SEED_POLICIES
 
 SHOWN = 24  # images in the history strip
@@ -195,7 +194,7 @@ class Panel:
 
     # --- what is being drawn -----------------------------------------------------------------------------------------
 
-    def show_progress(self, jobs: Sequence[Job]) -> None:
+    def show_progress(self, jobs: Sequence[Job[GeneratedImage]]) -> None:
         """Step, time left and preview of the first image under way."""
         job = next((job for job in jobs if job.state == "running"), jobs[0])
         calls, total = job.progress
@@ -213,7 +212,7 @@ class Panel:
         left = f", {_duration(eta)} left" if eta is not None and eta >= 1 else ""
         self.say(f"{f'Step {calls} of {total}' if calls < total else 'Decoding'}{left}{more}")
 
-    def show_done(self, job: Job) -> None:
+    def show_done(self, job: Job[GeneratedImage]) -> None:
         self.bar.value, self.bar.bar_style = self.bar.max, "success"
         self.say(f"Done in {job.result().timings['total_ms'] / 1000:.1f} s")
 

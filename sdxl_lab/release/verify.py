@@ -3,23 +3,23 @@ a service at its start make.
 
 Pixels are a function of the configuration, the prompt, the seed and the kind of machine. On the same kind (device and
 dtype) a golden must come back sample by sample. Elsewhere that is not promised: there its mean difference must be small
-and its structure the same. Torch is imported when something is drawn.
+and its structure the same. Imports no torch: the engine comes from the caller.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from sdxl_lab.errors import Cancelled, EngineStopped, QueueFull
 from sdxl_lab.images import GeneratedImage, beside, max_difference, mean_difference, open_image, ssim
+from sdxl_lab.job import ImageRequest, Job
 from sdxl_lab.release.promote import changed_values
 from sdxl_lab.release.slot import Golden, Slot, SlotError
 
 if TYPE_CHECKING:
-    from sdxl_lab.diffusion.denoising import ImageRequest
-    from sdxl_lab.diffusion.engine import Engine, Job
+    from sdxl_lab.diffusion.engine import Engine
 
 # An image of 8 bits cannot show float32's 1e-3 better than by one step of a sample, where a value is rounded the
 # other way. Another device or dtype moves whole images slightly: bfloat16 by 13/255 at most, far less on average.
@@ -86,15 +86,15 @@ def verify(slot: Slot, engine: "Engine") -> list[GoldenCheck]:
     Raises `SlotError` for a slot without goldens, which promises nothing that could be checked, and for a golden that
     cannot be drawn; `Cancelled` or `EngineStopped` where the engine is closed.
     """
-    from sdxl_lab.diffusion.denoising import ImageRequest
-
     goldens = slot.goldens
     if not goldens:
         raise SlotError(
             f"a slot must have golden images to be held against; {slot.folder} has none. Promote into it first"
         )
-    jobs = _submitted(engine, [ImageRequest(slot.config, golden.prompt, golden.seed) for golden in goldens])
+    jobs: list[Job[GeneratedImage]] = []
     try:
+        for golden in goldens:
+            jobs.append(_submitted(engine, ImageRequest(slot.config, golden.prompt, golden.seed), jobs))
         return [_compared(golden, job) for golden, job in zip(goldens, jobs, strict=True)]
     except BaseException:
         for job in jobs:
@@ -102,27 +102,17 @@ def verify(slot: Slot, engine: "Engine") -> list[GoldenCheck]:
         raise
 
 
-def _submitted(engine: "Engine", requests: Sequence["ImageRequest"]) -> list["Job"]:
-    """All at once, as far as the engine's queue has room."""
-    from sdxl_lab.diffusion.engine import QueueFull
-
-    jobs: list[Job] = []
-    for request in requests:
-        while True:
-            try:
-                jobs.append(engine.submit(request))
-                break
-            except QueueFull:
-                open_ = [job.future for job in jobs if not job.future.done()]
-                if not open_:
-                    raise
-                wait(open_, return_when=FIRST_COMPLETED)
-    return jobs
+def _submitted(engine: "Engine", request: ImageRequest, before: Sequence[Job[GeneratedImage]]) -> Job[GeneratedImage]:
+    """The job, once the engine's queue has room for it beside those `before` it."""
+    for earlier in before:
+        try:
+            return engine.submit(request)
+        except QueueFull:
+            earlier.exception()
+    return engine.submit(request)
 
 
-def _compared(golden: Golden, job: "Job") -> GoldenCheck:
-    from sdxl_lab.diffusion.engine import Cancelled, EngineStopped
-
+def _compared(golden: Golden, job: Job[GeneratedImage]) -> GoldenCheck:
     try:
         return compare_golden(golden, job.result())
     except (Cancelled, EngineStopped):

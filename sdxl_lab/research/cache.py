@@ -9,24 +9,26 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Generator, ItemsView, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
 from tempfile import NamedTemporaryFile
 from typing import Any, Self
 
 from sdxl_lab import __version__
 from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile, canonical
-from sdxl_lab.diffusion.denoising import ImageRequest, calls_of, rows_of
-from sdxl_lab.diffusion.engine import Engine, EngineStopped, Job
-from sdxl_lab.diffusion.inventory import identity
+from sdxl_lab.diffusion.denoising import calls_of, rows_of
+from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.diffusion.inventory import ModelError, differing, identity
 from sdxl_lab.diffusion.models import placement
+from sdxl_lab.errors import EngineStopped
 from sdxl_lab.evaluation.metrics import Metric
 from sdxl_lab.images import GeneratedImage, ImageError, open_image, read_record
+from sdxl_lab.job import ImageRequest, Job, JobState
 
 FOLDER = Path("runs/cache")
 LIBRARIES = ("diffusers", "torch", "transformers", "scipy", "torchsde", "invisible-watermark", "opencv-python")
@@ -101,7 +103,8 @@ class _Course:
 class ImageCache:
     """The cells in a folder, and the engine that draws those that are missing. Use it as a context manager.
 
-    `engine` draws where one is given: for cells of its own models. Else one is loaded when the first cell is missing.
+    `engine` draws where one is given: cells of other models than its own fail. Else one is loaded when the first cell
+    is missing.
     """
 
     def __init__(
@@ -150,11 +153,19 @@ class ImageCache:
         return {"device": device.type, **{name: settled[name] for name in MOVES_PIXELS}}
 
     def _identity(self, model: ModelRef) -> dict[str, str]:
+        """What a model is. Of the engine lent only where it has that model: what it does not draw is not its own."""
         if self._lent is not None:
-            return self._lent.weights
+            others = differing(self._lent.models.ref, model)
+            if not others:
+                return self._lent.weights
+            if others == ["refiner"]:  # it still draws what needs none
+                return self._lent.weights | {role: value for role, value in self._named(model) if role == "refiner"}
+        return dict(self._named(model))
+
+    def _named(self, model: ModelRef) -> ItemsView[str, str]:
         if model not in self._weights:
             self._weights[model] = identity(model)
-        return self._weights[model]
+        return self._weights[model].items()
 
     def __contains__(self, key: str) -> bool:
         return self._notes(key) is not None
@@ -249,45 +260,53 @@ class ImageCache:
         config = next(iter(group.values())).config
         if self._own is None or self._own[0] != config.model:
             self.__exit__()
-            self._own = config.model, Engine.load(config, self.profile)
+            engine = Engine.load(config, self.profile)
+            self._own = config.model, engine
+            if engine.weights != self._identity(config.model):
+                raise ModelError(
+                    f"a model must stay as it is while its images are drawn; the files of {config.model.base!r} "
+                    "changed meanwhile. Run this again"
+                )
         return self._own[1]
 
     def _drawn(self, engine: Engine, group: Mapping[str, Cell]) -> Generator[tuple[str, str | None]]:
         """Every cell's key once it is kept or has failed, and why it failed."""
-        running: dict[Future[GeneratedImage], tuple[str, Job]] = {}
+        running: dict[Job[GeneratedImage], str] = {}
+        over: SimpleQueue[Job[GeneratedImage]] = SimpleQueue()
 
-        def ended(futures: Iterable[Future[GeneratedImage]]) -> Iterator[tuple[str, str | None]]:
-            for future in list(futures):
-                key, _ = running.pop(future)
-                yield key, self._outcome(key, future)
+        def next_over() -> tuple[str, str | None]:
+            job = over.get()
+            key = running.pop(job)
+            return key, self._outcome(key, job)
 
         try:
             for key, cell in group.items():
                 while len(running) >= 2 * engine.profile.rows:
-                    yield from ended(wait(running, return_when=FIRST_COMPLETED).done)
+                    yield next_over()
                 try:
                     job = engine.submit(cell.request, priority=-1)  # behind what somebody waits for
                 except ValueError as error:
                     yield key, _said(error)
                     continue
-                running[job.future] = key, job
+                running[job] = key
+                job.add_done_callback(over.put)
             while running:
-                yield from ended(wait(running, return_when=FIRST_COMPLETED).done)
+                yield next_over()
         finally:
-            for _, job in running.values():
+            for job in running:
                 job.cancel()
-            for future, (key, _) in running.items():
-                if future.done() and future.exception() is None:
-                    self._keep(key, future.result())
+            for job, key in running.items():
+                if job.state is JobState.DONE:
+                    self._keep(key, job.result())
 
-    def _outcome(self, key: str, future: Future[GeneratedImage]) -> str | None:
+    def _outcome(self, key: str, job: Job[GeneratedImage]) -> str | None:
         """Keep the image, or say why there is none. An engine that stopped ends all work."""
-        error = future.exception()
+        error = job.exception()
         if isinstance(error, EngineStopped):
             raise error
         if error is not None:
             return _said(error)
-        self._keep(key, future.result())
+        self._keep(key, job.result())
         return None
 
     def _measure(self, metric: Metric, keys: Sequence[str], references: Mapping[str, str]) -> dict[str, str]:

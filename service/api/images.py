@@ -122,7 +122,7 @@ async def refine(asked: RefineRequest, request: Request, wish: Asked) -> Any:
     async def order() -> Order:
         source = await studio.source(asked.id, asked.strength)
         config = asked.over(studio.served.slot.config, source.record, source.image.size)
-        prompt = source.record["prompt"] if asked.prompt is None else asked.prompt
+        prompt = source.record.prompt if asked.prompt is None else asked.prompt
         return Order(config, prompt, asked.seed, source, **_terms(wish, asked))
 
     return await _answer(request, wish, await _submitted(studio, wish, asked, order), Refined)

@@ -131,11 +131,9 @@ TABLE = {
     "service.jobs.job.CancelledByClient": Entry(409, "cancelled-by-client", "The image was cancelled by its id"),
     "service.jobs.store.StoreUnreachable": Entry(503, "store-unreachable", "The store does not answer", 5),
     "service.jobs.store.StoreRefused": Entry(507, "store-refused", "The store refuses to take the image"),
-    "sdxl_lab.diffusion.engine.QueueFull": Entry(429, "queue-full", "The queue is full", 1, measured=True),
-    "sdxl_lab.diffusion.engine.EngineStopped": Entry(503, "engine-stopped", "The engine has stopped", 5),
-    "sdxl_lab.diffusion.engine.Cancelled": Entry(
-        503, "cancelled", "The image was cancelled, since the service stops", 5
-    ),
+    "sdxl_lab.errors.QueueFull": Entry(429, "queue-full", "The queue is full", 1, measured=True),
+    "sdxl_lab.errors.EngineStopped": Entry(503, "engine-stopped", "The engine has stopped", 5),
+    "sdxl_lab.errors.Cancelled": Entry(503, "cancelled", "The image was cancelled, since the service stops", 5),
 }
 
 

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from sdxl_lab.config import MAX_PROMPT, MAX_SEED, SCHEDULERS, ConfigError, GenerationConfig, Limits, RefinerConfig
+from sdxl_lab.record import ImageRecord
 
 EXAMPLES: Mapping[str, Any] = {
     "body": '{"prompt": "A cat in a hat"}',
@@ -103,13 +104,13 @@ class RefineRequest(Closed):
     steps: int | None = Field(None, description="within the promoted limits")
     seed: Seed | None = None
 
-    def over(self, promoted: GenerationConfig, source: Mapping[str, Any], size: tuple[int, int]) -> GenerationConfig:
+    def over(self, promoted: GenerationConfig, source: ImageRecord, size: tuple[int, int]) -> GenerationConfig:
         """The promoted configuration for an image of this (width, height) with this record. Raises `ConfigError`."""
         changes: dict[str, Any] = {"width": size[0], "height": size[1]}
         if self.steps is not None:
             changes["steps"] = self.steps
         check_limits(promoted, changes)
-        negative = source["negative_prompt"] if self.negative_prompt is None else self.negative_prompt
+        negative = source.config.negative_prompt if self.negative_prompt is None else self.negative_prompt
         return promoted.with_(**changes, negative_prompt=negative)
 
 

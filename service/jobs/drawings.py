@@ -12,10 +12,11 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 from sdxl_lab.images import GeneratedImage, encode_png
+from sdxl_lab.job import ImageRequest, Job, SourceImage
 from service.api.problems import Stopping, known
 from service.api.schemas import overridden
 from service.deployment import Served, on_loop
@@ -24,9 +25,6 @@ from service.jobs.leases import STORING, Promises
 from service.jobs.store import JobChanged, Store, StoreRefused, StoreUnreachable, UnknownImage, Version
 from service.server.logging import note
 from service.server.telemetry import Metrics
-
-if TYPE_CHECKING:
-    from sdxl_lab.diffusion.engine import Job
 
 REMEMBERED = 600  # seconds, and at most
 MOST_REMEMBERED = 1000  # images that failed or were cancelled; those that are done the store knows
@@ -71,8 +69,6 @@ class Drawings:
         is what was promised when it was begun the last time, `version` that of the promise that this one takes the
         place of. Raises `JobChanged` where another replica did so first."""
         engine = self.served.ready_engine()
-        from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
-
         if order.seed is not None:
             seed = order.seed
         elif seed is None:
@@ -112,25 +108,27 @@ class Drawings:
             raise drawing.error
         return drawing
 
-    def _watch(self, image: uuid.UUID, ticket: "Job") -> None:
+    def _watch(self, image: uuid.UUID, ticket: Job[GeneratedImage]) -> None:
         """Have the image counted and logged when it is over, in a line that names the request it is for."""
         note(image=str(image))
         context = copy_context()
-        ticket.future.add_done_callback(lambda _: context.run(self._over, image, ticket))
+        ticket.add_done_callback(lambda job: context.run(self._over, image, job))
 
-    def _over(self, image: uuid.UUID, ticket: "Job") -> None:
+    def _over(self, image: uuid.UUID, ticket: Job[GeneratedImage]) -> None:
         self.metrics.count(ticket)
         calls, total = ticket.progress
         fields: dict[str, Any] = {"image": str(image), "state": ticket.state, "steps": calls, "of": total}
-        if ticket.first_step is not None:
-            fields["first_step_ms"] = round(1000 * (ticket.first_step - ticket.submitted), 1)
+        if ticket.first_step_seconds is not None:
+            fields["first_step_ms"] = round(1000 * ticket.first_step_seconds, 1)
         if ticket.state == "done":
-            fields |= ticket.future.result().timings
+            fields |= ticket.result().timings
         log.info("image %s", ticket.state, extra={"fields": fields})
 
     # --- from the engine to the store ------------------------------------------------------------------------------
 
-    async def _follow(self, drawing: Drawing, ticket: "Job", accepted: asyncio.Event, version: Version | None) -> None:
+    async def _follow(
+        self, drawing: Drawing, ticket: Job[GeneratedImage], accepted: asyncio.Event, version: Version | None
+    ) -> None:
         """From the acceptance to the end, whatever it is."""
         outcome: Mapping[str, Any] | Exception
         try:
@@ -140,7 +138,7 @@ class Drawings:
             if drawing.why is not None:  # meanwhile
                 raise drawing.why
             drawing.busy = False
-            image = await _image(ticket)
+            image = await ticket
             drawing.busy = True
             if isinstance(drawing.why, CancelledByClient):  # after its last step
                 raise drawing.why
@@ -269,11 +267,3 @@ async def _wait_for(drawings: Sequence[Drawing], seconds: float) -> None:
     tasks = [drawing.task for drawing in drawings if drawing.task is not None]
     if tasks:
         await asyncio.wait(tasks, timeout=seconds)
-
-
-async def _image(ticket: "Job") -> GeneratedImage:
-    """The ticket's image, shielded: cancelling the future itself would pull it from under the engine."""
-    future = asyncio.wrap_future(ticket.future)
-    # Whoever is cancelled asks no more; asyncio would log the exception as one that nobody retrieved.
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return await asyncio.shield(future)

@@ -17,17 +17,15 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig, canonical
-from sdxl_lab.images import ImageError, open_image, read_record
+from sdxl_lab.images import GeneratedImage, ImageError, open_image, read_record
+from sdxl_lab.job import Job
 from sdxl_lab.record import ImageRecord
 from service.api.schemas import EXAMPLES
-
-if TYPE_CHECKING:
-    from sdxl_lab.diffusion.engine import Job
 
 LOOK = 1.0  # seconds between two looks at one's place in the queue
 
@@ -134,7 +132,7 @@ class Drawing:
 
     def __init__(self, image_id: uuid.UUID, asked: Mapping[str, Any], lasting: bool) -> None:
         self.id, self.asked, self.lasting = image_id, asked, lasting
-        self.ticket: Job | None = None
+        self.ticket: Job[GeneratedImage] | None = None
         self.task: asyncio.Task[None] | None = None
         self.error: Exception | None = None
         self.busy = True  # being written down or stored, which is not to be interrupted

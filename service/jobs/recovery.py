@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from sdxl_lab.config import ConfigError, GenerationConfig
+from sdxl_lab.errors import EngineStopped, QueueFull
 from service.api.problems import NotReady, Stopping
 from service.jobs.drawings import Drawings
 from service.jobs.job import LOOK, CancelledByClient, Drawing, Elsewhere, Order, StoredSource
@@ -23,6 +24,9 @@ CLEAN = 60  # seconds between two looks at the store
 ATTEMPTS = 5  # after so many starts a promise is believed to be what ends the process
 STRANGE = 900  # seconds for which a promise for other models is left to a replica that has them
 RENEWALS = 4  # at a time
+
+# What says that the engine takes nothing at the moment. The promise stays as it is.
+NOT_NOW = (EngineStopped, QueueFull, NotReady)
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +85,7 @@ class Keeper:
         for image in await asyncio.to_thread(self.promises.untended):
             try:
                 await self._take(image)
-            except _not_now():
+            except NOT_NOW:
                 return
             if self.promises.shared and 2 * len(self.drawings.making) >= self.settings.max_rows:
                 return
@@ -129,7 +133,7 @@ class Keeper:
     async def take_now(self, image: uuid.UUID, promise: Mapping[str, Any]) -> Drawing | None:
         """Begin it, because it is asked for; None where it is another's, or cannot be begun now."""
         if self.served.trouble is None and self.promises.free(promise):
-            with contextlib.suppress(*_not_now(), StoreRefused):
+            with contextlib.suppress(*NOT_NOW, StoreRefused):
                 return await self._take(image)
         return None
 
@@ -154,7 +158,7 @@ class Keeper:
                 return None
             except (StoreRefused, StoreUnreachable):
                 raise
-            except _not_now():
+            except NOT_NOW:
                 raise
             except Exception as error:
                 if self.leaves_to_others(promise, error):
@@ -188,10 +192,3 @@ class Keeper:
             origin = uuid.UUID(promise["source"])
             source = StoredSource.of(origin, self.store.get(origin), promise["strength"])
         return Order(config, promise["prompt"], promise["seed"], source, fingerprint=promise["request"], lasting=True)
-
-
-def _not_now() -> tuple[type[Exception], ...]:
-    """What says that the engine takes nothing at the moment. The promise stays as it is."""
-    from sdxl_lab.diffusion.engine import EngineStopped, QueueFull  # torch comes with it, which by now is there
-
-    return EngineStopped, QueueFull, NotReady

@@ -4,7 +4,6 @@ The engine's numbers are read when they are asked for; what is over (images, ans
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, SummaryMetricFamily
@@ -13,10 +12,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from sdxl_lab import __version__
+from sdxl_lab.images import GeneratedImage
+from sdxl_lab.job import Job
 from service.deployment import Served
-
-if TYPE_CHECKING:
-    from sdxl_lab.diffusion.engine import Job
 
 # Seconds: from nano on a laptop to a full queue before SDXL.
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
@@ -44,13 +42,13 @@ class Metrics(Collector):
         registry.register(self)
         ProcessCollector(registry=registry)
 
-    def count(self, ticket: "Job") -> None:
+    def count(self, ticket: Job[GeneratedImage]) -> None:
         """An image is over."""
         self.images.labels(ticket.state).inc()
-        if ticket.first_step is not None:
-            self.first_step.observe(ticket.first_step - ticket.submitted)
+        if ticket.first_step_seconds is not None:
+            self.first_step.observe(ticket.first_step_seconds)
         if ticket.state == "done":
-            self.image.observe(ticket.future.result().timings["total_ms"] / 1000)
+            self.image.observe(ticket.result().timings["total_ms"] / 1000)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """The metrics in the format that an `Accept` header asks for, and the format's media type."""

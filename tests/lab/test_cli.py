@@ -16,12 +16,12 @@ from sdxl_lab import cli
 from sdxl_lab.cli import STOPPED, main
 from sdxl_lab.config import GenerationConfig, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine
-from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError
 from sdxl_lab.evaluation import comparison as trial
 from sdxl_lab.evaluation import regression
 from sdxl_lab.images import max_difference, open_image, read_record
+from sdxl_lab.job import ImageRequest, SourceImage
 from sdxl_lab.release import slot as promotion
 
 ROOT = Path(__file__).parents[2]

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.images import max_difference, open_image, read_record
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.notebook.runner import EXECUTED, ROOT, NotebookError, run
 from sdxl_lab.release.slot import load_slot
 

@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL
 from recipes.nano.__main__ import TINY, main, train
 from recipes.nano.evaluate import sides_in_noise
 from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import NANO
+from sdxl_lab.job import ImageRequest
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("vae", "clip", "base-small", "base-large", "refiner")

@@ -41,8 +41,8 @@ def promoted(tiny_model: Path) -> GenerationConfig:
 @pytest.fixture(scope="session")
 def slot(promoted: GenerationConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Promoted with two goldens, so that a service that starts on it is attested in a moment."""
-    from sdxl_lab.diffusion.denoising import ImageRequest
     from sdxl_lab.diffusion.engine import Engine
+    from sdxl_lab.job import ImageRequest
 
     folder = tmp_path_factory.mktemp("promoted") / "tiny"
     with Engine.load(promoted) as engine:

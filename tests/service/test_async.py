@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from sdxl_lab.diffusion import engine as engines
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.images import max_difference, open_image
+from sdxl_lab.job import ImageRequest
 from service.api.problems import Stopping
 from service.jobs import drawings
 from service.jobs import recovery as keeper

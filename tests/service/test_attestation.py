@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from sdxl_lab.config import ModelRef
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.images import encode_png, open_image, read_record
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.release.slot import load_slot, promote
 from service.app import create_app
 from service.settings import Settings

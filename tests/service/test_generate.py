@@ -9,8 +9,8 @@ import uuid
 import numpy as np
 import pytest
 
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.images import open_image, read_record
+from sdxl_lab.job import ImageRequest
 from service.api.problems import Stopping
 from service.jobs.job import Order
 from tests.service.conftest import wait_for

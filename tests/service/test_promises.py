@@ -8,8 +8,8 @@ import obstore
 import pytest
 from starlette.testclient import TestClient
 
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.images import max_difference, open_image
+from sdxl_lab.job import ImageRequest
 from service.app import create_app
 from service.jobs import drawings
 from service.jobs import store as stores

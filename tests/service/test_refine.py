@@ -3,8 +3,8 @@ import uuid
 import numpy as np
 import pytest
 
-from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
 from sdxl_lab.images import open_image, read_record
+from sdxl_lab.job import ImageRequest, SourceImage
 from tests.service.conftest import NOBODYS
 
 

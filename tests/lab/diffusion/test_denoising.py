@@ -22,10 +22,11 @@ from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import schedulers
-from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import NANO
 from sdxl_lab.diffusion.models import load
+from sdxl_lab.job import ImageRequest, SourceImage
+from tests.lab.diffusion.conftest import trajectory_of
 from tests.made import image_record
 
 log = logging.getLogger(__name__)  # shown by --log-cli-level=INFO
@@ -134,7 +135,7 @@ class Bench:
         blocker.result(60)
         for job in jobs:
             job.result(240)
-        return [self.engine.models.decode(job.trajectory.latents)[0] for job in jobs]
+        return [self.engine.models.decode(trajectory_of(job).latents)[0] for job in jobs]
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> float:
@@ -283,7 +284,7 @@ def test_guidance_applies_inside_its_interval_only_and_costs_a_row_there_only(be
     monkeypatch.setattr(bench.engine, "_predict", lambda name, inputs: counted.append(inputs) or predict(name, inputs))
     job = bench.engine.submit(request)
     job.result(60)
-    image = bench.engine.models.decode(job.trajectory.latents)[0]
+    image = bench.engine.models.decode(trajectory_of(job).latents)[0]
     assert sum(len(each.timesteps) for inputs in counted for each in inputs) == rows
     assert difference(image, drawn_with_interval(bench.pipelines, request)) <= TOLERANCE
 

@@ -17,9 +17,13 @@ from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine as engines
-from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage, Trajectory
-from sdxl_lab.diffusion.engine import Cancelled, Engine, EngineStopped, QueueFull
+from sdxl_lab.diffusion.denoising import Trajectory
+from sdxl_lab.diffusion.engine import Engine, EngineStats
+from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import ImageError, max_difference, read_watermark
+from sdxl_lab.job import ImageRequest, Job, SourceImage
+from sdxl_lab.record import ImageRecord
+from tests.lab.diffusion.conftest import trajectory_of
 from tests.made import image_record
 
 # Other images in the call move float32 sums by 1e-6 at most; rounded, a pixel may fall to the other side.
@@ -32,9 +36,8 @@ def requests(config: GenerationConfig, count: int) -> list[ImageRequest]:
     return [ImageRequest(config.with_(scheduler=names[i % 4], steps=3 + i % 3), f"image {i}", i) for i in range(count)]
 
 
-def latents(job: engines.Job) -> torch.Tensor:
-    job.result(SECONDS)
-    return job.trajectory.latents
+def latents(job: Job) -> torch.Tensor:
+    return trajectory_of(job).latents
 
 
 def close_to(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -52,7 +55,7 @@ class Gate:
         assert self.opened.wait(SECONDS)
 
 
-def hold(engine: Engine, config: GenerationConfig) -> tuple[Gate, engines.Job]:
+def hold(engine: Engine, config: GenerationConfig) -> tuple[Gate, Job]:
     """The engine held at the one step of an image, so that what comes next waits together."""
     gate = Gate()
     held = engine.submit(ImageRequest(config.with_(steps=1), "gate", 0), on_step=gate)
@@ -72,14 +75,15 @@ def test_a_higher_priority_goes_first_and_equals_keep_their_order(start, config)
     engine, order = start(rows=2), []
     gate, held = hold(engine, config)
 
-    def ask(name: str, priority: int) -> engines.Job:
+    def ask(name: str, priority: int) -> Job:
         request = ImageRequest(config.with_(steps=1), name, 0)
         return engine.submit(request, on_step=lambda *_: order.append(name), priority=priority)
 
     jobs = [ask("a", 0), ask("b", 0), ask("c", 5), ask("d", 5), ask("e", -1)]
     assert [job.position for job in jobs] == [3, 4, 1, 2, 5]
     assert held.position == 0
-    assert engine.stats() == engines.EngineStats(5, 1, 2, 2, engine.stats().ticks, 0, 0.0)
+    now = engine.stats()
+    assert now == EngineStats(5, 1, 2, 2, now.ticks, 2, now.seconds, 1, 2, now.seconds)
     gate.opened.set()
     for job in jobs:
         job.result(SECONDS)
@@ -117,7 +121,7 @@ def test_the_eta_is_what_the_wait_turns_out_to_be(start, config, monkeypatch):
     etas, backlog = [job.eta for job in jobs], engine.backlog_seconds()
     took = {}
     for index, job in enumerate(jobs):
-        job.future.add_done_callback(lambda _, index=index: took.setdefault(index, clock[0] - began))
+        job.add_done_callback(lambda _, index=index: took.setdefault(index, clock[0] - began))
     for job in jobs:
         job.result(SECONDS)
     for index, eta in enumerate(etas):
@@ -151,7 +155,7 @@ def test_what_the_last_step_points_to_is_the_final_latent(start, config, schedul
     """At the end of the schedule hardly any noise is left, so the last prediction is where the image ends."""
     job = start().submit(ImageRequest(config.with_(scheduler=scheduler, steps=8), "a cat", 1))
     final = latents(job)
-    pointed = job.trajectory.denoised()
+    pointed = trajectory_of(job).denoised()
     assert (pointed - final).abs().max() <= 0.1 * final.abs().max()
 
 
@@ -183,7 +187,7 @@ def test_no_runtime_option_changes_what_is_drawn(nano, options, tolerance, tmp_p
             jobs = [engine.submit(request) for request in asked]
             for request, job in zip(asked, jobs, strict=True):
                 assert max_difference(job.result(800).image, nano.draw(request).image) <= tolerance
-                assert job.trajectory.latents.dtype == torch.float32
+                assert trajectory_of(job).latents.dtype == torch.float32
                 assert job.result().record.runtime.items() >= options.items()
     finally:
         torch.set_num_threads(threads)
@@ -321,7 +325,7 @@ def test_images_beyond_the_row_budget_wait_for_a_place_in_order(start, config, m
     gate, held = hold(engine, config)
     jobs = [engine.submit(ImageRequest(config, "a crowd", seed)) for seed in range(5)]
     for index, job in enumerate(jobs):
-        job.future.add_done_callback(lambda _, index=index: finished.append(index))
+        job.add_done_callback(lambda _, index=index: finished.append(index))
     assert [job.state for job in jobs] == ["queued"] * 5
     assert engine.queued == 5
     gate.opened.set()
@@ -394,13 +398,12 @@ def test_cancelling_a_finished_image_leaves_it_finished(start, config):
     assert (job.state, job.result()) == ("done", image)
 
 
-def test_a_future_cancelled_from_outside_does_not_stop_the_engine(start, config):
-    """asyncio cancels the futures it wraps, when a client leaves."""
+def test_a_job_that_others_ended_does_not_stop_the_engine(start, config):
+    """A service that stops waits for no step."""
     engine, gate = start(), Gate()
     job = engine.submit(ImageRequest(config, "a cat", 1), on_step=gate)
     assert gate.reached.wait(SECONDS)
-    job.future.cancel()
-    job.cancel()
+    assert job.fail(Cancelled("the service stops"))
     gate.opened.set()
     with pytest.raises(Cancelled):
         job.result(SECONDS)
@@ -420,7 +423,7 @@ def test_an_interrupted_draw_cancels_its_image(start, config, monkeypatch):
     monkeypatch.setattr(Engine, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.draw(ImageRequest(config.with_(steps=200), "a cat", 1))
-    assert isinstance(jobs[0].future.exception(SECONDS), Cancelled)
+    assert isinstance(jobs[0].exception(SECONDS), Cancelled)
 
 
 def test_close_cancels_what_is_left_and_refuses_more(start, config):
@@ -434,7 +437,7 @@ def test_close_cancels_what_is_left_and_refuses_more(start, config):
     gate.opened.set()
     closing.join(SECONDS)
     assert not closing.is_alive()
-    assert [type(job.future.exception(0)) for job in jobs] == [Cancelled] * 3
+    assert [type(job.exception(0)) for job in jobs] == [Cancelled] * 3
     with pytest.raises(EngineStopped, match="the engine is closed"):
         engine.submit(ImageRequest(config, "a cat", 1))
 
@@ -457,7 +460,7 @@ def test_a_image_that_is_being_admitted_is_cancelled_by_close_too(start, config,
         time.sleep(0.001)
     go.set()
     closing.join(SECONDS)
-    assert isinstance(job.future.exception(0), Cancelled)
+    assert isinstance(job.exception(0), Cancelled)
 
 
 def test_a_full_queue_refuses_at_once(start, config):
@@ -665,7 +668,7 @@ def test_when_the_thread_fails_everybody_learns_it(start, config, monkeypatch, p
     monkeypatch.setattr(engines if place == "Trajectory" else engine, place, fails)
     jobs += [engine.submit(request) for request in asked[1:]]
     gate.opened.set()
-    failures = [job.future.exception(SECONDS) for job in jobs[0 if place == "_decode" else 1 :]]
+    failures = [job.exception(SECONDS) for job in jobs[0 if place == "_decode" else 1 :]]
     assert {type(failure) for failure in failures} == {EngineStopped}
     assert all("the ground is gone" in str(failure) for failure in failures)
     assert all(isinstance(failure.__cause__, Catastrophe) for failure in failures)
@@ -679,15 +682,51 @@ def test_when_the_thread_fails_everybody_learns_it(start, config, monkeypatch, p
 # --- what an engine refuses, and what it records ---------------------------------------------------------------------
 
 
-def test_a_refiner_that_the_engine_does_not_have_is_refused_at_once(tiny_models, config):
-    profile = RuntimeProfile(device="cpu", dtype="float32")
-    request = ImageRequest(config.with_(refiner=RefinerConfig()), "a cat", 1)
-    with Engine(replace(tiny_models, refiner=None), profile, {}) as engine:
-        with pytest.raises(ConfigError, match="refiner must be left out: the engine's models have no refiner"):
+OTHER_MODELS = {
+    "base": {"base": "nano"},
+    "revision": {"revision": "0" * 40},
+    "vae": {"vae": "nano"},
+    "revision of the vae": {"vae_revision": "0" * 40},
+}
+OTHER_REFINERS = {
+    "refiner": {"refiner": "nano"},
+    "revision of the refiner": {"refiner_revision": "0" * 40},
+}
+
+
+def refined(config):
+    return ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, image_record()))
+
+
+@pytest.mark.parametrize("change", OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_a_request_of_another_model_is_refused_at_once(engine, config, change):
+    asked = config.with_(model=config.model.with_(**change))
+    with pytest.raises(ModelMismatch, match="model must be the one that this engine was loaded for") as caught:
+        engine.submit(ImageRequest(asked, "a cat", 1))
+    assert str(asked.model.to_dict()) in str(caught.value)
+    assert engine.stats().queued == engine.stats().running == 0
+
+
+@pytest.mark.parametrize("change", OTHER_REFINERS.values(), ids=OTHER_REFINERS)
+def test_another_refiner_is_refused_where_the_request_uses_it(engine, config, change):
+    other = config.with_(model=config.model.with_(**change))
+    for request in (ImageRequest(other.with_(refiner=RefinerConfig()), "a cat", 1), refined(other)):
+        with pytest.raises(ModelMismatch, match="loaded for"):
             engine.submit(request)
-        refining = ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, image_record()))
-        with pytest.raises(ConfigError, match=r"refiner must be left out: .* without a refiner"):
-            engine.submit(refining).result(SECONDS)
+    assert (
+        max_difference(
+            engine.draw(ImageRequest(other, "a cat", 1)).image, engine.draw(ImageRequest(config, "a cat", 1)).image
+        )
+        == 0
+    )
+
+
+def test_a_refiner_that_the_engine_does_not_have_is_refused_at_once(tiny_models, config):
+    alone = replace(tiny_models, refiner=None, ref=tiny_models.ref.with_(refiner=None))
+    with Engine(alone, RuntimeProfile(device="cpu", dtype="float32"), {}) as engine:
+        for request in (ImageRequest(config.with_(refiner=RefinerConfig()), "a cat", 1), refined(config)):
+            with pytest.raises(ModelMismatch, match="loaded for"):
+                engine.submit(request)
         assert engine.healthy
 
 
@@ -695,15 +734,17 @@ def test_the_record_says_all_that_decides_the_pixels(start, config):
     request = ImageRequest(config.with_(scheduler="dpmpp_2m_karras", negative_prompt="blurry"), "a cat", 17)
     image = start().draw(request)
     record = image.record
-    assert GenerationConfig.from_dict(record["config"]) == request.config
-    assert (record["prompt"], record["seed"], record["digest"]) == ("a cat", 17, request.config.digest)
-    assert (record["sampler"], record["negative_prompt"]) == ("DPM++ 2M Karras", "blurry")
-    assert record["scheduler"]["class"] == "DPMSolverMultistepScheduler"
-    assert record["scheduler"]["use_karras_sigmas"] is True
-    assert record["weights"] == {"base": "random"}
-    assert record["runtime"]["dtype"] == "float32"
-    assert set(record["libraries"]) == {"diffusers", "torch", "transformers"}
+    assert (record.config, record.digest) == (request.config, request.config.digest)
+    assert (record.prompt, record.seed, record.config.negative_prompt) == ("a cat", 17, "blurry")
+    assert record.sampler == "DPM++ 2M Karras"
+    assert record.scheduler["class"] == "DPMSolverMultistepScheduler"
+    assert record.scheduler["use_karras_sigmas"] is True
+    assert record.weights == {"base": "random"}
+    assert record.runtime["dtype"] == "float32"
+    assert set(record.libraries) == {"diffusers", "torch", "transformers"}
+    assert (record.source, record.strength, record.id) == (None, None, None)
     assert set(image.timings) == {"queued_ms", "denoise_ms", "total_ms"}
+    assert ImageRecord.read(record.to_dict(), "a test") == record, "it comes back from its file"
 
 
 def test_options_of_one_scheduler_do_not_leak_into_the_next(start, config):

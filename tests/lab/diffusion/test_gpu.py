@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.images import max_difference
+from sdxl_lab.job import ImageRequest
+from tests.lab.diffusion.conftest import trajectory_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,7 +32,7 @@ def test_float16_draws_the_same_scene(nano, options):
         assert engine.models.vae.dtype == torch.float16
         for job in jobs:
             assert max_difference(job.result(300).image, nano.draw(request).image) <= 0.25
-            assert job.trajectory.latents.dtype == torch.float32
+            assert trajectory_of(job).latents.dtype == torch.float32
 
 
 def test_out_of_memory_is_survived():

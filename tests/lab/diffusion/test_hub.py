@@ -39,7 +39,7 @@ from pathlib import Path
 from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError
-from sdxl_lab.diffusion.denoising import ImageRequest
+from sdxl_lab.job import ImageRequest
 
 blob, revision, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 

@@ -9,9 +9,10 @@ import torch
 
 from bench.truesize import TextlessDenoiser, random_unet
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import Models
+from sdxl_lab.job import ImageRequest
+from tests.lab.diffusion.conftest import trajectory_of
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,15 @@ def unet():
 def test_the_true_unet_takes_two_steps_in_the_engine(unet, tiny_models):
     assert sum(weight.numel() for weight in unet.parameters()) == 2_567_463_684
     base = TextlessDenoiser(unet, (), (), tiny_models.base.scheduler_config, zero_negative=True, aesthetic=False)
-    models = Models(base, None, tiny_models.vae, torch.device("cpu"), torch.bfloat16, tiny_models.latent_rgb)
+    models = Models(
+        base,
+        None,
+        tiny_models.vae,
+        torch.device("cpu"),
+        torch.bfloat16,
+        tiny_models.latent_rgb,
+        GenerationConfig().model,
+    )
     config = GenerationConfig(width=128, height=128, steps=2)
     with Engine(models, RuntimeProfile(device="cpu", dtype="bfloat16"), {"base": "random"}) as engine:
         asked = [
@@ -42,5 +51,5 @@ def test_the_true_unet_takes_two_steps_in_the_engine(unet, tiny_models):
         for job in jobs:
             image = job.result(280)
             assert image.image.size == (128, 128)
-            assert torch.isfinite(job.trajectory.latents).all()
+            assert torch.isfinite(trajectory_of(job).latents).all()
         assert engine.stats().rows == 3, "a guided and an unguided image shared the call"

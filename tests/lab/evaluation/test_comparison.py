@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from sdxl_lab.config import ConfigError, ModelRef, RefinerConfig, RuntimeProfile
-from sdxl_lab.diffusion.denoising import ImageRequest, SourceImage
 from sdxl_lab.evaluation import comparison as trial
 from sdxl_lab.evaluation.comparison import PROMPTS, ComparisonPlan, candidate_of, clip_of, run
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, Gate, GateError
 from sdxl_lab.evaluation.metrics import MetricError
 from sdxl_lab.images import max_difference
+from sdxl_lab.job import ImageRequest, SourceImage
 from sdxl_lab.release.slot import JUDGED_FIELDS, load_slot, promote
 
 FIVE = ("a cat", "a dog", "a red hat", "a blue boat", "a tree")

@@ -11,7 +11,6 @@ from scipy import ndimage
 
 from recipes.nano.scenes import caption, render, sample_scene
 from sdxl_lab.config import GenerationConfig
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.evaluation.metrics import (
     METRICS,
     Interval,
@@ -23,6 +22,7 @@ from sdxl_lab.evaluation.metrics import (
     paired,
 )
 from sdxl_lab.images import GeneratedImage
+from sdxl_lab.job import ImageRequest
 from tests.made import image_record
 
 REFERENCED = [name for name, metric in METRICS.items() if metric.needs_reference]

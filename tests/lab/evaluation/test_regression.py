@@ -14,13 +14,13 @@ from PIL import Image
 
 from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine, schedulers
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.diffusion.models import load
 from sdxl_lab.evaluation import comparison as trial
 from sdxl_lab.evaluation import regression
 from sdxl_lab.evaluation.comparison import ComparisonPlan
 from sdxl_lab.evaluation.regression import RegressionError, regress
 from sdxl_lab.images import GeneratedImage, open_image
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.release import slot as promotion
 from sdxl_lab.release.diff import changed_fields
 from sdxl_lab.release.slot import Slot, SlotError, load_slot, promote

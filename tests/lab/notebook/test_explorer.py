@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig
-from sdxl_lab.diffusion.engine import Cancelled, Engine
+from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.errors import Cancelled
 from sdxl_lab.images import max_difference, open_image, read_record
 from sdxl_lab.notebook.explorer import Explorer
 from sdxl_lab.notebook.form import FormError

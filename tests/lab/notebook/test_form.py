@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sdxl_lab.config import MAX_SEED, GenerationConfig, ModelRef, RefinerConfig
-from sdxl_lab.diffusion.denoising import ImageRequest
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.notebook.form import FormError, differences, next_seed, request_of, settings, values_of
 
 PLAIN = GenerationConfig()

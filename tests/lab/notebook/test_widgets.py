@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from sdxl_lab.config import GenerationConfig
-from sdxl_lab.diffusion.denoising import ImageRequest
 from sdxl_lab.images import GeneratedImage
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.notebook.form import values_of
 from sdxl_lab.notebook.widgets import SHOWN, Drawn, Panel
 from tests.made import image_record

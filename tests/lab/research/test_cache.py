@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig, RuntimeProfile
-from sdxl_lab.diffusion.engine import Engine, EngineStopped
+from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.errors import EngineStopped
 from sdxl_lab.evaluation.metrics import METRICS, Metric
 from sdxl_lab.images import ImageError, max_difference
 from sdxl_lab.research import cache as room

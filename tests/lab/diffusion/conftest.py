@@ -1,0 +1,32 @@
+"""What the engine lets go of when an image is done: the tests look at its last latents."""
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import pytest
+
+from sdxl_lab.diffusion.denoising import Trajectory
+from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.job import Job
+
+TRAJECTORIES: WeakKeyDictionary[Job[Any], Trajectory] = WeakKeyDictionary()
+
+
+def trajectory_of(job: Job[Any]) -> Trajectory:
+    """The trajectory of a finished job of this test."""
+    job.result(240)
+    return TRAJECTORIES[job]
+
+
+@pytest.fixture(autouse=True)
+def trajectories_are_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    decode = Engine._decode
+
+    def keep(self: Engine, finished: list[Any]) -> None:
+        TRAJECTORIES.update({work.job: work.trajectory for work in finished})
+        decode(self, finished)
+
+    monkeypatch.setattr(Engine, "_decode", keep)
+    yield
+    TRAJECTORIES.clear()
