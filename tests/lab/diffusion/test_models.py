@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -191,9 +192,7 @@ def test_a_vae_with_channel_statistics_encodes_and_decodes_as_diffusers_does(tin
 
     base = StableDiffusionXLPipeline.from_pretrained(tiny_model / "base", variant="fp16", dtype=torch.float32)
     base.vae.register_to_config(latents_mean=[0.5, -0.3, 0.1, 0.0], latents_std=[2.0, 0.5, 1.5, 1.0])
-    mine = models.Models(
-        tiny_models.base, None, base.vae, torch.device("cpu"), torch.float32, tiny_models.latent_rgb, tiny_models.ref
-    )
+    mine = replace(tiny_models, refiner=None, vae=base.vae)
     pipe = StableDiffusionXLImg2ImgPipeline(**base.components)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     theirs = pipe.prepare_latents(

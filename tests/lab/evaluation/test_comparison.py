@@ -14,7 +14,9 @@ from sdxl_lab.evaluation.gates import DEFAULT_GATES, Gate, GateError
 from sdxl_lab.evaluation.metrics import MetricError
 from sdxl_lab.images import max_difference
 from sdxl_lab.job import ImageRequest, SourceImage
-from sdxl_lab.release.slot import JUDGED_FIELDS, load_slot, promote
+from sdxl_lab.release.promote import promote
+from sdxl_lab.release.records import Findings
+from sdxl_lab.release.slot import load_slot
 
 FIVE = ("a cat", "a dog", "a red hat", "a blue boat", "a tree")
 PLAN = ComparisonPlan(
@@ -62,9 +64,9 @@ def test_the_first_seed_of_each_prompt_is_shown_beside_what_is_served(tiny_confi
 
 
 def test_what_was_judged_is_plain_and_complete(tiny_config, slot):
-    judged = run(tiny_config.with_(steps=5), slot, PLAN, FLOAT32).judged({"file": "04_promote.ipynb"})
-    assert judged == json.loads(json.dumps(judged, allow_nan=False))
-    assert set(JUDGED_FIELDS) <= judged.keys()
+    found = run(tiny_config.with_(steps=5), slot, PLAN, FLOAT32).judged({"file": "04_promote.ipynb"})
+    judged = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert Findings.read(judged, "a test") == found
     assert judged["replaces"] == tiny_config.digest
     assert judged["notebook"] == {"file": "04_promote.ipynb"}
     assert (judged["commit"], judged["dirty"]) == ("c0ffee", False)
@@ -84,22 +86,22 @@ def test_a_promotion_keeps_what_was_judged(tiny_config, slot):
     judged = found.judged()
     promote(found.candidate, slot, images=found.goldens, why="less work", who="Ada", judged=judged)
     evidence = load_slot(slot).evidence
-    assert {name: evidence[name] for name in judged if name != "goldens"} == {
-        name: value for name, value in judged.items() if name != "goldens"
-    }
-    assert evidence["model"] == tiny_config.model.to_dict()
+    for name in type(judged).model_fields:
+        if name != "goldens":
+            assert getattr(evidence, name) == getattr(judged, name), name
+    assert evidence.model == tiny_config.model
 
 
 def test_a_new_slot_is_tried_against_nothing(tiny_config, tmp_path):
     plan = ComparisonPlan(prompts=("a cat",), seeds=(1,), metrics=("sharpness",))
     found = run(tiny_config, tmp_path / "new", plan, FLOAT32)
     judged = found.judged()
-    assert (found.served, found.served_images, judged["replaces"]) == (None, (), None)
-    assert judged["gates"] == [
-        {"gate": str(g), "passed": True, "figures": "nothing is served yet"} for g in DEFAULT_GATES
+    assert (found.served, found.served_images, judged.replaces) == (None, (), None)
+    assert [(gate.gate, gate.passed, gate.figures) for gate in judged.gates] == [
+        (str(gate), True, "nothing is served yet") for gate in DEFAULT_GATES
     ]
-    assert judged["metrics"]["sharpness"]["candidate"]["low"] is None, "one image has no interval"
-    assert judged["metrics"]["sharpness"]["difference"] is None
+    assert judged.metrics["sharpness"].candidate.low is None, "one image has no interval"
+    assert judged.metrics["sharpness"].difference is None
 
 
 def test_models_that_differ_are_each_drawn_with_their_own(tiny_model, tiny_config, slot):
@@ -123,7 +125,7 @@ def test_images_are_scored_by_the_clip_that_comes_with_their_model(tiny_model, t
     assert clip_of(tiny_config.model) == clip_of(ModelRef.named(str(tiny_model))) == str(tiny_model / "clip")
     assert clip_of(ModelRef.named("sdxl")) == "openai/clip-vit-large-patch14"
     plan = ComparisonPlan(prompts=("a cat",), seeds=(1,), metrics=("sharpness",), gates=())
-    assert run(tiny_config, tmp_path / "new", plan, FLOAT32).judged()["clip"] == str(tiny_model / "clip")
+    assert run(tiny_config, tmp_path / "new", plan, FLOAT32).judged().clip == str(tiny_model / "clip")
 
 
 # --- the plan ------------------------------------------------------------------------------------------------------
