@@ -19,10 +19,10 @@ from sdxl_lab.diffusion import engine
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError
 from sdxl_lab.evaluation import comparison as trial
-from sdxl_lab.evaluation import regression
 from sdxl_lab.images import max_difference, open_image, read_record
 from sdxl_lab.job import ImageRequest, SourceImage
 from sdxl_lab.release import promote as promotion
+from sdxl_lab.release import verify as verifying
 from sdxl_lab.release.slot import load_slot
 
 ROOT = Path(__file__).parents[2]
@@ -204,7 +204,7 @@ def test_verify_ends_with_1_and_the_reason_where_a_golden_differs(slot, capsys, 
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "01-a-cat-5.png  as promoted  max-abs 0.0000, allowed 0.0039"
     assert len(printed) == 3
-    monkeypatch.setattr(regression, "ImageRequest", lambda config, *pair: ImageRequest(config.with_(steps=4), *pair))
+    monkeypatch.setattr(verifying, "ImageRequest", lambda config, *pair: ImageRequest(config.with_(steps=4), *pair))
     assert main(["verify", str(slot)]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith(f"error: {slot} has regressed: golden 01-a-cat-5.png: the image differs by")
