@@ -15,7 +15,8 @@ from recipes.nano.evaluate import held_out_scenes, verdict
 from recipes.nano.judge import Verdict
 from recipes.nano.scenes import COLOURS, NOUNS, RELATIONS, Scene, caption, render
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.evaluation.metrics import Metric, clip_score, interval
+from sdxl_lab.evaluation.metrics import Metric, clip_score
+from sdxl_lab.evaluation.statistics import interval
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import ImageRequest
 

@@ -79,7 +79,7 @@ def settings() -> str:
     """Every setting of the service."""
     return table(
         ("setting", "default", "meaning"),
-        *((f"`{name}`", f"`{default(setting)}`", setting.meaning) for name, setting in SETTINGS.items()),
+        *((f"`{name}`", f"`{default(setting)}`", setting.description or "") for name, setting in SETTINGS.items()),
     )
 
 

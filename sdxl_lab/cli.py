@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     promote.add_argument("--seed", type=int, action="append", help="instead of the plan's seeds; may be repeated")
     promote.add_argument("--gate", action="append", metavar="GATE", help="instead of the plan's; may be repeated")
     promote.add_argument(
-        "--evidence", type=Path, metavar="FILE", help="what a trial found before, instead of a new one"
+        "--evidence", type=Path, metavar="FILE", help="what a comparison found before, instead of a new one"
     )
     promote.add_argument("--why", required=True, help="the reason, kept in the evidence")
     promote.add_argument("--who", required=True, help="who promotes")
@@ -250,31 +250,31 @@ def _show(asked: argparse.Namespace) -> None:
 
 
 def _promote(asked: argparse.Namespace) -> None:
-    from sdxl_lab.evaluation import comparison as trial
+    from sdxl_lab.evaluation.comparison import candidate_of, compare, draw
     from sdxl_lab.job import ImageRequest
     from sdxl_lab.release.diff import difference_table
     from sdxl_lab.release.promote import clean_state, promote, read_findings
     from sdxl_lab.release.slot import slot_config
 
     clean_state(asked.allow_dirty)
-    config = trial.candidate_of(asked.candidate)
+    config = candidate_of(asked.candidate)
     before = slot_config(asked.slot)
     if asked.evidence:
         if given := [name for name in ("plan", "prompt", "seed", "gate") if getattr(asked, name) is not None]:
             raise ValueError(f"--evidence says what was tried, and must come without --{given[0]}")
-        judged = read_findings(asked.evidence)
-        goldens = trial.draw([ImageRequest(config, golden.prompt, golden.seed) for golden in judged.goldens])
+        findings = read_findings(asked.evidence)
+        goldens = draw([ImageRequest(config, golden.prompt, golden.seed) for golden in findings.goldens])
     else:
-        found = trial.run(config, asked.slot, _plan(asked))
-        judged, goldens = found.judged(), found.goldens
-    print(difference_table(before, config, judged))
+        found = compare(config, asked.slot, _plan(asked))
+        findings, goldens = found.findings(), found.goldens
+    print(difference_table(before, config, findings))
     slot = promote(
         config,
         asked.slot,
         images=goldens,
         why=asked.why,
         who=asked.who,
-        judged=judged,
+        findings=findings,
         allow_dirty=asked.allow_dirty,
     )
     count = len(slot.goldens)
@@ -311,14 +311,14 @@ def _diff(asked: argparse.Namespace) -> None:
     before = load_slot(asked.slot)
     if asked.candidate.is_dir():
         other = load_slot(asked.candidate)
-        judged = other.evidence if other.evidence and other.evidence.replaces == before.digest else None
-        print(difference_table(before.config, other.config, judged, (before.limits, other.limits)))
+        evidence = other.evidence if other.evidence and other.evidence.replaces == before.digest else None
+        print(difference_table(before.config, other.config, evidence, (before.limits, other.limits)))
     else:
         print(difference_table(before.config, candidate_of(asked.candidate)))
 
 
 def _notebook(asked: argparse.Namespace) -> None:
-    from sdxl_lab.notebook import runner as notebook
+    from sdxl_lab.notebook.runner import parse_parameters, run_notebook
 
     words = {}
     for pair in asked.parameter:
@@ -327,17 +327,17 @@ def _notebook(asked: argparse.Namespace) -> None:
             raise ValueError(f"a parameter must be NAME=VALUE; received {pair!r}. Example: steps=6")
         words[name] = value
     began = time.monotonic()
-    out = notebook.run(asked.file, notebook.parsed(asked.file, words), out=asked.out, cell_seconds=asked.cell_seconds)
+    out = run_notebook(asked.file, parse_parameters(asked.file, words), out=asked.out, cell_seconds=asked.cell_seconds)
     print(f"{out}  ran to its end in {time.monotonic() - began:.0f} s")
 
 
 def _sweep(asked: argparse.Namespace) -> None:
-    from sdxl_lab.research.sweep import OUT, Sweep, run, summary
+    from sdxl_lab.research.sweep import OUT, Sweep, run_sweep, summary
 
     sweep = Sweep.from_toml(asked.file)
     out = asked.out or OUT / sweep.name
     with _resumable(asked.cache), _cells_bar() as on_progress:
-        table = run(sweep, out=out, cells=asked.cache, on_progress=on_progress)
+        table = run_sweep(sweep, out=out, cache=asked.cache, on_progress=on_progress)
     if not _first():
         return
     failed = table["error"].dropna()
@@ -377,7 +377,7 @@ def _tune(asked: argparse.Namespace) -> None:
         print(f"trial {trial.number}  {settings}\n  {trial.state.name.lower()}: {outcome}", flush=True)
 
     with _resumable(asked.cache):
-        tuned = tune(plan, out=out, storage=asked.storage, cells=asked.cache, on_trial=told)
+        tuned = tune(plan, out=out, storage=asked.storage, cache=asked.cache, on_trial=told)
     if not _first():
         return
     names = ["trial", *plan.space, plan.metric.name, "unet_rows"]

@@ -1,4 +1,6 @@
 import argparse
+import logging
+import os
 import signal
 import socket
 import sys
@@ -8,7 +10,9 @@ from sdxl_lab.release.slot import SlotError
 from service.app import create_app
 from service.server import logging as logs
 from service.server.process import Server
-from service.settings import Settings, SettingsError, documentation
+from service.settings import Settings, SettingsError, documentation, strangers
+
+log = logging.getLogger("service")
 
 
 def main() -> int:
@@ -17,6 +21,8 @@ def main() -> int:
     try:
         settings = Settings.from_mapping()
         logs.configure(settings.log_level)
+        if ignored := strangers(os.environ):
+            log.info("ignored, since they are no settings: %s", ", ".join(ignored))
         app = create_app(settings)
         listener = socket.create_server(
             (arguments.host, arguments.port),

@@ -1,36 +1,45 @@
-"""What the environment sets: read once, checked at once, frozen. `TABLE` is the code and the documentation.
+"""The service's settings: read from the environment once, checked at once, frozen.
 
-Knows the names of slots, not what is in them.
+A field of `Settings` is the one declaration of a setting: its variable, type, rule, default and meaning. The help, the
+errors and the table in docs/operate.md come from it.
 """
 
+import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from sdxl_lab.config import ConfigError, RuntimeProfile
 from service.jobs.store import check_place
 
+PREFIX = "SDXL_"
 PROMOTED = Path(__file__).parent / "promoted"
-LOG_LEVELS = ("debug", "info", "warning", "error")
-ATTEST = ("strict", "warn", "off")
 SHORTEST_KEY = 16
+NEAR = 0.8  # difflib's ratio: one letter of five is another
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+Attest = Literal["strict", "warn", "off"]
 
 
 class SettingsError(ValueError):
-    """A setting does not exist or has a bad value; the message lists the valid ones."""
+    """A variable has a bad value, or is named almost like a setting; the message lists the settings."""
 
 
-class Setting(NamedTuple):
-    """A field of `Settings`, what it means, and how text becomes its value (ValueError says the rule). What is `secret`
-    is shown nowhere, not even where it is refused."""
-
-    field: str
-    meaning: str
-    parse: Callable[[str], Any]
-    secret: bool = False
+def _read(parse: Callable[[str], Any]) -> BeforeValidator:
+    """Text becomes a value by `parse`, which raises ValueError with the rule. Values of Python's own pass."""
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
 
 
 def _slot(text: str) -> Path:
@@ -46,16 +55,16 @@ def _retention(text: str) -> int:
     return int(given[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[given[2]]
 
 
-def _count(low: int, high: int) -> Callable[[str], int]:
+def _count(low: int, high: int) -> BeforeValidator:
     def parse(text: str) -> int:
         if not (text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high):
             raise ValueError(f"must be a whole number from {low} to {high}")
         return int(text)
 
-    return parse
+    return _read(parse)
 
 
-def _profile(field: str) -> Callable[[str], str]:
+def _profile(field: str) -> BeforeValidator:
     def parse(text: str) -> str:
         values: dict[str, Any] = {field: text}
         try:
@@ -64,16 +73,18 @@ def _profile(field: str) -> Callable[[str], str]:
             raise ValueError(f"must be {error.rule}") from error
         return text
 
-    return parse
+    return _read(parse)
 
 
-def _one_of(values: tuple[str, ...]) -> Callable[[str], str]:
+def _one_of(choices: Any) -> BeforeValidator:
+    values = get_args(choices)
+
     def parse(text: str) -> str:
         if text not in values:
             raise ValueError(f"must be one of {', '.join(values)}")
         return text
 
-    return parse
+    return _read(parse)
 
 
 def _switch(text: str) -> bool:
@@ -108,99 +119,140 @@ def _prefix(text: str) -> str:
     return text
 
 
-TABLE = {
-    "SDXL_CONFIG": Setting(
-        "slot", "the slot to serve: a name in service/promoted, or the path of a slot folder", _slot
-    ),
-    "SDXL_STORE": Setting(
-        "store", "where images are kept: a folder, or a URL that begins with s3, gs, az, file or memory", check_place
-    ),
-    "SDXL_RETENTION": Setting(
-        "retention", "how long images are kept, such as 7d or 12h; without it, for ever", _retention
-    ),
-    "SDXL_MAX_QUEUE": Setting("max_queue", "how many images may wait before a request is refused", _count(1, 100_000)),
-    "SDXL_MAX_ROWS": Setting("max_rows", "UNet rows in one call; a guided image takes two", _count(1, 4096)),
-    "SDXL_LEASE": Setting(
-        "lease",
-        "seconds that a promised image belongs to one replica unless it renews them; then another one draws it",
-        _count(3, 3600),
-    ),
-    "SDXL_DEVICE": Setting("device", "auto, cpu, cuda or cuda:N", _profile("device")),
-    "SDXL_DTYPE": Setting("dtype", "auto, float32, float16 or bfloat16", _profile("dtype")),
-    "SDXL_COMPILE": Setting("compile", "true: compile the UNets, which takes minutes at the first start", _switch),
-    "SDXL_ATTEST": Setting(
-        "attest",
-        "whether the slot's golden images are drawn again and compared before serving. If they differ, strict stays "
-        "unready, and warn serves and says so; off draws none",
-        _one_of(ATTEST),
-    ),
-    "SDXL_API_KEYS": Setting(
-        "api_keys",
-        f"a client must send one of these keys; {SHORTEST_KEY} characters or more each, with commas between",
-        _keys,
-        True,
-    ),
-    "SDXL_ROOT_PATH": Setting("root_path", "the path under which a proxy shows the service, such as /sdxl", _prefix),
-    "SDXL_CORS_ORIGINS": Setting(
-        "cors_origins", "web origins whose pages may call (CORS), with commas between; * for any", _origins
-    ),
-    "SDXL_WATCHDOG": Setting(
-        "watchdog",
-        "the process ends after so many seconds without a step while there are images to draw",
-        _count(1, 100_000),
-    ),
-    "SDXL_LOG_LEVEL": Setting("log_level", ", ".join(LOG_LEVELS), _one_of(LOG_LEVELS)),
-}
+class Settings(BaseSettings):
+    """How one process serves.
 
+    Called with values it reads no environment, so that a test has only what it asks for; `from_mapping` reads one. A
+    field with `repr=False` holds a secret, which no message shows.
+    """
 
-@dataclass(frozen=True)
-class Settings:
-    """How one process serves. `slot` is a slot's folder."""
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        case_sensitive=True,
+        alias_generator=lambda name: PREFIX + name.upper(),
+        validate_by_name=True,
+        validate_default=False,
+        hide_input_in_errors=True,
+    )
 
-    slot: Path = PROMOTED / "nano"
-    store: Path | str = Path("images")
-    retention: int | None = None
-    max_queue: int = 100
-    max_rows: int = 16
-    lease: int = 30
-    device: str = "auto"
-    dtype: str = "auto"
-    compile: bool = False
-    attest: str = "strict"
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    root_path: str = ""
-    cors_origins: tuple[str, ...] = ()
-    watchdog: int = 900
-    log_level: str = "info"
+    slot: Annotated[Path, _read(_slot)] = Field(
+        default=PROMOTED / "nano",
+        validation_alias="SDXL_CONFIG",
+        description="the slot to serve: a name in service/promoted, or the path of a slot folder",
+    )
+    store: Annotated[Path | str, _read(check_place)] = Field(
+        default=Path("images"),
+        description="where images are kept: a folder, or a URL that begins with s3, gs, az, file or memory",
+    )
+    retention: Annotated[int | None, _read(_retention)] = Field(
+        default=None, description="how long images are kept, such as 7d or 12h; without it, for ever"
+    )
+    max_queue: Annotated[int, _count(1, 100_000)] = Field(
+        default=100, description="how many images may wait before a request is refused"
+    )
+    max_rows: Annotated[int, _count(1, 4096)] = Field(
+        default=16, description="UNet rows in one call; a guided image takes two"
+    )
+    lease: Annotated[int, _count(3, 3600)] = Field(
+        default=30,
+        description="seconds that a promised image belongs to one replica unless it renews them; then another one "
+        "draws it",
+    )
+    device: Annotated[str, _profile("device")] = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Annotated[str, _profile("dtype")] = Field(default="auto", description="auto, float32, float16 or bfloat16")
+    compile: Annotated[bool, _read(_switch)] = Field(
+        default=False, description="true: compile the UNets, which takes minutes at the first start"
+    )
+    attest: Annotated[Attest, _one_of(Attest)] = Field(
+        default="strict",
+        description="whether the slot's golden images are drawn again and compared before serving. If they differ, "
+        "strict stays unready, and warn serves and says so; off draws none",
+    )
+    api_keys: Annotated[tuple[str, ...], NoDecode, _read(_keys)] = Field(
+        default=(),
+        repr=False,
+        description=f"a client must send one of these keys; {SHORTEST_KEY} characters or more each, with commas "
+        "between",
+    )
+    root_path: Annotated[str, _read(_prefix)] = Field(
+        default="", description="the path under which a proxy shows the service, such as /sdxl"
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode, _read(_origins)] = Field(
+        default=(), description="web origins whose pages may call (CORS), with commas between; * for any"
+    )
+    watchdog: Annotated[int, _count(1, 100_000)] = Field(
+        default=900, description="the process ends after so many seconds without a step while there are images to draw"
+    )
+    log_level: Annotated[LogLevel, _one_of(LogLevel)] = Field(default="info", description=", ".join(get_args(LogLevel)))
 
     @classmethod
     def from_mapping(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """The settings in an environment. Names without `SDXL_` are not ours; `SettingsError` for the rest."""
-        values: dict[str, Any] = {}
-        for name, text in sorted(environment.items()):
-            if not name.startswith("SDXL_"):
-                continue
-            if name not in TABLE:
-                raise SettingsError(f"{name} is no setting. The settings are:\n{documentation()}")
-            setting = TABLE[name]
-            try:
-                values[setting.field] = setting.parse(text)
-            except ValueError as error:
-                received = "" if setting.secret else f"; received {text!r}"
-                raise SettingsError(f"{name} {error}{received}. The settings are:\n{documentation()}") from error
-        return cls(**values)
+        """The settings in an environment; `SettingsError` for a bad value, or a name that is almost one of ours."""
+        for name in strangers(environment):
+            if meant := _meant(name):
+                raise SettingsError(f"{name} is no setting; did you mean {meant}? The settings are:\n{documentation()}")
+        try:
+            return cls(**_Environment(cls, environment)())
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            received = f"; received {environment[name]!r}" if TABLE[name].repr else ""
+            raise SettingsError(f"{name} {_rule(first)}{received}. The settings are:\n{documentation()}") from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what the caller gives."""
+        return (init_settings,)
 
     @property
     def profile(self) -> RuntimeProfile:
         return RuntimeProfile(device=self.device, dtype=self.dtype, rows=self.max_rows, compile=self.compile)
 
 
-def default(setting: Setting) -> str:
+class _Environment(EnvSettingsSource):
+    """pydantic-settings' reader of variables, for any mapping."""
+
+    def __init__(self, settings: type[BaseSettings], environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        super().__init__(settings)
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        return self._environment
+
+
+TABLE: dict[str, FieldInfo] = {str(field.validation_alias): field for field in Settings.model_fields.values()}
+
+
+def strangers(environment: Mapping[str, str]) -> list[str]:
+    """Names with our prefix that are no settings. Kubernetes sets such names for a Service called `sdxl`
+    (`SDXL_PORT=tcp://...`), so they stop nothing unless they look like a setting mistyped."""
+    return sorted(name for name in environment if name.startswith(PREFIX) and name not in TABLE)
+
+
+def _meant(stranger: str) -> str | None:
+    """The setting that a name was probably meant for: one with at most one letter more or less, and most letters the
+    same."""
+    given = stranger.removeprefix(PREFIX)
+    known = {name.removeprefix(PREFIX): name for name in TABLE} | {"KEYS": f"{PREFIX}API_KEYS"}  # ignored: all may call
+    similar = [name for name in known if abs(len(name) - len(given)) <= 1]
+    near = difflib.get_close_matches(given, similar, 1, NEAR)
+    return known[near[0]] if near else None
+
+
+def _rule(error: Any) -> str:
+    """What a validator said, without pydantic's own words in front."""
+    return str(error["ctx"]["error"]) if error["type"] == "value_error" else str(error["msg"])
+
+
+def default(setting: FieldInfo) -> str:
     """The value that a setting has where the environment names none, as text."""
-    value = getattr(Settings(), setting.field)
+    value = setting.default
     return value.name if isinstance(value, Path) else "none" if value in ("", ()) else str(value).lower()
 
 
 def documentation() -> str:
     """One line a setting: name, default, meaning."""
-    return "\n".join(f"  {name:17} {each.meaning} (default: {default(each)})" for name, each in TABLE.items())
+    return "\n".join(f"  {name:17} {each.description} (default: {default(each)})" for name, each in TABLE.items())

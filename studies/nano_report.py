@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sdxl_lab.evaluation.metrics import paired
+from sdxl_lab.evaluation.statistics import paired
 from sdxl_lab.research.cache import ImageCache
 from sdxl_lab.research.plots import image_grid, quality_against_cost
 from sdxl_lab.research.sweep import OUT, read_table

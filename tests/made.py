@@ -97,6 +97,6 @@ def put(slot: Path, config: GenerationConfig | None = None, **more: Any) -> Slot
         "images": [image(config)],
         "why": "sharper hats",
         "who": "Ada",
-        "judged": findings(config, slot_config(slot)),
+        "findings": findings(config, slot_config(slot)),
     }
     return promote(config, slot, **(asked | more))

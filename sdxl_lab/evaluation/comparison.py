@@ -1,7 +1,7 @@
-"""A candidate beside what a slot serves: both drawn for the same prompts and seeds, measured, and judged by gates.
+"""Comparing a candidate with the configuration that a slot serves.
 
-Gives what a promotion is decided on (`Comparison.judged`, for `promote`) and the images to look at. Writes
-nothing.
+Both draw the same prompts and seeds, metrics measure the images, and gates judge the difference. The result holds the
+evidence for a promotion and the images to look at. Nothing is written.
 """
 
 import dataclasses
@@ -19,16 +19,17 @@ from PIL import Image
 from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RuntimeProfile, checked_prompt, checked_seed
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, Gate, Verdict
-from sdxl_lab.evaluation.metrics import Metric, MetricError, find, interval, paired
+from sdxl_lab.evaluation.metrics import Metric, MetricError, find_metric
+from sdxl_lab.evaluation.statistics import interval, paired
 from sdxl_lab.images import GeneratedImage, beside, read_record
 from sdxl_lab.job import ImageRequest
 from sdxl_lab.release.promote import git_state
 from sdxl_lab.release.records import Findings
 from sdxl_lab.release.slot import slot_config
 
-METRICS = ("clip_score", "sharpness", "contrast", "clipping", "unet_rows")
-# Every prompt names all it means: nano draws what is left out by chance, and chance is noise in a comparison.
-PROMPTS = (
+DEFAULT_METRICS = ("clip_score", "sharpness", "contrast", "clipping", "unet_rows")
+# Every prompt names everything: nano chooses at random what is left out, and that is noise in a comparison.
+DEFAULT_PROMPTS = (
     "a red cat in a hat on a white background",
     "a small blue boat on a yellow background",
     "a green tree left of a white house on a cyan background",
@@ -42,19 +43,20 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """What a candidate is tried on. The first seed of the first `goldens` prompts gives the golden images; `clip` is
-    the CLIP model of the metric clip_score, by default the one that comes with the candidate's model. TOML has the same
-    names:
+    """What a candidate and the served configuration are compared on.
+
+    The first seed of each of the first `goldens` prompts gives a golden image. `clip` is the CLIP model of the metric
+    clip_score, by default the one that comes with the candidate's model. TOML has the same names:
 
         prompts = ["a red circle on a white background", "..."]
         seeds = [0, 1]
         gates = ["clip_score: at most 1 worse with 95 % confidence"]
     """
 
-    prompts: tuple[str, ...] = PROMPTS
+    prompts: tuple[str, ...] = DEFAULT_PROMPTS
     seeds: tuple[int, ...] = (0, 1)
     gates: tuple[Gate, ...] = DEFAULT_GATES
-    metrics: tuple[str, ...] = METRICS
+    metrics: tuple[str, ...] = DEFAULT_METRICS
     goldens: int = 3
     clip: str = ""
 
@@ -62,7 +64,9 @@ class ComparisonPlan:
         for name, check in (("prompts", checked_prompt), ("seeds", checked_seed)):
             values = getattr(self, name)
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-                raise ConfigError(name, values, "a list of at least one", [PROMPTS[0]] if name == "prompts" else [0, 1])
+                raise ConfigError(
+                    name, values, "a list of at least one", [DEFAULT_PROMPTS[0]] if name == "prompts" else [0, 1]
+                )
             if len(set(map(check, values))) < len(values):
                 raise ConfigError(name, values, "all different, since each pair counts once", "seeds = [0, 1]")
             object.__setattr__(self, name, tuple(values))
@@ -74,7 +78,9 @@ class ComparisonPlan:
         object.__setattr__(self, "metrics", tuple(dict.fromkeys(names)))
         for metric in self.measures:
             if metric.needs_reference:
-                raise MetricError(f"a trial measures images alone; {metric.name} needs a reference. Example: sharpness")
+                raise MetricError(
+                    f"a comparison measures images alone; {metric.name} needs a reference. Example: sharpness"
+                )
 
     @classmethod
     def from_toml(cls, path: Path | str) -> "ComparisonPlan":
@@ -88,17 +94,17 @@ class ComparisonPlan:
 
     @property
     def measures(self) -> list[Metric]:
-        return [find(name, self.clip) for name in self.metrics]
+        return [find_metric(name, self.clip) for name in self.metrics]
 
     @property
     def pairs(self) -> list[tuple[str, int]]:
-        """Prompts x seeds, the seeds running fastest: the order of a trial's images and values."""
+        """Prompts x seeds, the seeds running fastest: the order of a comparison's images and values."""
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was drawn, in the order of `plan.pairs`; `served` and its images are None and () for a new slot."""
+    """The images and values of both, in the order of `plan.pairs`. `served` is None for a new slot, its images ()."""
 
     plan: ComparisonPlan
     candidate: GenerationConfig
@@ -114,8 +120,8 @@ class Comparison:
 
     @property
     def panels(self) -> list[tuple[str, Image.Image]]:
-        """Of the first seed of each prompt, each under its label: what is served, the candidate, and the difference
-        magnified; of a new slot the candidate alone."""
+        """Images of the first seed of each prompt, with their labels: the served one, the candidate's, and the
+        magnified difference; for a new slot only the candidate's."""
         found = []
         for at in range(0, len(self.images), len(self.plan.seeds)):
             prompt, candidate = self.images[at].record.prompt, self.images[at].image
@@ -140,14 +146,14 @@ class Comparison:
     def passed(self) -> bool:
         return all(verdict.passed for verdict in self.verdicts)
 
-    def judged(self, notebook: Mapping[str, Any] | None = None) -> Findings:
-        """What `release.promote` takes, and a slot keeps as evidence.
+    def findings(self, notebook: Mapping[str, Any] | None = None) -> Findings:
+        """What `promote` takes, and a slot keeps as evidence.
 
-        `notebook` is what `notebook.origin` gives, where the trial runs in one.
+        `notebook` is the `runner.origin` of a notebook that makes the comparison.
         """
         record = self.images[0].record
         commit, dirty = git_state()
-        judged = {
+        found = {
             "schema": Findings.SCHEMA,
             "digest": self.candidate.digest,
             "replaces": self.served.digest if self.served else None,
@@ -163,7 +169,7 @@ class Comparison:
             "notebook": dict(notebook) if notebook else None,
             "goldens": [{"prompt": golden.record.prompt, "seed": golden.record.seed} for golden in self.goldens],
         }
-        return Findings.read(judged, "this comparison")
+        return Findings.read(found, "this comparison")
 
     def _metric(self, metric: Metric) -> dict[str, Any]:
         values, before = self.values[metric.name], self.served_values.get(metric.name)
@@ -179,22 +185,22 @@ class Comparison:
 
 
 def _estimate(values: np.ndarray, by: Sequence[str]) -> dict[str, Any]:
-    """Mean and interval over prompts; of one prompt the mean alone."""
+    """The mean and its interval over prompts; for a single prompt only the mean."""
     if len(set(by)) > 1:
         return vars(interval(values, by=by))
     return {"mean": float(values.mean()), "low": None, "high": None, "count": 1}
 
 
-def run(
+def compare(
     candidate: GenerationConfig,
     slot: Path | str,
     plan: ComparisonPlan | None = None,
     profile: RuntimeProfile | None = None,
 ) -> Comparison:
-    """Draw `candidate` and what `slot` holds for every prompt and seed of the plan, and measure both.
+    """Draw and measure `candidate` and the configuration in `slot` for every prompt and seed of the plan.
 
-    A slot that holds nothing yet gives a trial of the candidate alone. Where both take the same models, they share one
-    engine and its calls.
+    For a slot that holds nothing yet only the candidate is drawn. Configurations of the same models share one engine
+    and its calls.
     """
     plan = plan or ComparisonPlan()
     plan = plan if plan.clip else dataclasses.replace(plan, clip=clip_of(candidate.model))
@@ -207,7 +213,7 @@ def run(
 
 
 def _check_gates(plan: ComparisonPlan, before: GenerationConfig | None) -> None:
-    """A gate that cannot be judged is refused before anything is drawn."""
+    """Refuse a gate that cannot be judged before anything is drawn."""
     zeros = np.zeros(len(plan.pairs))
     metrics = {metric.name: metric for metric in plan.measures}
     for gate in plan.gates:
@@ -215,20 +221,20 @@ def _check_gates(plan: ComparisonPlan, before: GenerationConfig | None) -> None:
 
 
 def clip_of(model: ModelRef) -> str:
-    """The CLIP model to score a model's images with: one trained beside it, as nano's, else OpenAI's, whose text
-    half is SDXL's first text encoder."""
+    """The CLIP model for a model's images: the one in its folder, as for nano, else OpenAI's, whose text half is SDXL's
+    first text encoder."""
     places = [Path(model.base) / "clip", Path(model.base).parent / "clip"]
     beside = next((str(place) for place in places if place.is_dir()), "openai/clip-vit-large-patch14")
     return "nano" if model.base == "nano" else beside
 
 
 def measure(plan: ComparisonPlan, images: Sequence[GeneratedImage]) -> dict[str, np.ndarray]:
-    """The plan's metrics: a value an image, by name; empty without images."""
+    """The values of the plan's metrics by name, each (images,); empty without images."""
     return {metric.name: metric(images) for metric in plan.measures} if images else {}
 
 
 def draw(requests: Sequence[ImageRequest], profile: RuntimeProfile | None = None) -> list[GeneratedImage]:
-    """The images of many requests, in their order, with one engine for each set of models."""
+    """Draw many requests with one engine for each set of models. The images are in the order of the requests."""
     images: dict[int, GeneratedImage] = {}
     for model in dict.fromkeys(request.config.model for request in requests):
         mine = [index for index, request in enumerate(requests) if request.config.model == model]
@@ -239,13 +245,15 @@ def draw(requests: Sequence[ImageRequest], profile: RuntimeProfile | None = None
 
 
 def candidate_of(path: Path | str) -> GenerationConfig:
-    """The configuration in a `config.toml`, or the one an image was drawn with. Raises `ConfigError`, or
-    `ImageError` for an image that is not ours."""
+    """The configuration in a `config.toml`, or the one that an image was drawn with.
+
+    Raises `ConfigError`, or `ImageError` for an image without a record.
+    """
     path = Path(path)
     if path.suffix == ".png":
         record = read_record(path)
         if record.source is not None:
-            rule = "an image drawn from words; this one was refined from another image"
+            rule = "an image drawn from a prompt alone; this one was refined from another image"
             raise ConfigError("candidate", str(path), rule, "runs/cat.png")
         return record.config
     return GenerationConfig.from_toml(path)

@@ -1,4 +1,4 @@
-"""What a candidate must hold to be promoted: one line a gate, judged on intervals, never on single images.
+"""Gates: the conditions that a candidate must meet to be promoted, one line each, judged on intervals.
 
     clip_score: at most 1 worse with 95 % confidence
     unet_rows: at most 20 % worse
@@ -6,11 +6,10 @@
     clip_score: at least 60
     seconds: at most 1.5
 
-"worse" and "better" hold the candidate against what is served, pair by pair of the same prompt and seed, in the
-direction in which the metric is better; "at most X worse" is a test of non-inferiority with the margin X, which may be
-a share of the served mean. The two last hold the candidate alone. Every interval is over prompts, so that it speaks of
-prompts not drawn yet, and counts with its unfavourable end. 95 % where no confidence is given. Knows numbers and their
-prompts, no images and no slots.
+"better" and "worse" compare the candidate with the served configuration, pair by pair of the same prompt and seed, in
+the metric's better direction. "at most X worse" is a test of non-inferiority with the margin X, which may be a share of
+the served mean. "at least" and "at most" judge the candidate alone. Every interval is over prompts, so that it covers
+prompts not drawn yet, and its unfavourable end decides. The default confidence is 95 %.
 """
 
 import re
@@ -19,9 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdxl_lab.evaluation.metrics import Interval, Metric, interval, paired
+from sdxl_lab.evaluation.metrics import Metric
+from sdxl_lab.evaluation.statistics import Interval, interval, paired
 
-# With fewer, a bootstrap knows too little of what other prompts would do.
+# A bootstrap of fewer says too little about other prompts.
 LEAST_PROMPTS = 5
 
 _NUMBER = r"\d+(?:\.\d+)?"
@@ -32,12 +32,12 @@ _LINE = re.compile(
 
 
 class GateError(ValueError):
-    """A gate cannot be read, or cannot be judged on what there is."""
+    """A gate cannot be read, or cannot be judged on the values given."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a gate holds, and the figures that say so."""
+    """Whether a gate passed, and the figures behind it."""
 
     gate: str
     passed: bool
@@ -74,11 +74,11 @@ class Gate:
 
     def __str__(self) -> str:
         """The line that `parse` reads."""
-        said = {
+        condition = {
             "better": "better",
             "worse": f"at most {_plain(self.limit)}{' %' if self.percent else ''} worse",
         }.get(self.rule, f"{self.rule} {_plain(self.limit)}")
-        return f"{self.metric}: {said} with {100 * self.confidence:g} % confidence"
+        return f"{self.metric}: {condition} with {100 * self.confidence:g} % confidence"
 
     @property
     def relative(self) -> bool:
@@ -91,9 +91,11 @@ class Gate:
         served: np.ndarray | None,
         prompts: Sequence[str],
     ) -> Verdict:
-        """`candidate` and `served` (n,) are the metric's values, `prompts` their n prompts. `served` is None where
-        nothing is: a relative gate then holds. Raises `GateError` for fewer than `LEAST_PROMPTS` prompts, and for a
-        relative gate on a metric that is better in no direction."""
+        """Judge the metric's values `candidate` and `served`, each (n,), of n `prompts`.
+
+        A relative gate passes where `served` is None, since nothing is served yet. Raises `GateError` for fewer than
+        `LEAST_PROMPTS` prompts, and for a relative gate on a metric without a better direction.
+        """
         if self.relative:
             _check_direction(metric)
         if self.relative and served is None:
@@ -106,18 +108,18 @@ class Gate:
         if not self.relative:
             found = interval(candidate, by=prompts, confidence=self.confidence)
             end = found.high if self.rule == "at most" else found.low
-            held = end <= self.limit if self.rule == "at most" else end >= self.limit
-            return Verdict(str(self), held, f"{_shown(found)}, limit {self.limit:g}")
+            passed = end <= self.limit if self.rule == "at most" else end >= self.limit
+            return Verdict(str(self), passed, f"{_shown(found)}, limit {self.limit:g}")
         assert served is not None
         gain = improvement(metric, candidate, served, prompts, self.confidence)
         margin = self.limit * (abs(float(served.mean())) / 100 if self.percent else 1)
-        held = gain.low > 0 if self.rule == "better" else gain.low >= -margin
+        passed = gain.low > 0 if self.rule == "better" else gain.low >= -margin
         needed = "above 0" if self.rule == "better" else f"at least {-margin:.4g}"
-        return Verdict(str(self), held, f"improvement {_shown(gain)}, the lower end must be {needed}")
+        return Verdict(str(self), passed, f"improvement {_shown(gain)}, the lower end must be {needed}")
 
 
 def _plain(number: float) -> str:
-    """Without an exponent, which no gate may have."""
+    """Without an exponent, which `parse` does not read."""
     return np.format_float_positional(number, trim="-")
 
 
@@ -132,7 +134,7 @@ def _check_direction(metric: Metric) -> None:
 def improvement(
     metric: Metric, candidate: np.ndarray, served: np.ndarray, prompts: Sequence[str], confidence: float = 0.95
 ) -> Interval:
-    """The mean of what the candidate gains, pair by pair: positive is better, whichever way the metric points."""
+    """The candidate's mean gain, pair by pair: positive is better in either direction of the metric."""
     _check_direction(metric)
     first, second = (candidate, served) if metric.better == "higher" else (served, candidate)
     return paired(first, second, by=prompts, confidence=confidence)
@@ -142,8 +144,8 @@ def _shown(found: Interval) -> str:
     return f"{found.mean:.4g} [{found.low:.4g}, {found.high:.4g}]"
 
 
-# Good for SDXL and for nano: one point of CLIP score is what guidance 5 instead of 3 costs nano, and a fifth more rows
-# is what a user notices as slower.
+# For SDXL and for nano: guidance 5 instead of 3 costs nano one point of CLIP score, and a user notices a fifth more
+# rows as slower.
 DEFAULT_GATES = tuple(
     Gate.parse(line) for line in ("clip_score: at most 1 worse with 95 % confidence", "unet_rows: at most 20 % worse")
 )

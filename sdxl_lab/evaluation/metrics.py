@@ -1,10 +1,10 @@
-"""Numbers from images, and what a difference of such numbers proves.
+"""Numbers from images.
 
-Every metric has one signature: images in, one float an image out; `METRICS` lists those that need no model, and
-`clip_score` makes the one that does. `interval` and `paired` say how sure a mean is. Knows no sweeps and no cells.
+A metric takes images and gives one float an image. `METRICS` lists those that need no model; `clip_score` makes the
+one that does.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from scipy import stats
 from scipy.spatial.distance import pdist
 from skimage.measure import blur_effect
 from skimage.metrics import peak_signal_noise_ratio
@@ -29,15 +28,15 @@ Measure = Callable[[Sequence[GeneratedImage], Sequence[GeneratedImage]], Iterabl
 
 
 class MetricError(ValueError):
-    """A metric is unknown, lacks its reference, or got images or values it cannot compare."""
+    """A metric is unknown, lacks its reference, or got images it cannot compare."""
 
 
 @dataclass(frozen=True)
 class Metric:
     """A number an image.
 
-    `better` is "higher", "lower", or None where neither is; `source` names the paper or class that defines it. Where
-    `needs_reference`, every image is held against the reference in the same place.
+    `better` is "higher" or "lower", or None for a metric without a better direction. `source` names the paper or class
+    that defines it. A metric with `needs_reference` compares every image with the reference at the same index.
     """
 
     name: str
@@ -49,7 +48,7 @@ class Metric:
     def __call__(
         self, images: Sequence[GeneratedImage], references: Sequence[GeneratedImage] | None = None
     ) -> np.ndarray:
-        """One float an image, (n,) of float64. `references` are read by a metric that needs them, and by no other.
+        """One float an image, (n,) of float64. `references` are read only by a metric that needs them.
 
         Raises `MetricError` where references are missing, too few, or of another size.
         """
@@ -102,7 +101,7 @@ def _luminance(image: Image.Image) -> np.ndarray:
 
 
 def _sharpness(image: GeneratedImage) -> float:
-    """On [0, 1]: how much variation between neighbours a blur would take away. Noise counts as sharpness too."""
+    """On [0, 1]: how much variation between neighbours a blur would remove. Noise counts as sharpness, too."""
     luminance = _luminance(image.image)
     return 1 - float(blur_effect(luminance)) if np.ptp(luminance) else 0.0
 
@@ -122,7 +121,8 @@ def _unet_calls(image: GeneratedImage) -> float:
 
 
 def _unet_rows(image: GeneratedImage) -> float:
-    """The cost that no machine changes: a guided step is two rows, one outside the guidance interval is one."""
+    """The cost that is the same on every machine: a guided step is two rows, one outside the guidance interval is
+    one."""
     return float(sum(image.record.unet_rows.values()))
 
 
@@ -131,7 +131,7 @@ def _seconds(image: GeneratedImage) -> float:
     return image.timings["denoise_ms"] / 1000
 
 
-# --- an image beside a reference ----------------------------------------------------------------------------------
+# --- an image and a reference -------------------------------------------------------------------------------------
 
 
 def _psnr(image: Image.Image, reference: Image.Image) -> float:
@@ -151,14 +151,14 @@ def _thumbnail(image: Image.Image) -> np.ndarray:
 
 
 def _thumbnail_distance(image: Image.Image, reference: Image.Image) -> float:
-    """Root mean square difference of the 32x32 thumbnails, on [0, 1]; below `NEAR` an eye calls them the same."""
+    """Root mean square difference of the 32x32 thumbnails, on [0, 1]; below `NEAR` they look the same."""
     return float(np.sqrt(np.square(_thumbnail(image) - _thumbnail(reference)).mean()))
 
 
 def near_duplicates(images: Sequence[GeneratedImage], within: float = NEAR) -> list[tuple[int, int, float]]:
     """The pairs of images whose thumbnails are at most `within` apart: (i, j, distance) with i < j, nearest first.
 
-    Sizes may differ. Seeds that all give the same image, or a setting that changes nothing, show here.
+    Sizes may differ. This shows seeds that all give the same image, and settings that change nothing.
     """
     if len(images) < 2:
         return []
@@ -200,7 +200,7 @@ METRICS: dict[str, Metric] = {
 # --- CLIP ----------------------------------------------------------------------------------------------------------
 
 
-def find(name: str, clip: str = "nano") -> Metric:
+def find_metric(name: str, clip: str = "nano") -> Metric:
     """The metric of this name; for "clip_score" the one with the CLIP model `clip`. Raises `MetricError`."""
     if name == "clip_score":
         return clip_score(clip)
@@ -214,8 +214,8 @@ def find(name: str, clip: str = "nano") -> Metric:
 def clip_score(model: str = "nano") -> Metric:
     """How well an image fits the prompt in its record: 100 times the cosine of CLIP's two embeddings.
 
-    Hessel et al. 2021 (arXiv 2104.08718) without their clip at 0, which would call a wrong image and a contrary one
-    equal. `model` is "nano", a folder or a hub id of a `CLIPModel`; scores of different models cannot be compared.
+    Hessel et al. 2021 (arXiv 2104.08718) without their clipping at 0, which would make a wrong image and a contrary
+    one equal. `model` is "nano", a folder or a hub id of a `CLIPModel`; scores of different models cannot be compared.
     The model is loaded with the first image, on CUDA where there is one, and kept.
     """
     return Metric(
@@ -230,7 +230,7 @@ CLIP_BATCH = 32
 
 
 def _clip_scores(model: str, images: Sequence[GeneratedImage]) -> list[float]:
-    # In a thread that ends, as `Engine.load` says: a second OpenMP pool that stays would slow the engine's.
+    # In a thread that ends, as in `Engine.load`: a second OpenMP pool that stays would slow the engine's.
     with ThreadPoolExecutor(1, thread_name_prefix="clip") as pool:
         clip = pool.submit(_load_clip, model).result()
         parts = [images[start : start + CLIP_BATCH] for start in range(0, len(images), CLIP_BATCH)]
@@ -271,108 +271,3 @@ def _load_clip(model: str) -> _Clip:
         ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return _Clip(loaded.eval().to(device), tokenizer, processor)
-
-
-# --- what a difference proves --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and where it may lie: with the confidence asked for between `low` and `high`. `count` is of what was
-    resampled: values, pairs or groups."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
-
-    @property
-    def decided(self) -> bool:
-        """Whether zero lies outside, so that the sign of the mean is more than chance."""
-        return self.low > 0 or self.high < 0
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}], n = {self.count}"
-
-
-def interval(
-    values: Sequence[float] | np.ndarray,
-    *,
-    by: Sequence[Hashable] | None = None,
-    confidence: float = 0.95,
-    resamples: int = 4000,
-    seed: int = 0,
-) -> Interval:
-    """The bootstrap interval of the mean: bias-corrected and accelerated (Efron 1987), from scipy, and expanded for few
-    values as Hesterberg 2015 (arXiv 1411.5279, section 4.2.2) has it: from eight values of a normal distribution, 95 %
-    held the true mean in 88 % of trials before and in 93 % after. The same values give the same interval.
-
-    With `by`, one label a value (the prompts, say), values of a label are averaged first and the labels are resampled:
-    then the interval speaks of prompts not drawn yet, without it only of more seeds of these.
-    Raises `MetricError` for values that are not finite, for fewer than two, and for a confidence outside (0, 1).
-    """
-    found = _checked("values", values)
-    if not 0 < confidence < 1:
-        raise MetricError(f"confidence must be a number above 0 and below 1; received {confidence!r}. Example: 0.95")
-    if by is not None:
-        if len(by) != len(found):
-            raise MetricError(f"by must have one label a value; received {len(found)} values, {len(by)} labels")
-        labels = list(by)
-        found = np.array([found[[at == label for at in labels]].mean() for label in dict.fromkeys(labels)])
-    if len(found) < 2:
-        raise MetricError(
-            f"an interval must have at least two {'values' if by is None else 'labels'}; received {len(found)}. "
-            "One image proves nothing: take more seeds or prompts"
-        )
-    mean = float(found.mean())
-    if np.ptp(found) <= 1e-9 * np.abs(found).max():  # equal but for rounding
-        return Interval(mean, mean, mean, len(found))
-    bounds = stats.bootstrap(
-        (found,),
-        np.mean,
-        n_resamples=resamples,
-        confidence_level=min(_expanded(confidence, len(found)), 1 - 1 / resamples),
-        method="BCa",
-        rng=seed,
-    ).confidence_interval
-    return Interval(mean, float(bounds.low), float(bounds.high), len(found))
-
-
-def _expanded(confidence: float, count: int) -> float:
-    """Wider by as much as Student's t is wider than the normal, and as a sample's spread is too small."""
-    reach = stats.t.ppf((1 + confidence) / 2, count - 1) * np.sqrt(count / (count - 1))
-    return float(1 - 2 * stats.norm.sf(reach))
-
-
-def paired(
-    a: Sequence[float] | np.ndarray,
-    b: Sequence[float] | np.ndarray,
-    *,
-    by: Sequence[Hashable] | None = None,
-    confidence: float = 0.95,
-) -> Interval:
-    """The `interval` of the mean of `a - b`, where a[i] and b[i] are of the same prompt and seed.
-
-    What prompts and seeds differ in among themselves falls out of the difference; so a gain that two separate means
-    would hide is seen. Raises `MetricError` for sequences of different length, and as `interval` does.
-    """
-    first, second = _checked("a", a), _checked("b", b)
-    if len(first) != len(second):
-        raise MetricError(
-            f"a and b must be pairs, value by value of the same prompt and seed; received {len(first)} and "
-            f"{len(second)} values"
-        )
-    return interval(first - second, by=by, confidence=confidence)
-
-
-def _checked(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:
-    found = np.asarray(values, dtype=np.float64)
-    if found.ndim != 1 or not len(found):
-        raise MetricError(f"{name} must be a row of at least one number; received the shape {found.shape}")
-    bad = np.flatnonzero(~np.isfinite(found))
-    if len(bad):
-        raise MetricError(
-            f"{name} must be finite numbers; received {found[bad[0]]} at {bad[0]}. Leave failed cells out, of both "
-            "sides of a pair"
-        )
-    return found

@@ -16,7 +16,7 @@ from PIL import Image
 from sdxl_lab.config import RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, LEAST_PROMPTS, Gate, Verdict
-from sdxl_lab.evaluation.metrics import find
+from sdxl_lab.evaluation.metrics import find_metric
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import ImageRequest
 from sdxl_lab.release.records import Evidence
@@ -106,6 +106,6 @@ def _verdicts(found: Evidence | None, images: Sequence[GeneratedImage]) -> list[
     for gate in gates or DEFAULT_GATES:
         then = found.metrics.get(gate.metric)
         if then is not None:
-            metric = find(gate.metric, found.clip or "nano")
+            metric = find_metric(gate.metric, found.clip or "nano")
             verdicts.append(gate.judge(metric, metric(images), np.array(then.values), prompts))
     return verdicts

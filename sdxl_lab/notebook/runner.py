@@ -1,9 +1,8 @@
-"""Notebooks run as programs: papermill, without its traps.
+"""Running notebooks as programs, with papermill and stricter checks.
 
-papermill only warns of a parameter that the notebook does not have, writes a tuple as text, gives a cell all the time
-in the world, takes `sys.exit(0)` in the middle for success, and leaves a notebook that says "completed" after a
-time-out or a dead kernel. Here each of these is a `NotebookError`, and the executed copy says what happened. Knows
-nothing of images.
+papermill only warns of a parameter that the notebook does not have, writes a tuple as text, sets no time limit for a
+cell, takes `sys.exit(0)` in the middle for success, and marks a notebook "completed" after a time-out or a dead kernel.
+Here each of these raises `NotebookError`, and the executed copy says what happened.
 """
 
 import ast
@@ -20,10 +19,10 @@ EXECUTED = Path("runs/notebooks")
 
 
 class NotebookError(RuntimeError):
-    """A notebook was asked for what it does not take, or did not run to its end."""
+    """A notebook got parameters that it does not take, or did not run to its end."""
 
 
-def run(
+def run_notebook(
     path: Path | str,
     parameters: Mapping[str, Any] | None = None,
     *,
@@ -32,9 +31,9 @@ def run(
 ) -> Path:
     """Execute a notebook in a kernel of its own and return the executed copy, by default `runs/notebooks/NAME`.
 
-    `parameters` replace what the cell tagged "parameters" assigns: names it does not assign and values of another type
-    are refused before anything runs. `cell_seconds` is what one cell may take. The kernel works in the repository's
-    root. Raises `NotebookError` for all that is not a run to the last cell; the copy is kept then too.
+    `parameters` replace values that the cell tagged "parameters" assigns. Other names, and values of another type, are
+    refused before anything runs. `cell_seconds` limits the time of one cell. The kernel works in the repository's root.
+    Raises `NotebookError` unless the notebook ran to its last cell; the copy is kept in either case.
     """
     import papermill
 
@@ -55,7 +54,7 @@ def run(
             start_timeout=120,
             iopub_timeout=60,
         )
-    except Exception as error:  # the notebook's own, a cell's time-out, a dead kernel: nbclient has a kind for each
+    except Exception as error:  # the notebook's own, a cell's time-out, a dead kernel: nbclient has a class for each
         reason = f"{path.name} did not run to its end: {type(error).__name__}: {str(error).strip()}"
         _mark(out, reason)
         raise NotebookError(reason) from error
@@ -67,7 +66,7 @@ def run(
 
 
 def defaults(notebook: Any) -> dict[str, Any]:
-    """What the cell tagged "parameters" assigns. The values must be literals."""
+    """The values that the cell tagged "parameters" assigns. They must be literals."""
     found: dict[str, Any] = {}
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
@@ -77,16 +76,18 @@ def defaults(notebook: Any) -> dict[str, Any]:
     return found
 
 
-def parsed(path: Path | str, words: Mapping[str, str]) -> dict[str, Any]:
-    """Parameters from the command line: text where the notebook's own value is text, else the Python literal that it
-    spells. papermill guesses from the word alone, and makes the prompt "7" a number."""
+def parse_parameters(path: Path | str, words: Mapping[str, str]) -> dict[str, Any]:
+    """Parameters from the command line: text where the notebook's own value is text, else a Python literal.
+
+    papermill guesses from the word alone, and turns the prompt "7" into a number.
+    """
     own = defaults(_read(Path(path)))
     return {name: word if isinstance(own.get(name), str) else _literal(word) for name, word in words.items()}
 
 
 def origin(path: Path | str, **parameters: Any) -> dict[str, Any]:
-    """Which notebook something was made in, for the evidence of a promotion: its name, the sha256 of its cells' sources
-    (outputs and execution counts do not matter), and the parameters it ran with."""
+    """The notebook that something was made in, for the evidence of a promotion: its name, the sha256 of its cells'
+    sources (without outputs and execution counts), and the parameters it ran with."""
     cells = json.loads(Path(path).read_text())["cells"]
     sources = json.dumps([["".join(cell["source"]), cell["cell_type"]] for cell in cells])
     digest = hashlib.sha256(sources.encode()).hexdigest()
@@ -105,7 +106,7 @@ def _read(path: Path) -> Any:
 
     try:
         notebook = nbformat.read(path, as_version=4)
-    except Exception as error:  # nbformat, json and jsonschema each raise kinds of their own
+    except Exception as error:  # nbformat, json and jsonschema each raise classes of their own
         raise NotebookError(
             f"a notebook must be an .ipynb file; received {str(path)!r} ({type(error).__name__}: {error}). "
             "Example: notebooks/04_promote.ipynb"
@@ -120,10 +121,10 @@ def _checked(path: Path, own: Mapping[str, Any], given: Mapping[str, Any]) -> di
             known = ", ".join(own) or "none: no cell is tagged 'parameters'"
             raise NotebookError(f"a parameter of {path.name} must be one of its own ({known}); received {name!r}")
         checked[name] = value = _plain(name, value)
-        kinds = (int, float) if type(own[name]) is float else (type(own[name]),)
-        if own[name] is not None and type(value) not in kinds:
+        types = (int, float) if type(own[name]) is float else (type(own[name]),)
+        if own[name] is not None and type(value) not in types:
             raise NotebookError(
-                f"the parameter {name} of {path.name} must be of the type {kinds[-1].__name__}; received {value!r}. "
+                f"the parameter {name} of {path.name} must be of the type {types[-1].__name__}; received {value!r}. "
                 f"Example: {own[name]!r}"
             )
     return checked
@@ -144,7 +145,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _mark(out: Path, reason: str) -> None:
-    """Let the executed copy say what happened: papermill leaves "completed" in it, also for cells that never ran."""
+    """Record the failure in the executed copy, where papermill writes "completed" even for cells that never ran."""
     import nbformat
 
     if not out.is_file():

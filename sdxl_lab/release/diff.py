@@ -33,11 +33,11 @@ def flat(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 def difference_table(
     before: GenerationConfig | None,
     after: GenerationConfig,
-    judged: Findings | Evidence | None = None,
+    evidence: Findings | Evidence | None = None,
     limits: tuple[ServingLimits, ServingLimits] | None = None,
 ) -> str:
-    """What a pull request says of a promotion, as Markdown: the settings that change, and with `judged` the metrics and
-    the gates. `limits` are what clients may ask for, before and after: they change under names as `serving.steps`."""
+    """What a pull request says of a promotion, as Markdown: the settings that change, and with `evidence` the metrics
+    and the gates. `limits` are what clients may ask for, before and after; theirs are named as `serving.steps`."""
     changed = changes(flat(before.to_dict()) if before else {}, flat(after.to_dict()))
     if limits is not None:
         then, now = (flat(side.to_dict(), "serving.") for side in limits)
@@ -45,11 +45,12 @@ def difference_table(
     parts = [f"### {f'`{before.short_digest}`' if before else 'a new slot'} → `{after.short_digest}`"]
     rows = [(f"`{name}`", _shown(old), _shown(new)) for name, (old, new) in changed.items()]
     parts.append(_markdown(("setting", "served", "candidate"), rows) if rows else "The settings are the same.")
-    if judged is not None and judged.metrics:
-        parts.append(_markdown(("metric", "better", "served", "candidate", "difference [95 %]"), _metric_rows(judged)))
-        drawn = " x ".join(_count(len(getattr(judged, names)), names) for names in ("prompts", "seeds"))
+    if evidence is not None and evidence.metrics:
+        head = ("metric", "better", "served", "candidate", "difference [95 %]")
+        parts.append(_markdown(head, _metric_rows(evidence)))
+        drawn = " x ".join(_count(len(getattr(evidence, names)), names) for names in ("prompts", "seeds"))
         parts.append(f"{drawn}; intervals are over prompts.")
-        verdicts = [("pass" if gate.passed else "**fail**", gate.gate, gate.figures) for gate in judged.gates]
+        verdicts = [("pass" if gate.passed else "**fail**", gate.gate, gate.figures) for gate in evidence.gates]
         if verdicts:
             parts.append(_markdown(("", "gate", "figures"), verdicts))
     return "\n\n".join(parts) + "\n"
@@ -59,9 +60,9 @@ def _count(number: int, names: str) -> str:
     return f"{number} {names if number != 1 else names.removesuffix('s')}"
 
 
-def _metric_rows(judged: Findings | Evidence) -> list[tuple[str, ...]]:
+def _metric_rows(evidence: Findings | Evidence) -> list[tuple[str, ...]]:
     rows = []
-    for name, metric in judged.metrics.items():
+    for name, metric in evidence.metrics.items():
         found = metric.difference
         shown = "" if found is None else f"{found.mean:+.4g} [{found.low:+.4g}, {found.high:+.4g}]"
         means = [_shown(None if side is None else side.mean) for side in (metric.served, metric.candidate)]

@@ -41,20 +41,20 @@ def promote(
     images: Sequence[GeneratedImage],
     why: str,
     who: str,
-    judged: Findings | None = None,
+    findings: Findings | None = None,
     allow_dirty: bool = False,
 ) -> Slot:
     """Write `config` into the slot `folder`, with `images` as its goldens, and what was found of it as its evidence.
 
-    `judged` comes from a comparison of `config` with what the slot holds (`Comparison.judged`, `read_findings`); only a
-    slot that holds nothing yet can do without. The slot's limits stay as they are; a new one gets those that go with
-    the model. Raises `SlotError`, and leaves the slot as it is, where
+    `findings` comes from a comparison of `config` with what the slot holds (`Comparison.findings`, `read_findings`);
+    only a slot that holds nothing yet can do without. The slot's limits stay as they are; a new one gets those that go
+    with the model. Raises `SlotError`, and leaves the slot as it is, where
 
     - there is no image or no reason, or an image is of another configuration or other weights than the first;
-    - a gate failed, or `judged` is of another configuration, or of other weights, libraries or code than the images;
+    - a gate failed, or `findings` is of another configuration, or of other weights, libraries or code than the images;
     - the work tree has uncommitted changes, now or when it was compared, without `allow_dirty`;
     - `folder` is neither a slot, nor an empty folder, nor absent;
-    - the slot does not hold what `judged` compared with, as when another promotion came first.
+    - the slot does not hold what `findings` compared with, as when another promotion came first.
 
     What the slot held is kept in `.replaced/`, beside it.
     """
@@ -62,18 +62,18 @@ def promote(
     if not images or not why.strip():
         raise SlotError("a promotion must come with at least one image and a reason. Example: why='sharper hats'")
     _check_images(config, images)
-    if judged is not None:
-        _check_promotable(config, judged, images[0])
-    commit, dirty = clean_state(allow_dirty, was_dirty=judged is not None and judged.dirty)
+    if findings is not None:
+        _check_promotable(config, findings, images[0])
+    commit, dirty = clean_state(allow_dirty, was_dirty=findings is not None and findings.dirty)
     goldens = {_golden_name(number, image): image for number, image in enumerate(images, 1)}
     record = images[0].record
-    found = {} if judged is None else {name: getattr(judged, name) for name in FOUND}
+    found = {} if findings is None else {name: getattr(findings, name) for name in FOUND}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with alone(folder.parent):
-        _check_unchanged(folder, judged.replaces if judged else None)
+        _check_unchanged(folder, findings.replaces if findings else None)
         evidence = Evidence(
             digest=config.digest,
-            replaces=judged.replaces if judged else None,
+            replaces=findings.replaces if findings else None,
             model=config.model,
             limits=_carried(folder, config),
             who=who,
@@ -121,21 +121,21 @@ def _check_images(config: GenerationConfig, images: Sequence[GeneratedImage]) ->
             )
 
 
-def _check_promotable(config: GenerationConfig, judged: Findings, image: GeneratedImage) -> None:
-    if judged.digest != config.digest:
+def _check_promotable(config: GenerationConfig, findings: Findings, image: GeneratedImage) -> None:
+    if findings.digest != config.digest:
         raise SlotError(
             f"the evidence must speak of the configuration promoted, {config.digest}; received evidence of "
-            f"{judged.digest!r}. Compare the candidate with the slot again"
+            f"{findings.digest!r}. Compare the candidate with the slot again"
         )
     for name in STALE_FIELDS:
-        before, now = getattr(judged, name), getattr(image.record, name)
+        before, now = getattr(findings, name), getattr(image.record, name)
         if before != now:
             before, now = ({name: value} if isinstance(value, str) else value for value in (before, now))
             raise SlotError(
                 f"the evidence is stale: its {name} are not those the goldens are drawn with: "
                 f"{changed_values(before, now)}. Compare the candidate with the slot again"
             )
-    if failed := [gate for gate in judged.gates if not gate.passed]:
+    if failed := [gate for gate in findings.gates if not gate.passed]:
         said = "; ".join(f"{gate.gate} ({gate.figures})" for gate in failed)
         raise SlotError(f"a promotion must pass all of its gates; failed: {said}")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from sdxl_lab.config import GenerationConfig
 from sdxl_lab.declaration import nearest
-from sdxl_lab.evaluation.metrics import Metric, find
+from sdxl_lab.evaluation.metrics import Metric, find_metric
 
 LIMIT = 10_000  # cells
 LONGEST = 1_000_000  # values of a range
@@ -132,7 +132,7 @@ def overlaid(config: GenerationConfig, table: Any) -> GenerationConfig:
 def named_metric(name: str, clip: str = "nano") -> Metric:
     """A metric by its name, or one of yours as `module:attribute`. Raises `MetricError` or `SweepError`."""
     if not isinstance(name, str) or ":" not in name:
-        return find(name, clip)
+        return find_metric(name, clip)
     try:
         metric = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:

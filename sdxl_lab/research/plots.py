@@ -1,9 +1,8 @@
-"""Images of images and of tables: labelled grids, quality against cost, curves.
+"""Plots of a sweep's table: labelled grids of images, quality against cost, curves.
 
-A table is a sweep's: one row an image, with its settings, `prompt`, `seed`, numbers and `image`, the id under which
-`images` gives it. Every plot is an image at twice the size at which a README shows it, in colours that the
-colour-blind tell apart (Okabe and Ito 2008) and with a mark of its own for every line. Knows no engine, no files, and
-of a sheet of images only what stands where.
+The table has one row an image: its settings, `prompt`, `seed`, numbers, and `image`, the key by which `images` returns
+it. Every plot is an image at twice the size at which a README shows it. Its colours can be told apart by the
+colour-blind (Okabe and Ito 2008), and every line has a mark of its own.
 """
 
 import json
@@ -21,46 +20,47 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from PIL import Image, ImageDraw
 
-from sdxl_lab.evaluation.metrics import METRICS, Interval, interval
+from sdxl_lab.evaluation.metrics import METRICS
+from sdxl_lab.evaluation.statistics import Interval, interval
 from sdxl_lab.images import GeneratedImage
-from sdxl_lab.research.sheet import FAINT, GAP, INK, PALE, Axis, Panel, fitted, page, typeface
+from sdxl_lab.research.sheet import FAINT, GAP, INK, PALE, Axis, Grid, fitted, page, typeface
 
 LABEL = 26
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#555555")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 Images = Callable[[str], GeneratedImage]
-Place = tuple[Any, Any, Any]  # the values of a grid's panel, row and column
+Place = tuple[Any, Any, Any]  # a grid's value, its row and its column
 T = TypeVar("T")
 PAIR = ["prompt", "seed"]
 
 
 class PlotError(ValueError):
-    """A table lacks what a plot should show, or says more than it can."""
+    """A table lacks what a plot should show, or has several values for one place."""
 
 
-# --- words ---------------------------------------------------------------------------------------------------------
+# --- labels --------------------------------------------------------------------------------------------------------
 
 
 NAMES = {"clip_score": "CLIP score", "ssim": "SSIM", "psnr": "PSNR (dB)", "seconds": "seconds an image"}
 
 
-def words(column: str) -> str:
-    """A column's name as people read it: `refiner.handover` is "refiner handover"."""
+def column_label(column: str) -> str:
+    """A column's name for people: `refiner.handover` is "refiner handover"."""
     return NAMES.get(column, column.replace(".", " ").replace("_", " ").replace("unet", "UNet"))
 
 
-def said(value: Any) -> str:
-    """A table's value as people read it: "none" for a missing one, `0.28 to 5.42` for a pair."""
+def value_label(value: Any) -> str:
+    """A table's value for people: "none" for a missing one, `0.28 to 5.42` for a pair."""
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return "none"
     if isinstance(value, str) and value.startswith(("[", "{")):
         with suppress(ValueError):
             value = json.loads(value)
     if isinstance(value, list | tuple):
-        return " to ".join(said(each) for each in value)
+        return " to ".join(value_label(each) for each in value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{words(name)} {said(each)}" for name, each in value.items())
+        return ", ".join(f"{column_label(name)} {value_label(each)}" for name, each in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -78,7 +78,7 @@ def _need(table: pd.DataFrame, *columns: str) -> None:
 
 
 def _values(table: pd.DataFrame, column: str) -> list[Any]:
-    """A column's different values, numbers by size, others as they come; a missing one first."""
+    """A column's distinct values: a missing one first, then numbers by size, others in their order."""
     found = [None if pd.isna(value) else value for value in table[column].unique()]
     kept = [value for value in found if value is not None]
     numbers = all(isinstance(value, int | float | np.number) for value in kept)
@@ -121,13 +121,13 @@ def image_grid(
     side: int = 192,
     width: int = 1800,
 ) -> Image.Image:
-    """Images along two axes, or three: one grid a value of `panels`, beside one another as long as `width` pixels
-    allow. An axis is any column: a setting, `prompt` or `seed`; without `down` there is one row.
+    """Images along two or three axes: one grid for each value of `panels`, as many beside one another as fit into
+    `width` pixels. An axis is any column: a setting, `prompt` or `seed`. Without `down` there is one row.
 
-    Over the whole stands what all images share of prompt and seed; under each the numbers named in `notes`. A
-    image is as large as it was drawn, or smaller so that neither of its sides is above `side`. A cell that failed
-    says why, one that is not in the table stays empty. Raises `PlotError` for a column that is not there, and where the
-    axes leave several images in one place.
+    The title is the prompt and the seed that all images share; the numbers named in `notes` are under each image. An
+    image is scaled down where a side is longer than `side`. A cell that failed shows the reason, and one that is not in
+    the table stays empty. Raises `PlotError` for a missing column, and where the axes leave several images in one
+    place.
     """
     axes = (panels, down, across)
     _need(table, *filter(None, axes), "image", *notes)
@@ -135,16 +135,18 @@ def image_grid(
     cells = {place: _cell(table, axes, place, images, side) for place in product(sheets, rows, columns)}
     size = next((cell.size for cell in cells.values() if isinstance(cell, Image.Image)), (side, side))
     below = {place: _notes(table, axes, place, notes, size[0]) for place in cells}
-    panel = Panel(size, _axis(across, columns), _axis(down, rows) if down else None, max(map(len, below.values())))
+    layout = Grid(size, _axis(across, columns), _axis(down, rows) if down else None, max(map(len, below.values())))
     drawn = [
-        panel.draw(f"{words(panels)}: {said(sheet)}" if panels else "", _of(cells, sheet), _of(below, sheet))
+        layout.draw(
+            f"{column_label(panels)}: {value_label(sheet)}" if panels else "", _of(cells, sheet), _of(below, sheet)
+        )
         for sheet in sheets
     ]
     return page(_shared(table, axes), drawn, width)
 
 
 def _axis(column: str, values: Sequence[Any]) -> Axis:
-    return Axis(words(column), values, [said(value) for value in values])
+    return Axis(column_label(column), values, [value_label(value) for value in values])
 
 
 def _of(places: Mapping[Place, T], sheet: Any) -> dict[tuple[Any, Any], T]:
@@ -152,7 +154,7 @@ def _of(places: Mapping[Place, T], sheet: Any) -> dict[tuple[Any, Any], T]:
 
 
 def _at(table: pd.DataFrame, axes: Sequence[str | None], place: Place) -> tuple[dict[str, Any], pd.DataFrame]:
-    """The settings that a place stands for, and the table's rows that have them."""
+    """The settings of a place, and the table's rows with these settings."""
     settings = {axis: value for axis, value in zip(axes, place, strict=True) if axis is not None}
     return settings, _where(table, settings)
 
@@ -160,13 +162,13 @@ def _at(table: pd.DataFrame, axes: Sequence[str | None], place: Place) -> tuple[
 def _cell(
     table: pd.DataFrame, axes: Sequence[str | None], place: Place, images: Images, side: int
 ) -> Image.Image | str:
-    """The image of a place, or why there is none."""
+    """The image of a place, or the reason why there is none."""
     settings, found = _at(table, axes, place)
     if len(found) > 1:
         others = found.drop(columns=[*settings, "image"]).astype(str).nunique()
         raise PlotError(
-            f"a grid must have one image a place; at {said(settings)} the table has {len(found)}, which differ in "
-            f"{', '.join(others[others > 1].index)}. Make one of these the third axis, or keep one. Example: "
+            f"a grid must have one image a place; at {value_label(settings)} the table has {len(found)}, which differ "
+            f"in {', '.join(others[others > 1].index)}. Make one of these the third axis, or keep one. Example: "
             "table[table.seed == 0]"
         )
     if found.empty:
@@ -189,7 +191,7 @@ def _notes(
     if not notes or found.empty or found.iloc[0][list(notes)].isna().any():
         return []
     values = [
-        f"{found.iloc[0][note]:.3g} s" if note == "seconds" else f"{words(note)} {found.iloc[0][note]:.3g}"
+        f"{found.iloc[0][note]:.3g} s" if note == "seconds" else f"{column_label(note)} {found.iloc[0][note]:.3g}"
         for note in notes
     ]
     together = ", ".join(values)
@@ -198,7 +200,7 @@ def _notes(
 
 
 def _shared(table: pd.DataFrame, axes: Sequence[str | None]) -> str:
-    """The prompt and the seed, where all images have the same."""
+    """The prompt and the seed that all images share."""
     parts = []
     for name, form in (("prompt", "“{}”"), ("seed", "seed {}")):
         if name in table and name not in axes and table[name].nunique() == 1:
@@ -232,7 +234,7 @@ STYLE: dict[Any, Any] = {
 
 
 def _painted(size: tuple[float, float], columns: int, paint: Callable[[Figure, list[Axes]], None]) -> Image.Image:
-    """A figure of `size` inches with its axes side by side, as an image; matplotlib's own state is left alone."""
+    """A figure of `size` inches with its axes side by side, as an image. matplotlib's global state is not changed."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, dpi=DOTS, layout="constrained")
         axes = figure.subplots(1, columns, squeeze=False)[0]
@@ -243,7 +245,7 @@ def _painted(size: tuple[float, float], columns: int, paint: Callable[[Figure, l
 
 
 def _sure(values: np.ndarray, prompts: Sequence[str]) -> Interval:
-    """The interval over prompts where there are several, else over seeds; a single value is its own."""
+    """The interval over prompts, or over seeds for a single prompt; a single value is its own interval."""
     if len(values) < 2:
         mean = float(values.mean()) if len(values) else float("nan")
         return Interval(mean, mean, mean, len(values))
@@ -259,14 +261,14 @@ def front(
 ) -> pd.DataFrame:
     """What `quality_against_cost` shows: a row for each combination of the columns `by`, cheapest first.
 
-    Columns: `by`, `quality` (its mean), `low`, `high`, `cost` (its median: one slow moment of a machine is no cost of a
-    setting), `count`, `front` (whether no other combination is as good for less, or better for the same) and `worse`
-    (whether it is worse than the best by more than chance: the interval of the paired difference keeps off zero).
-    `better` is "higher" or "lower", by default as the metric says.
+    Columns: `by`, `quality` (the mean), `low`, `high`, `cost` (the median, which ignores a slow moment of the machine),
+    `count`, `front` (whether no other combination is as good for less, or better for the same) and `worse` (whether it
+    is significantly worse than the best: the interval of the paired difference excludes zero). `better` is "higher" or
+    "lower", by default the metric's own direction.
 
-    Only prompts and seeds that every combination has count, so that all are judged by the same ones; a combination of
-    which no image is there is left out. The 95 % interval is the one within pairs (Cousineau 2005, corrected by
-    Morey 2008): what prompts and seeds differ in among themselves is taken out. Raises `PlotError`.
+    Only prompts and seeds that every combination has are counted; a combination without images is left out. The 95 %
+    interval is the one within pairs (Cousineau 2005, corrected by Morey 2008), which removes the spread between prompts
+    and seeds. Raises `PlotError`.
     """
     _need(table, *by, quality, cost, *PAIR)
     up = _better(quality, better) == "higher"
@@ -278,7 +280,7 @@ def front(
     ]
     for settings, found in groups:
         if not found.index.is_unique:
-            raise PlotError(_several(", ".join(by), ", ".join(map(said, settings))))
+            raise PlotError(_several(", ".join(by), ", ".join(map(value_label, settings))))
     common = groups[0][1].index if groups else pd.Index([])
     for _, found in groups:
         common = common.intersection(found.index)
@@ -322,9 +324,10 @@ def quality_against_cost(
     cost: str = "seconds",
     better: str | None = None,
 ) -> Image.Image:
-    """A line a value of `series`, a point a value of `along`: the mean `quality` over prompts and seeds with its 95 %
-    interval within pairs, against `cost`. The Pareto front is the black line; what stands on it is named. Raises as
-    `front` does.
+    """The mean `quality` over prompts and seeds, with its 95 % interval within pairs, against `cost`.
+
+    There is a line for each value of `series` and a point for each value of `along`. The Pareto front is the black
+    line, and its points are labelled. Raises `PlotError`, as `front` does.
     """
     found = front(table, [series, along], quality, cost, better)
     up = _better(quality, better) == "higher"
@@ -335,16 +338,16 @@ def quality_against_cost(
             line = _where(found, {series: name}).sort_values(along)
             errors = [line["quality"] - line["low"], line["high"] - line["quality"]]
             ax.errorbar(line["cost"], line["quality"], errors, fmt="none", ecolor=colour, alpha=0.4, elinewidth=1.5)
-            ax.plot(line["cost"], line["quality"], f"-{mark}", color=colour, label=said(name), lw=1.3, ms=6)
+            ax.plot(line["cost"], line["quality"], f"-{mark}", color=colour, label=value_label(name), lw=1.3, ms=6)
         best = found[found["front"]]
         ax.plot(best["cost"], best["quality"], color=INK, lw=2.2, alpha=0.85, label="Pareto front", zorder=4)
         ax.plot(best["cost"], best["quality"], "o", ms=12, mfc="none", mec=INK, mew=1.5, zorder=5)
         before, reach = -np.inf, np.ptp(found["cost"])
         low, high = ends = ax.get_xlim()
         for _, point in best.iterrows():
-            above = up if point["cost"] - before > 0.25 * reach else not up  # so that names of neighbours keep apart
+            above = up if point["cost"] - before > 0.25 * reach else not up  # keeps the labels of neighbours apart
             before = point["cost"] if above == up else -np.inf
-            name = f"{said(point[series])}, {said(point[along])}"
+            name = f"{value_label(point[series])}, {value_label(point[along])}"
             room = 0.024 * len(name) * (ends[1] - ends[0])
             low, high = (
                 (min(low, point["cost"] - room), high) if above == up else (low, max(high, point["cost"] + room))
@@ -362,16 +365,22 @@ def quality_against_cost(
             )
             text.set_in_layout(False)
             text.set_path_effects([withStroke(linewidth=3, foreground="white", alpha=0.9)])
-        ax.set(xlabel=words(cost), ylabel=words(quality), title=f"{words(quality)} against {words(cost)}")
+        ax.set(
+            xlabel=column_label(cost),
+            ylabel=column_label(quality),
+            title=f"{column_label(quality)} against {column_label(cost)}",
+        )
         ax.set_xticks([tick for tick in ax.get_xticks() if max(ends[0], 0) <= tick <= ends[1]])
         ax.set_xlim(low, high)
-        figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", title=words(series), fontsize=9)
+        figure.legend(
+            *ax.get_legend_handles_labels(), loc="outside right upper", title=column_label(series), fontsize=9
+        )
 
     return _painted((9.0, 5.0), 1, paint)
 
 
 def _marks() -> Any:
-    """A mark for each line: the next one every time the colours begin anew, so that no two lines look alike."""
+    """A mark for each line, another one each time the colours repeat, so that no two lines look alike."""
     return (MARKS[(index + index // len(COLOURS)) % len(MARKS)] for index in range(len(MARKS) * len(COLOURS)))
 
 
@@ -384,11 +393,11 @@ def curves(
     baseline: pd.DataFrame | None = None,
     baseline_name: str = "base alone",
 ) -> Image.Image:
-    """A panel a metric: its mean along `x` with a band for the 95 % interval over prompts and seeds, a line a value of
-    `series`.
+    """The mean of each metric along `x`, with a band for its 95 % interval over prompts and seeds: one plot for each
+    metric, one line for each value of `series`.
 
-    With `baseline`, a table of the same prompts and seeds, the curves show the paired difference from it, and zero is
-    drawn: a band that keeps off zero is a difference. Rows where `x` is missing are left out. Raises `PlotError`.
+    With `baseline`, a table of the same prompts and seeds, the curves show the paired difference from it beside a line
+    at zero: a band that excludes zero is a difference. Rows without `x` are left out. Raises `PlotError`.
     """
     _need(table, x, *metrics, *([series] if series else []), *PAIR)
     table = table[table[x].notna()]
@@ -403,7 +412,7 @@ def curves(
         for ax, metric in zip(axes, metrics, strict=True):
             for name, colour, mark in zip(names, COLOURS, MARKS, strict=False):
                 line = lines[metric, name]
-                label = said(name) if series else None
+                label = value_label(name) if series else None
                 ax.fill_between(line[x], line["low"], line["high"], color=colour, alpha=0.15, lw=0)
                 ax.plot(line[x], line["mean"], f"-{mark}", color=colour, lw=1.6, ms=5, label=label)
             if baseline is not None:
@@ -412,20 +421,20 @@ def curves(
                     baseline_name, (1, 0), xycoords=("axes fraction", "data"), xytext=(0, 3),
                     textcoords="offset points", ha="right", fontsize=8.5, color=FAINT,
                 )  # fmt: skip
-            ax.set(xlabel=words(x), title=words(metric))
+            ax.set(xlabel=column_label(x), title=column_label(metric))
             ax.margins(x=0.04, y=0.12)
         axes[0].set_ylabel(
             f"difference from {baseline_name}" if baseline is not None else "mean over prompts and seeds"
         )
         if series:
             handles = axes[0].get_legend_handles_labels()
-            figure.legend(*handles, loc="outside right upper", title=words(series), fontsize=9)
+            figure.legend(*handles, loc="outside right upper", title=column_label(series), fontsize=9)
 
     return _painted((max(5.5, 4.0 * len(metrics)), 3.9), len(metrics), paint)
 
 
 def curve(table: pd.DataFrame, x: str, metric: str, baseline: pd.DataFrame | None = None) -> pd.DataFrame:
-    """A line of `curves` as numbers: `x`, `mean`, `low`, `high`, `count`. With `baseline` of the paired difference.
+    """A line of `curves` as numbers: `x`, `mean`, `low`, `high`, `count`; with `baseline`, of the paired difference.
 
     Raises `PlotError` where a prompt and seed have several images at one `x`, or none in the baseline.
     """
@@ -433,7 +442,7 @@ def curve(table: pd.DataFrame, x: str, metric: str, baseline: pd.DataFrame | Non
     for value in _values(table, x):
         found = _where(table, {x: value})
         if found.duplicated(PAIR).any():
-            raise PlotError(_several(x, said(value)))
+            raise PlotError(_several(x, value_label(value)))
         found = found.dropna(subset=[metric])
         values = found[metric].to_numpy() if baseline is None else _differences(found, baseline, metric)
         sure = _sure(values, list(found["prompt"]))
@@ -442,7 +451,7 @@ def curve(table: pd.DataFrame, x: str, metric: str, baseline: pd.DataFrame | Non
 
 
 def _differences(found: pd.DataFrame, baseline: pd.DataFrame, metric: str) -> np.ndarray:
-    """From the baseline's image of the same prompt and seed, row by row."""
+    """The difference from the baseline's image of the same prompt and seed, row by row."""
     before = found[PAIR].merge(baseline[[*PAIR, metric]], on=PAIR, how="left", validate="m:1")[metric].to_numpy()
     if np.isnan(before).any():
         missing = found.iloc[int(np.flatnonzero(np.isnan(before))[0])]

@@ -1,6 +1,6 @@
-"""Sheets: images and words laid out in pixels, and nothing of what they show.
+"""Sheets: images and text laid out in pixels.
 
-A sheet is an image at twice the size at which a README shows it. Knows no tables, no settings and no files.
+A sheet is an image at twice the size at which a README shows it.
 """
 
 import textwrap
@@ -16,16 +16,16 @@ GAP, MARGIN = 8, 24
 NOTE = 20  # the line under an image
 
 
-# --- words ---------------------------------------------------------------------------------------------------------
+# --- text ----------------------------------------------------------------------------------------------------------
 
 
 def typeface(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """The font that the plots have, too."""
+    """The font of the plots."""
     return ImageFont.truetype(Path(mpl.get_data_path(), "fonts/ttf", f"DejaVuSans{'-Bold' * bold}.ttf"), size)
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """At most `lines` lines of at most `width` pixels; what is left over becomes an ellipsis."""
+    """At most `lines` lines of at most `width` pixels; an ellipsis replaces the rest."""
     across = next((n for n in range(len(text), 0, -1) if _widest(textwrap.wrap(text, n), font) <= width), 1)
     found = textwrap.wrap(text, across, max_lines=lines, placeholder="…")
     return [fitted(line, width, font) for line in found]
@@ -36,7 +36,7 @@ def _widest(lines: Sequence[str], font: ImageFont.FreeTypeFont) -> float:
 
 
 def fitted(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    """The text, or as much of it as fits, with an ellipsis."""
+    """The text, shortened with an ellipsis to fit."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -48,18 +48,18 @@ def fitted(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeType
 
 
 class Axis(NamedTuple):
-    """A grid's axis: its name, its values, and each value as it is shown."""
+    """A grid's axis: its name, its values, and the label of each value."""
 
     name: str
     values: Sequence[Any]
     labels: Sequence[str]
 
 
-class Panel:
-    """One grid: the axes' names and values around images of one size."""
+class Grid:
+    """Images of one size in rows and columns, with the axes' names and values around them."""
 
     def __init__(self, size: tuple[int, int], across: Axis, down: Axis | None, notes: int) -> None:
-        """`size` is an image's (width, height), `notes` how many lines stand under each."""
+        """`size` is an image's (width, height), `notes` the number of lines under each."""
         self.size, self.across, self.down, self.notes = size, across, down, notes
         self.rows = down.values if down else [None]
         self.small, self.bold = typeface(12), typeface(14, bold=True)
@@ -117,13 +117,13 @@ class Panel:
             pen.text((left + 8, top + 8 + 16 * number), line, fill=FAINT, font=self.small)
 
 
-def page(title: str, panels: Sequence[Image.Image], width: int) -> Image.Image:
-    """Panels of one size beside one another, as many as fit into `width`, under a title."""
-    across, down = panels[0].size
+def page(title: str, grids: Sequence[Image.Image], width: int) -> Image.Image:
+    """Drawn grids of one size under a title, as many beside one another as fit into `width`."""
+    across, down = grids[0].size
     apart = 2 * MARGIN
-    fit = max(1, min(len(panels), (width - 2 * MARGIN + apart) // (across + apart)))
-    rows = -(-len(panels) // fit)
-    in_a_row = -(-len(panels) // rows)
+    fit = max(1, min(len(grids), (width - 2 * MARGIN + apart) // (across + apart)))
+    rows = -(-len(grids) // fit)
+    in_a_row = -(-len(grids) // rows)
     inner = in_a_row * (across + apart) - apart
     font = typeface(15)
     lines = wrapped(title, font, max(inner, 400), 3) if title else []
@@ -133,6 +133,6 @@ def page(title: str, panels: Sequence[Image.Image], width: int) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for number, line in enumerate(lines):
         pen.text((MARGIN, MARGIN + 22 * number), line, fill=INK, font=font)
-    for index, panel in enumerate(panels):
-        sheet.paste(panel, (MARGIN + index % in_a_row * (across + apart), top + index // in_a_row * (down + apart)))
+    for index, grid in enumerate(grids):
+        sheet.paste(grid, (MARGIN + index % in_a_row * (across + apart), top + index // in_a_row * (down + apart)))
     return sheet

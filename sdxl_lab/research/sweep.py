@@ -1,8 +1,7 @@
-"""Sweeps: axes over configuration, prompt and seed, made into cells and from cells into a table.
+"""Sweeps: axes over configuration, prompt and seed give cells, and drawn cells give a table.
 
-Everything is checked before anything is drawn. What was drawn stays in the cells: a sweep that was stopped goes on
-where it was, a longer one draws only what is new, and the table can always be made again. How a cell is drawn, kept and
-measured it does not know.
+Everything is checked before anything is drawn. Images stay in the cache: a sweep that was stopped continues where it
+was, a longer one draws only what is new, and the table can always be made again.
 """
 
 import itertools
@@ -48,7 +47,7 @@ Axes = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True)
 class Sweep:
-    """ImageCache, and beside each the axes' values it stands for. Built by `product` or `from_toml`."""
+    """Cells, each with its values of the axes. Built by `product` or `from_toml`."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -70,10 +69,11 @@ class Sweep:
     ) -> "Sweep":
         """Every combination of the axes' values over `config`.
 
-        An axis is `prompt` (needed), `seed` (default 0), `config` (whole configurations, or files of them) or any field
-        of the configuration. The axes of one table of `zipped` go together, value by value. Where a combination has no
-        refiner, the refiner's fields do not apply, and its doubles are left out. `reference` is the configuration whose
-        images metrics like SSIM compare with. Raises `SweepError`, `ConfigError` or `MetricError`.
+        An axis is `prompt` (required), `seed` (default 0), `config` (whole configurations, or files of them) or any
+        field of the configuration. The axes of one table in `zipped` advance together, value by value. The refiner's
+        fields do not apply to a combination without a refiner, and duplicates that this leaves are dropped. `reference`
+        is the configuration whose images metrics like SSIM compare with. Raises `SweepError`, `ConfigError` or
+        `MetricError`.
         """
         groups = _groups(axes, zipped)
         if not isinstance(limit, int) or limit < 1:
@@ -129,7 +129,7 @@ class Sweep:
 
 
 def _groups(axes: Axes, zipped: Sequence[Axes]) -> list[dict[str, list[Any]]]:
-    """The axes as groups that go together: each of `axes` alone, each table of `zipped` as one."""
+    """Groups of axes that advance together: each of `axes` alone, each table of `zipped` as one."""
     groups = [{name: _axis(name, values)} for name, values in axes.items()]
     for table in zipped:
         group = {name: _axis(name, values) for name, values in flat(table).items()}
@@ -151,14 +151,14 @@ def _groups(axes: Axes, zipped: Sequence[Axes]) -> list[dict[str, list[Any]]]:
 
 
 def _axis(name: str, values: Any) -> list[Any]:
-    """An axis's values; those of `config` read, each with the name that the table shows."""
+    """An axis's values. Those of `config` are read from their files, each with the name that the table shows."""
     found = spread(name, values)
     if name != "config":
         return found
     return [
         (value.short_digest, value)
         if isinstance(value, GenerationConfig)
-        else (_short(value), GenerationConfig.from_toml(value))
+        else (_file_label(value), GenerationConfig.from_toml(value))
         for value in found
     ]
 
@@ -170,8 +170,8 @@ def _combinations(groups: list[dict[str, list[Any]]]) -> Iterator[dict[str, Any]
 
 
 def _cell(config: GenerationConfig, combination: Mapping[str, Any]) -> tuple[Cell, dict[str, Any]]:
-    """The cell, and its settings as the table shows them. The fields go over a whole configuration; a record's fields
-    do not apply where the record was taken out."""
+    """The cell, and its settings as the table shows them. Fields change a whole configuration; the fields of a nested
+    record do not apply where the record is none."""
     settings = dict(combination)
     prompt, seed = settings["prompt"], settings.setdefault("seed", 0)
     if "config" in settings:
@@ -187,8 +187,8 @@ def _cell(config: GenerationConfig, combination: Mapping[str, Any]) -> tuple[Cel
     return Cell(config.changed(values), prompt, seed), settings
 
 
-def _short(path: Any) -> str:
-    """A configuration's file by a name that tells it from others: `nano/config` for `promoted/nano/config.toml`."""
+def _file_label(path: Any) -> str:
+    """A short name of a configuration's file: `nano/config` for `promoted/nano/config.toml`."""
     path = Path(path)
     return f"{path.resolve().parent.name}/{path.stem}" if path.stem == "config" else path.stem
 
@@ -204,78 +204,78 @@ def _shown(value: Any, name: str) -> Any:
 # --- running it ----------------------------------------------------------------------------------------------------
 
 
-def run(
+def run_sweep(
     sweep: Sweep,
     *,
     out: Path | str | None = None,
-    cells: Path | str = FOLDER,
+    cache: Path | str = FOLDER,
     profile: RuntimeProfile | None = None,
     engine: Engine | None = None,
     on_progress: OnProgress | None = None,
 ) -> pd.DataFrame:
-    """Draw and measure what is missing, and give the table: one row a cell, also written to `out/table.parquet`.
+    """Draw and measure what is missing, and return the table: one row a cell, also written to `out/table.parquet`.
 
     Columns: the axes, `prompt`, `seed`, `digest`, `settings` (the whole configuration as JSON), the metrics,
     `unet_calls`, `unet_rows`, `seconds` (denoising, shared with its batch), `image` (the cell's key) and `error` (why
     there is no image or no number).
 
-    Under `accelerate launch` every process draws its share, and each gives the whole table: that of one process, but
-    for a sample here and there that rounds to the next of its 256 values. An interrupt raises `KeyboardInterrupt` and
-    leaves what is finished; run it again to go on.
+    Under `accelerate launch` every process draws its share and returns the whole table. It equals that of one process,
+    but for single samples that round to a neighbouring one of their 256 values. An interrupt raises
+    `KeyboardInterrupt` and keeps what is finished; run the sweep again to continue.
     """
     group, profile = processes(profile, engine)
-    with ImageCache(cells, profile, engine) as store:
-        keys = {store.key(cell): cell for cell in sweep.cells}
-        # In the order of their keys, which is as good as shuffled: every process gets easy and hard ones alike.
+    with ImageCache(cache, profile, engine) as cached:
+        keys = {cached.key(cell): cell for cell in sweep.cells}
+        # The order of the keys is as good as random, so that every process gets cheap and expensive cells.
         shares = sorted(keys) if group.num_processes > 1 else list(keys)
         with group.split_between_processes(shares) as mine:
-            errors = store.complete([keys[key] for key in mine], sweep.metrics, sweep.reference, on_progress)
+            errors = cached.complete([keys[key] for key in mine], sweep.metrics, sweep.reference, on_progress)
         if group.num_processes > 1:
             errors = {key: error for part in gather_object([errors]) for key, error in part.items()}
-            _check_shared(store, keys, errors)
-        table = _table(sweep, store, errors)
+            _check_shared(cached, keys, errors)
+        table = _table(sweep, cached, errors)
     if group.is_main_process:
         write_table(table, Path(out or OUT / sweep.name) / "table.parquet")
     return table
 
 
-def _check_shared(store: ImageCache, keys: Iterable[str], errors: Mapping[str, str]) -> None:
-    """Machines that each draw into a folder of their own would give a table with holes."""
-    lost = [key for key in keys if key not in store and key not in errors]
+def _check_shared(cached: ImageCache, keys: Iterable[str], errors: Mapping[str, str]) -> None:
+    """Refuse machines that draw into separate folders, whose table would have holes."""
+    lost = [key for key in keys if key not in cached and key not in errors]
     if lost:
         raise SweepError(
-            f"all processes of a sweep must draw into one folder that every machine sees; {store.folder} lacks "
-            f"{len(lost)} cells that others drew. Example: --cache /mnt/shared/cells"
+            f"all processes of a sweep must draw into one folder that every machine sees; {cached.folder} lacks "
+            f"{len(lost)} cells that others drew. Example: --cache /mnt/shared/cache"
         )
 
 
 def processes(profile: RuntimeProfile | None, engine: Engine | None) -> tuple[PartialState, RuntimeProfile]:
-    """This process among those of `accelerate launch`, alone without it, and the profile it draws with: that of the
-    engine where one is lent, else each of many on the GPU that is its own. Nobody gives up waiting for a slower one."""
+    """This process among those of `accelerate launch`, and the profile that it draws with: the engine's, or one with
+    this process's own GPU. Processes wait for slower ones without a time limit."""
     profile = engine.profile if engine else profile or RuntimeProfile()
-    patience = {"timeout": timedelta(days=30)} if "LOCAL_RANK" in os.environ else {}
-    group = PartialState(cpu=placement(profile)[0].type == "cpu", **patience)
+    waiting = {"timeout": timedelta(days=30)} if "LOCAL_RANK" in os.environ else {}
+    group = PartialState(cpu=placement(profile)[0].type == "cpu", **waiting)
     if engine is None and group.num_processes > 1 and group.device.type == "cuda":
         profile = profile.with_(device=f"cuda:{group.local_process_index}")
     return group, profile
 
 
-def _table(sweep: Sweep, store: ImageCache, errors: Mapping[str, str]) -> pd.DataFrame:
+def _table(sweep: Sweep, cached: ImageCache, errors: Mapping[str, str]) -> pd.DataFrame:
     rows = []
     for cell, settings in zip(sweep.cells, sweep.settings, strict=True):
-        key = store.key(cell)
+        key = cached.key(cell)
         row = settings | {"prompt": cell.prompt, "seed": cell.seed, "digest": cell.config.digest}
         row |= {"settings": canonical(cell.config.to_dict())} | {metric.name: math.nan for metric in sweep.metrics}
         row |= {"unet_calls": math.nan, "unet_rows": math.nan, "seconds": math.nan}
-        if key in store:
-            reference = store.key(Cell(sweep.reference, cell.prompt, cell.seed)) if sweep.reference else None
-            row |= store.costs(key) | store.values(key, sweep.metrics, reference)
-        rows.append(row | {"image": key if key in store else None, "error": errors.get(key)})
+        if key in cached:
+            reference = cached.key(Cell(sweep.reference, cell.prompt, cell.seed)) if sweep.reference else None
+            row |= cached.costs(key) | cached.values(key, sweep.metrics, reference)
+        rows.append(row | {"image": key if key in cached else None, "error": errors.get(key)})
     return pd.DataFrame(rows).astype({"image": "str", "error": "str"})
 
 
 def summary(sweep: Sweep, table: pd.DataFrame) -> pd.DataFrame:
-    """The mean over prompts and seeds for every other combination of the axes."""
+    """The mean over prompts and seeds for every combination of the other axes."""
     axes = [name for name in dict.fromkeys(name for row in sweep.settings for name in row) if name not in PAIRS]
     numbers = [*dict.fromkeys([*(metric.name for metric in sweep.metrics), "unet_rows"])]
     groups = table.groupby(axes, dropna=False, sort=False) if axes else table.groupby(lambda _: "all")
@@ -283,7 +283,7 @@ def summary(sweep: Sweep, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Whole or not at all."""
+    """Write the table whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.part")
     table.to_parquet(beside)
@@ -299,5 +299,5 @@ def read_table(path: Path | str) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         raise SweepError(
             f"{path} must be a table that a sweep wrote; {type(error).__name__}: {error}. Nothing is lost: run the "
-            "sweep again, and it is made from the cells without drawing. Example: python -m sdxl_lab sweep FILE.toml"
+            "sweep again, and it is made from the cache without drawing. Example: python -m sdxl_lab sweep FILE.toml"
         ) from error

@@ -1,8 +1,8 @@
 """Tuning: an Optuna study over fields of the configuration, for a metric's mean against the cost in UNet rows.
 
-Every trial draws the same pairs of prompt and seed, as cells: what another trial, a sweep or an interrupted run has
-drawn is not drawn again. The study itself is Optuna's, in Optuna's storage; it resumes, and many workers may share it.
-How a cell is drawn, kept and measured this module does not know.
+Every trial draws the same pairs of prompt and seed as cells of the image cache, so that images of another trial, a
+sweep or an interrupted run are reused. The study is kept in Optuna's storage. It can be resumed and shared by many
+workers.
 """
 
 import json
@@ -61,7 +61,7 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Span:
+class Range:
     """A field's value is a number from `low` to `high`, both included."""
 
     low: float
@@ -83,21 +83,21 @@ class Span:
         return [kind(self.low), kind(self.high)]
 
 
-Space = Mapping[str, Choices | Span]
+Space = Mapping[str, Choices | Range]
 
 
 def _plain(value: Any) -> Any:
-    """A choice as Optuna keeps it: pairs and tables as JSON."""
+    """A choice in a form that Optuna stores: pairs and tables as JSON."""
     return None if value == NONE else json.dumps(value) if isinstance(value, list | tuple | Mapping) else value
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """What is tuned, on what, and how: everything but where it is kept. Built by `over` or `from_toml`.
+    """A study as its file describes it. `from_toml` reads one.
 
     `pairs` are (prompt, seed), the same for every trial, prompts first. A trial may be stopped after `stop_after` pairs
     and every doubling of them, with `confidence` that no trial is stopped wrongly on these pairs. `choose` is "knee",
-    or the most UNet rows that the candidate may take. `start` are settings tried first.
+    or the largest number of UNet rows that the candidate may take. `start` are settings to try first.
     """
 
     name: str
@@ -121,7 +121,7 @@ class StudyPlan:
             )
         if len(self.pairs) < 2:
             raise SweepError(
-                f"a study must have at least two pairs of prompt and seed, for one image proves nothing; received "
+                f"a study must have at least two pairs of prompt and seed, since one image proves nothing; received "
                 f'{len(self.pairs)}. Example: pairs = {{ prompt = ["A cat in a hat", "a blue boat"], seed = [0, 1] }}'
             )
         for name, low in (("trials", 1), ("startup", 1), ("stop_after", 2)):
@@ -146,7 +146,7 @@ class StudyPlan:
                 self._check(name, value)
 
     def _check(self, name: str, value: Any) -> None:
-        """A rule over two fields that are both searched is left to the trials."""
+        """Check one value. A rule over two fields that are both searched is checked in the trials."""
         try:
             self.config.changed({name: value})
         except ConfigError as error:
@@ -159,14 +159,14 @@ class StudyPlan:
 
     @property
     def rungs(self) -> list[int]:
-        """The numbers of pairs after which a trial is looked at; the last is all of them."""
+        """The numbers of pairs after which a trial may be stopped; the last one is all of them."""
         rungs = [self.stop_after]
         while rungs[-1] < len(self.pairs):
             rungs.append(2 * rungs[-1])
         return [*(rung for rung in rungs if rung < len(self.pairs)), len(self.pairs)]
 
     def identity(self, ground: Mapping[str, Any]) -> str:
-        """What must not change while a study goes on, as JSON: base, metric, pairs, and the ground they stand on."""
+        """What must not change between runs of a study, as JSON: base, metric, pairs, and the cache's `ground`."""
         content = {"config": self.config.to_dict(), "metric": [self.metric.name, self.metric.source]}
         return canonical(content | {"pairs": [list(pair) for pair in self.pairs], "ground": ground})
 
@@ -205,7 +205,7 @@ def _whole(name: str) -> bool:
     return name in GenerationConfig.settings() and isinstance(GenerationConfig.setting(name).kind, Whole)
 
 
-def _choices(name: str, value: Any) -> Choices | Span:
+def _choices(name: str, value: Any) -> Choices | Range:
     if not isinstance(value, Mapping):
         return Choices(tuple(spread(name, value)))
     low, high = value.get("from"), value.get("to")
@@ -215,23 +215,25 @@ def _choices(name: str, value: Any) -> Choices | Span:
             f"the range of {name} must have from and to, the first below the second, and may have step or log; "
             f"received {dict(value)}. Example: {RANGE}"
         )
-    span = Span(low, high, value.get("step"), value.get("log", False), _whole(name))  # type: ignore[arg-type]
+    found = Range(low, high, value.get("step"), value.get("log", False), _whole(name))  # type: ignore[arg-type]
     try:
-        span.suggest(optuna.trial.FixedTrial({name: low}), name)  # type: ignore[arg-type]
+        found.suggest(optuna.trial.FixedTrial({name: low}), name)  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
         raise SweepError(
             f"the range of {name} must be one that Optuna can search; {error}. Example: {RANGE}"
         ) from error
-    return span
+    return found
 
 
 # --- the study -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What a study found. `table` has one row a trial, `front` those of them that no other beats in both, cheapest
-    first; `importance` is each field's share in reaching the front and in the metric; `candidate` is chosen by `rule`.
+class StudyResult:
+    """The result of a study.
+
+    `table` has one row a trial. `front` is its Pareto front, cheapest first. `importance` is each field's share in
+    reaching the front and in the metric. `candidate` is the configuration chosen by `rule`, or None.
     """
 
     study: Study
@@ -247,53 +249,52 @@ def tune(
     *,
     out: Path | str | None = None,
     storage: str | None = None,
-    cells: Path | str = FOLDER,
+    cache: Path | str = FOLDER,
     profile: RuntimeProfile | None = None,
     engine: Engine | None = None,
     on_trial: OnTrial | None = None,
-) -> Tuned:
-    """Run the trials that are still to be run, and say what was found, also in `out`: `table.parquet`, `front/*.toml`
-    and `candidate.toml`.
+) -> StudyResult:
+    """Run the remaining trials. The result is also written to `out`: `table.parquet`, `front/*.toml`, `candidate.toml`.
 
-    `storage` is a database URL for Optuna, by default a SQLite file in `out`; workers that share one draw lots of their
-    own, so that they do not try the same settings. Trials count over all workers of a study.
-    An interrupt leaves every finished trial and cell; the trial it hit is tried again. Raises `SweepError` for a study
-    that was begun on something else.
+    `storage` is a database URL for Optuna, by default a SQLite file in `out`. Workers that share one have seeds of
+    their own, so that they do not try the same settings. Trials are counted over all workers of a study. An interrupt
+    keeps every finished trial and cell, and the interrupted trial is tried again. Raises `SweepError` for a study that
+    was begun with another base, metric or pairs.
     """
     out = Path(out or OUT / plan.name)
     workers, profile = processes(profile, engine)
-    with ImageCache(cells, profile, engine) as store:
+    with ImageCache(cache, profile, engine) as cached:
         with workers.main_process_first(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats, names of metrics
-            study = _opened(
+            study = _open_study(
                 plan,
-                storage or f"sqlite:///{_made(out) / 'study.db'}",
-                plan.identity(store.ground(plan.config.model)),
+                storage or f"sqlite:///{_make_folder(out) / 'study.db'}",
+                plan.identity(cached.ground(plan.config.model)),
                 workers.process_index if storage is None else secrets.randbelow(2**20),
             )
 
         def ended(study: Study, trial: FrozenTrial) -> None:
             if on_trial is not None:
                 on_trial(trial)
-            if _counted(study) >= plan.trials:
+            if _count_ended(study) >= plan.trials:
                 study.stop()
 
-        if _counted(study) < plan.trials:
-            study.optimize(lambda trial: _tried(plan, study, store, trial), callbacks=[ended])
+        if _count_ended(study) < plan.trials:
+            study.optimize(lambda trial: _run_trial(plan, study, cached, trial), callbacks=[ended])
     workers.wait_for_everyone()
-    tuned = read_study(plan, study)
+    result = read_study(plan, study)
     if workers.is_main_process:
-        _written(tuned, out)
-    return tuned
+        _write_result(result, out)
+    return result
 
 
-def _made(folder: Path) -> Path:
+def _make_folder(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _opened(plan: StudyPlan, storage: str, identity: str, worker: int) -> Study:
-    """The study, begun or gone on with. A worker that dies is noticed by its heartbeat, and its trial tried again."""
+def _open_study(plan: StudyPlan, storage: str, identity: str, worker: int) -> Study:
+    """Create or resume the study. A heartbeat notices a worker that dies, and its trial is tried again."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         kept = optuna.storages.RDBStorage(
@@ -311,13 +312,13 @@ def _opened(plan: StudyPlan, storage: str, identity: str, worker: int) -> Study:
     except Exception as error:  # SQLAlchemy's, the database driver's and Optuna's own
         raise SweepError(
             f"the storage must be a database that Optuna can open; received {storage!r}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}. The images are safe in the cells. Example: sqlite:///runs/study.db"
+            f"{' '.join(str(error).split())[:300]}. The images are safe in the cache. Example: sqlite:///runs/study.db"
         ) from error
     if begun is not None and begun != identity:
         before, now = json.loads(begun), json.loads(identity)
         differs = ", ".join(sorted(name for name in now if before.get(name) != now[name]))
         raise SweepError(
-            f"the study {plan.name!r} must go on with what it was begun with, or its trials cannot be compared; its "
+            f"the study {plan.name!r} must keep what it was begun with, or its trials cannot be compared; its "
             f'{differs} changed. Give this one a name of its own. Example: name = "second-try"'
         )
     study.set_user_attr("identity", identity)
@@ -332,7 +333,7 @@ def _opened(plan: StudyPlan, storage: str, identity: str, worker: int) -> Study:
 
 
 def _retry_interrupted(study: Study) -> None:
-    """Queue again what an interrupt ended, once. (Optuna itself sees to workers that died without a word.)"""
+    """Queue interrupted trials again, once each. Optuna itself retries those of workers that died."""
     trials = study.get_trials(deepcopy=False)
     stale = optuna.storages.RetryHeartbeatStaleTrialCallback.retried_trial_number
     again = {number for trial in trials for number in (trial.user_attrs.get("retries"), stale(trial))}
@@ -341,9 +342,9 @@ def _retry_interrupted(study: Study) -> None:
             study.enqueue_trial(trial.params, user_attrs={"retries": trial.number})
 
 
-def _tried(plan: StudyPlan, study: Study, store: ImageCache, trial: Trial) -> tuple[float, float]:
-    """One trial: the metric's mean and the UNet rows of an image. Raises `TrialPruned` once it is hopeless, or where
-    its settings cannot be drawn, so that the sampler learns to keep away from both."""
+def _run_trial(plan: StudyPlan, study: Study, cached: ImageCache, trial: Trial) -> tuple[float, float]:
+    """Run one trial: the metric's mean and the UNet rows of an image. Raises `TrialPruned` for a hopeless trial and for
+    settings that cannot be drawn, so that the sampler learns to avoid both."""
 
     def give_up(reason: str) -> optuna.TrialPruned:
         trial.set_user_attr("pruned", reason)
@@ -352,19 +353,19 @@ def _tried(plan: StudyPlan, study: Study, store: ImageCache, trial: Trial) -> tu
     values: list[float] = []
     rows = math.nan
     try:
-        config = _suggested(plan, trial)
+        config = _suggest_config(plan, trial)
         pairs = [Cell(config, *pair) for pair in plan.pairs]
     except ConfigError as error:
         raise give_up(f"cannot be drawn: {error}") from error
     trial.set_user_attr("config", canonical(config.to_dict()))
     for rung in plan.rungs:
         part = pairs[len(values) : rung]
-        keys = [store.key(cell) for cell in part]
-        for key, failure in store.complete(part, [plan.metric]).items():
-            if key in store:  # drawn, but without its number: no fault of the settings
+        keys = [cached.key(cell) for cell in part]
+        for key, failure in cached.complete(part, [plan.metric]).items():
+            if key in cached:  # drawn, but not measured: the settings are not at fault
                 raise SweepError(f"the metric of the study must measure every image; {failure}")
             raise give_up(f"cannot be drawn: {failure}")
-        measured = [store.values(key, [plan.metric])[plan.metric.name] for key in keys]
+        measured = [cached.values(key, [plan.metric])[plan.metric.name] for key in keys]
         for cell, value in zip(part, measured, strict=True):
             if not math.isfinite(value):
                 raise SweepError(
@@ -372,7 +373,7 @@ def _tried(plan: StudyPlan, study: Study, store: ImageCache, trial: Trial) -> tu
                     f"{cell.prompt!r}, seed {cell.seed}. Example: a metric that is a number for whatever is drawn"
                 )
         values += measured
-        rows = store.costs(keys[0])["unet_rows"]
+        rows = cached.costs(keys[0])["unet_rows"]
         trial.set_user_attr("values", values)
         trial.set_user_attr("unet_rows", rows)
         reason = hopeless(plan, values, rows, study.best_trials) if rung < len(plan.pairs) else None
@@ -381,8 +382,8 @@ def _tried(plan: StudyPlan, study: Study, store: ImageCache, trial: Trial) -> tu
     return sum(values) / len(values), rows
 
 
-def _suggested(plan: StudyPlan, trial: Trial) -> GenerationConfig:
-    """The trial's configuration: whole records first, then their fields, where the record is not left out."""
+def _suggest_config(plan: StudyPlan, trial: Trial) -> GenerationConfig:
+    """The trial's configuration: nested records first, then their fields, unless the record is none."""
     settings: dict[str, Any] = {}
     for name in sorted(plan.space, key=lambda name: name.count(".")):
         outer = name.partition(".")[0]
@@ -393,11 +394,11 @@ def _suggested(plan: StudyPlan, trial: Trial) -> GenerationConfig:
 
 
 def hopeless(plan: StudyPlan, values: Sequence[float], rows: float, front: Sequence[FrozenTrial]) -> str | None:
-    """Why a trial is not worth finishing; None where it may be.
+    """The reason to stop a trial early, or None.
 
-    It is hopeless once a trial of the front that costs no more is better on the pairs drawn so far, by a one-sided
-    paired t-test. The level is 1 - `confidence`, shared among all looks at this trial and all rivals at this look
-    (Bonferroni), so that over its life a trial as good as its rivals is stopped with at most that probability.
+    A trial is hopeless once a trial of the front that costs no more is better on the pairs drawn so far, by a one-sided
+    paired t-test. The level is 1 - `confidence`, divided by the number of looks at a trial and of rivals at this look
+    (Bonferroni), so that a trial as good as its rivals is stopped with at most that probability.
     """
     rivals = [trial for trial in front if trial.values and trial.values[1] <= rows and "values" in trial.user_attrs]
     if not rivals:
@@ -420,23 +421,23 @@ def hopeless(plan: StudyPlan, values: Sequence[float], rows: float, front: Seque
     return None
 
 
-def _counted(study: Study) -> int:
-    """Trials that are over; those that an interrupt ended are not."""
+def _count_ended(study: Study) -> int:
+    """The number of finished and stopped trials, without interrupted ones."""
     return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
 
 
-# --- what was found ------------------------------------------------------------------------------------------------
+# --- the result --------------------------------------------------------------------------------------------------
 
 
-def read_study(plan: StudyPlan, study: Study) -> Tuned:
-    """The tables, the importances and the candidate of a study as it stands."""
+def read_study(plan: StudyPlan, study: Study) -> StudyResult:
+    """The result of a study in its present state."""
     best = {trial.number for trial in study.best_trials}
     rows = [_row(plan, trial) | {"front": trial.number in best} for trial in study.get_trials(deepcopy=False)]
     columns = ["trial", "state", *plan.space, plan.metric.name, "unet_rows", "pairs", "front", "reason", "settings"]
     table = pd.DataFrame(rows, columns=columns)
     front = table[table["front"]].sort_values("unet_rows").drop_duplicates(["unet_rows", plan.metric.name])
     candidate, rule = _candidate(plan, front)
-    return Tuned(study, table, front, _importance(plan, study), candidate, rule)
+    return StudyResult(study, table, front, _importance(plan, study), candidate, rule)
 
 
 def _row(plan: StudyPlan, trial: FrozenTrial) -> dict[str, Any]:
@@ -471,8 +472,8 @@ def _candidate(plan: StudyPlan, front: pd.DataFrame) -> tuple[GenerationConfig |
 
 
 def knee(cost: Sequence[float], gain: Sequence[float]) -> int:
-    """The place of the knee of a front given cheapest first: where gain lies farthest above the line from the first to
-    the last, both axes scaled to [0, 1] (Das 1999, On characterizing the knee of the Pareto curve)."""
+    """The index of the knee of a front given cheapest first: the point where gain is farthest above the line from the
+    first to the last, both axes scaled to [0, 1] (Das 1999, On characterizing the knee of the Pareto curve)."""
     wide, high = cost[-1] - cost[0], gain[-1] - gain[0]
     if not wide or not high:
         return len(cost) - 1
@@ -481,12 +482,14 @@ def knee(cost: Sequence[float], gain: Sequence[float]) -> int:
 
 
 def _importance(plan: StudyPlan, study: Study) -> pd.DataFrame:
-    """Each field's share by PED-ANOVA (Watanabe et al. 2023, arXiv 2304.10255), Optuna's own, which takes fields that
-    not every trial has: in reaching the front, and in the metric alone. Empty while there are too few trials."""
+    """Each field's share in reaching the front, and in the metric alone. Empty while there are too few trials.
+
+    Optuna's PED-ANOVA (Watanabe et al. 2023, arXiv 2304.10255) allows fields that not every trial has.
+    """
     shares = {}
     targets = {"front": None, plan.metric.name: lambda trial: -plan.sign * trial.values[0]}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna explains on every call that lower is better here
+        warnings.simplefilter("ignore")  # Optuna says on every call that lower is better here
         for name, target in targets.items():
             try:
                 shares[name] = optuna.importance.get_param_importances(study, target=target)
@@ -495,15 +498,15 @@ def _importance(plan: StudyPlan, study: Study) -> pd.DataFrame:
     return pd.DataFrame(shares, index=list(plan.space)) if shares else pd.DataFrame(index=list(plan.space))
 
 
-def _written(tuned: Tuned, out: Path) -> None:
-    write_table(tuned.table, out / "table.parquet")
-    folder = _made(out / "front")
+def _write_result(result: StudyResult, out: Path) -> None:
+    write_table(result.table, out / "table.parquet")
+    folder = _make_folder(out / "front")
     for old in folder.glob("trial-*.toml"):
         old.unlink()
-    for _, row in tuned.front.iterrows():
+    for _, row in result.front.iterrows():
         config = GenerationConfig.from_dict(json.loads(row["settings"]))
         (folder / f"trial-{row['trial']:04}.toml").write_text(config.to_toml())
-    if tuned.candidate is not None:
-        (out / "candidate.toml").write_text(f"# {tuned.rule}\n{tuned.candidate.to_toml()}")
-    else:  # one of an earlier rule would be promoted
+    if result.candidate is not None:
+        (out / "candidate.toml").write_text(f"# {result.rule}\n{result.candidate.to_toml()}")
+    else:  # a candidate of an earlier rule must not be promoted
         (out / "candidate.toml").unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from sdxl_lab.config import GenerationConfig, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError
-from sdxl_lab.evaluation import comparison as trial
+from sdxl_lab.evaluation import comparison
 from sdxl_lab.images import max_difference, open_image, read_record
 from sdxl_lab.job import ImageRequest, SourceImage
 from sdxl_lab.release import promote as promotion
@@ -139,7 +139,7 @@ def test_promote_draws_the_goldens_and_writes_a_new_slot(config_file, tmp_path, 
     slot = tmp_path / "promoted" / "tiny"
     command = promote_command(config_file, slot, ["a cat", "a dog"], "--seed", "5")
     monkeypatch.setattr(promotion, "git_state", lambda: ("c0ffee", True))
-    monkeypatch.setattr(trial, "draw", lambda *_: pytest.fail("drawn before the tree was looked at"))
+    monkeypatch.setattr(comparison, "draw", lambda *_: pytest.fail("drawn before the tree was looked at"))
     assert main(command) == 1
     assert "clean work tree" in capsys.readouterr().err
     assert not slot.exists()
@@ -168,7 +168,7 @@ def test_promote_holds_the_candidate_against_what_is_served(slot, config_file, t
     assert "| `steps` | 3 | 6 |" in capsys.readouterr().out
 
 
-def test_promote_takes_a_plan_and_a_image(slot, config_file, tmp_path):
+def test_promote_takes_a_plan_and_an_image(slot, config_file, tmp_path):
     image, plan = tmp_path / "cat.png", tmp_path / "plan.toml"
     assert main(["generate", "a cat", "--config", str(config_file), "--steps", "2", "--out", str(image)]) == 0
     plan.write_text(f'prompts = {FIVE}\nseeds = [8]\ngates = ["unet_rows: better"]\ngoldens = 1\n')
@@ -177,19 +177,19 @@ def test_promote_takes_a_plan_and_a_image(slot, config_file, tmp_path):
     assert (promoted.config.steps, [golden.seed for golden in promoted.goldens]) == (2, [8])
 
 
-def test_promote_takes_what_a_trial_found_before_while_it_is_true(slot, config_file, tmp_path, capsys):
+def test_promote_takes_what_a_comparison_found_before_while_it_is_true(slot, config_file, tmp_path, capsys):
     file, evidence = candidate(config_file, tmp_path, steps=2), tmp_path / "evidence.json"
-    plan = trial.ComparisonPlan(prompts=FIVE, seeds=(5,), gates=("unet_rows: better",), metrics=(), goldens=1)
-    judged = trial.run(GenerationConfig.from_toml(file), slot, plan).judged()
+    plan = comparison.ComparisonPlan(prompts=FIVE, seeds=(5,), gates=("unet_rows: better",), metrics=(), goldens=1)
+    found = comparison.compare(GenerationConfig.from_toml(file), slot, plan).findings()
     command = ["promote", str(file), str(slot), "--evidence", str(evidence), *REASONS]
     for field, value in (("libraries", {"torch": "1.0"}), ("weights", {"base": "other"}), ("version", "0.0.1")):
-        evidence.write_text(judged.with_(**{field: value}).to_json())
+        evidence.write_text(found.with_(**{field: value}).to_json())
         assert main(command) == 1
         assert f"the evidence is stale: its {field} are not those" in capsys.readouterr().err
     evidence.write_text("{")
     assert main(command) == 1
     assert "evidence.json must be JSON" in capsys.readouterr().err
-    evidence.write_text(judged.to_json())
+    evidence.write_text(found.to_json())
     assert main([*command, "--seed", "7"]) == 1
     assert "--evidence says what was tried, and must come without --seed" in capsys.readouterr().err
     assert main(command) == 0

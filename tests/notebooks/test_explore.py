@@ -8,12 +8,14 @@ import pytest
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.images import max_difference, open_image, read_record
 from sdxl_lab.job import ImageRequest
-from sdxl_lab.notebook.runner import EXECUTED, ROOT, NotebookError, run
+from sdxl_lab.notebook.runner import EXECUTED, ROOT, NotebookError, run_notebook
 from sdxl_lab.release.slot import load_slot
 
 
 def execute(**parameters: Any) -> None:
-    run(ROOT / "notebooks/01_explore.ipynb", parameters, out=ROOT / EXECUTED / "01_explore.ipynb", cell_seconds=240)
+    run_notebook(
+        ROOT / "notebooks/01_explore.ipynb", parameters, out=ROOT / EXECUTED / "01_explore.ipynb", cell_seconds=240
+    )
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sdxl_lab.config import GenerationConfig
-from sdxl_lab.notebook.runner import EXECUTED, ROOT, run
+from sdxl_lab.notebook.runner import EXECUTED, ROOT, run_notebook
 from sdxl_lab.research.sweep import read_table
 
 PROMPTS = ["a red circle on a white background", "A cat in a hat"]
@@ -18,9 +18,9 @@ def execute(name: str, folder: Path, /, **parameters: object) -> str:
     """Run a notebook in small; gives what it printed."""
     config = folder / "start.toml"
     config.write_text(GenerationConfig(scheduler="dpmpp_2m", width=128, height=128).to_toml())
-    work = {"prompts": PROMPTS, "seeds": 2, "cells": str(folder / "cells"), "out": str(folder / "out")}
+    work = {"prompts": PROMPTS, "seeds": 2, "cache": str(folder / "cache"), "out": str(folder / "out")}
     given = {"config": str(config)} | work | parameters
-    copy = run(ROOT / "notebooks" / name, given, out=ROOT / EXECUTED / name, cell_seconds=240)
+    copy = run_notebook(ROOT / "notebooks" / name, given, out=ROOT / EXECUTED / name, cell_seconds=240)
     cells = nbformat.read(copy, as_version=4).cells
     outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"]

@@ -4,6 +4,10 @@ import asyncio
 import io
 import json
 import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +19,7 @@ def lines():
     """What was logged since the last call, read back."""
     written = io.StringIO()
     handler = logging.StreamHandler(written)
-    handler.setFormatter(logs.JsonLines())
+    handler.setFormatter(logs.json_lines())
     root = logging.getLogger()
     before = root.level
     root.addHandler(handler)
@@ -34,11 +38,47 @@ def lines():
 
 def test_nothing_that_is_logged_can_forge_a_line():
     message = 'two\nlines, "quotes", \ud800 and \x00'  # not through pytest's own capture, whose reports must be UTF-8
-    written = logs.JsonLines().format(logging.LogRecord("x", logging.WARNING, "", 0, message, (), None))
+    written = logs.json_lines().format(logging.LogRecord("x", logging.WARNING, "", 0, message, (), None))
     (line,) = map(json.loads, written.splitlines())
     assert line["message"] == 'two\nlines, "quotes", \ud800 and \x00'
     assert (line["level"], line["logger"]) == ("warning", "x")
     assert line["time"].endswith("Z")
+
+
+def test_a_line_has_its_fields_in_order_and_those_of_the_call_win(lines):
+    async def request():
+        logs.begin(request="r-1", image="of the request")
+        logging.getLogger("x").warning("%d of %d", 1, 2, extra={"fields": {"image": "of the call", "path": Path("a")}})
+
+    asyncio.run(request())
+    (line,) = lines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", line.pop("time"))
+    assert list(line.items()) == [
+        ("level", "warning"),
+        ("logger", "x"),
+        ("message", "1 of 2"),
+        ("request", "r-1"),
+        ("image", "of the call"),
+        ("path", "a"),
+    ]
+
+
+def test_other_libraries_write_the_same_lines(capfd):
+    """In a process of its own: `configure` sets up the root logger for good."""
+    program = """
+import asyncio, logging, uvicorn
+from service.server import logging as logs
+logs.configure("info")
+async def app(scope, receive, send): ...
+config = uvicorn.Config(app, port=0, lifespan="off", log_config=None)
+config.load()
+logging.getLogger("uvicorn.error").info("started on %s", "port 1")
+logging.getLogger("any.library").debug("below the level")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    (line,) = map(json.loads, capfd.readouterr().err.splitlines())
+    assert line.keys() == {"time", "level", "logger", "message"}
+    assert (line["level"], line["logger"], line["message"]) == ("info", "uvicorn.error", "started on port 1")
 
 
 def test_a_traceback_stays_in_its_line(lines):

@@ -104,7 +104,7 @@ def test_the_openapi_document_is_whole(client):
 
 
 START_ERRORS = [
-    ({"SDXL_STEPS": "25"}, (), "SDXL_STEPS is no setting"),
+    ({"SDXL_API_KEY": "k" * 16}, (), "SDXL_API_KEY is no setting; did you mean SDXL_API_KEYS?"),
     ({"SDXL_CONFIG": "nowhere"}, (), "config.toml"),
     ({"SDXL_DTYPE": "int4"}, (), "float16"),
     ({}, ("--port", "99999"), "port must be 0-65535"),

@@ -3,8 +3,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from service.settings import PROMOTED, TABLE, Settings, SettingsError
+from service.settings import PROMOTED, TABLE, Settings, SettingsError, strangers
 
 GOOD = [
     ({}, Settings()),
@@ -33,6 +34,7 @@ GOOD = [
     ({"SDXL_CORS_ORIGINS": "*"}, Settings(cors_origins=("*",))),
     ({"SDXL_WATCHDOG": "60"}, Settings(watchdog=60)),
     ({"SDXL_LOG_LEVEL": "debug"}, Settings(log_level="debug")),
+    ({"SDXL_STEPS": "25", "SDXL_": "", "SDXL_SCREENSHOT": "x.png"}, Settings()),
 ]
 
 
@@ -42,8 +44,6 @@ def test_the_environment_becomes_settings(environment, settings):
 
 
 BAD = [
-    ("SDXL_STEPS", "25"),
-    ("SDXL_", ""),
     ("SDXL_CONFIG", ""),
     ("SDXL_STORE", ""),
     ("SDXL_STORE", "ftp://host/folder"),
@@ -84,8 +84,65 @@ def test_a_bad_setting_is_refused_and_the_valid_ones_listed(name, value):
         assert known in str(caught.value)
 
 
-def test_the_table_has_every_field_of_the_settings():
-    assert [setting.field for setting in TABLE.values()] == list(Settings.__dataclass_fields__)
+# What Kubernetes puts into every container beside a Service called `sdxl`, and one called `sdxl-store`.
+INJECTED = {
+    "SDXL_SERVICE_HOST": "10.0.0.11",
+    "SDXL_SERVICE_PORT": "8000",
+    "SDXL_SERVICE_PORT_HTTP": "8000",
+    "SDXL_PORT": "tcp://10.0.0.11:8000",
+    "SDXL_PORT_8000_TCP": "tcp://10.0.0.11:8000",
+    "SDXL_PORT_8000_TCP_PROTO": "tcp",
+    "SDXL_PORT_8000_TCP_PORT": "8000",
+    "SDXL_PORT_8000_TCP_ADDR": "10.0.0.11",
+    "SDXL_STORE_SERVICE_HOST": "10.0.0.12",
+    "SDXL_STORE_PORT": "tcp://10.0.0.12:9000",
+    "SDXL_CORS_ORIGINS_PORT": "tcp://10.0.0.13:9000",
+}
+
+
+def test_names_that_an_orchestrator_injects_are_left_alone():
+    assert Settings.from_mapping(INJECTED | {"SDXL_MAX_QUEUE": "3"}) == Settings(max_queue=3)
+    assert strangers(INJECTED | {"SDXL_MAX_QUEUE": "3", "PATH": "/bin"}) == sorted(INJECTED)
+
+
+MISTYPED = [
+    ("SDXL_API_KEY", "SDXL_API_KEYS"),
+    ("SDXL_KEYS", "SDXL_API_KEYS"),
+    ("SDXL_STROE", "SDXL_STORE"),
+    ("SDXL_CONFIGS", "SDXL_CONFIG"),
+    ("SDXL_LOGLEVEL", "SDXL_LOG_LEVEL"),
+    ("SDXL_CORS_ORIGIN", "SDXL_CORS_ORIGINS"),
+    ("SDXL_ATEST", "SDXL_ATTEST"),
+]
+
+
+@pytest.mark.parametrize(("name", "meant"), MISTYPED)
+def test_a_mistyped_name_is_refused_with_the_one_that_was_meant(name, meant):
+    with pytest.raises(SettingsError, match=f"^{name} is no setting; did you mean {meant}\\?") as caught:
+        Settings.from_mapping({name: "a-secret-of-some-length"})
+    assert "a-secret" not in str(caught.value)
+    assert all(known in str(caught.value) for known in TABLE)
+
+
+def test_every_setting_is_documented_and_has_a_variable_of_its_own():
+    assert len(TABLE) == len(Settings.model_fields)
+    assert all(name.startswith("SDXL_") and field.description for name, field in TABLE.items())
+
+
+def test_settings_are_read_once_and_stay(monkeypatch):
+    monkeypatch.setenv("SDXL_MAX_QUEUE", "3")
+    assert Settings().max_queue == 100, "only from_mapping reads an environment"
+    settings = Settings.from_mapping({"SDXL_MAX_QUEUE": "4"})
+    assert settings.max_queue == 4, "another environment than the process's own"
+    with pytest.raises(ValidationError):
+        settings.max_queue = 5
+
+
+def test_values_given_in_python_are_checked_and_secrets_not_shown():
+    with pytest.raises(ValidationError) as caught:
+        Settings(api_keys="a short one", max_queue=0.5)
+    assert {error["loc"][0] for error in caught.value.errors()} == {"api_keys", "max_queue"}
+    assert "a short one" not in str(caught.value)
 
 
 def test_compile_reaches_the_runtime():

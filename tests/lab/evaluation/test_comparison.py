@@ -1,4 +1,4 @@
-"""A trial: the same prompts and seeds for both, measured, judged, and written down as plain values."""
+"""A comparison: the same prompts and seeds for both, measured, findings, and written down as plain values."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sdxl_lab.config import ConfigError, ModelRef, RefinerConfig, RuntimeProfile
-from sdxl_lab.evaluation import comparison as trial
-from sdxl_lab.evaluation.comparison import PROMPTS, ComparisonPlan, candidate_of, clip_of, run
+from sdxl_lab.evaluation import comparison
+from sdxl_lab.evaluation.comparison import DEFAULT_PROMPTS, ComparisonPlan, candidate_of, clip_of, compare
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, Gate, GateError
 from sdxl_lab.evaluation.metrics import MetricError
 from sdxl_lab.images import max_difference
@@ -29,14 +29,14 @@ pytestmark = pytest.mark.usefixtures("at_hand", "clean_tree")
 
 @pytest.fixture
 def slot(tiny_config, tmp_path) -> Path:
-    found = run(tiny_config, tmp_path / "slot", PLAN, FLOAT32)
-    promote(tiny_config, tmp_path / "slot", images=found.goldens, why="w", who="Ada", judged=found.judged())
+    found = compare(tiny_config, tmp_path / "slot", PLAN, FLOAT32)
+    promote(tiny_config, tmp_path / "slot", images=found.goldens, why="w", who="Ada", findings=found.findings())
     return tmp_path / "slot"
 
 
 def test_both_draw_the_same_prompts_and_seeds_in_the_plans_order(tiny_config, slot):
     candidate = tiny_config.with_(steps=3)
-    found = run(candidate, slot, PLAN, FLOAT32)
+    found = compare(candidate, slot, PLAN, FLOAT32)
     assert PLAN.pairs == [(prompt, seed) for prompt in FIVE for seed in (3, 4)]
     for images, config in ((found.images, candidate), (found.served_images, tiny_config)):
         assert [(p.record.prompt, p.record.seed) for p in images] == PLAN.pairs
@@ -51,73 +51,73 @@ def test_both_draw_the_same_prompts_and_seeds_in_the_plans_order(tiny_config, sl
 
 
 def test_the_first_seed_of_each_prompt_is_shown_beside_what_is_served(tiny_config, slot, tmp_path):
-    found = run(tiny_config.with_(steps=3, width=72), slot, PLAN, FLOAT32)
+    found = compare(tiny_config.with_(steps=3, width=72), slot, PLAN, FLOAT32)
     labels = [label for label, _ in found.panels]
     assert labels[:6] == [
         "served: a cat", "candidate", "no difference: the sizes differ",
         "served: a dog", "candidate", "no difference: the sizes differ",
     ]  # fmt: skip
     assert (len(labels), {image.size for _, image in found.panels}) == (15, {(64, 64)})
-    new = run(tiny_config, tmp_path / "new", PLAN, FLOAT32)
+    new = compare(tiny_config, tmp_path / "new", PLAN, FLOAT32)
     assert [label for label, _ in new.panels] == list(FIVE)
     assert new.panels[1][1] == new.images[2].image
 
 
-def test_what_was_judged_is_plain_and_complete(tiny_config, slot):
-    found = run(tiny_config.with_(steps=5), slot, PLAN, FLOAT32).judged({"file": "04_promote.ipynb"})
-    judged = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert Findings.read(judged, "a test") == found
-    assert judged["replaces"] == tiny_config.digest
-    assert judged["notebook"] == {"file": "04_promote.ipynb"}
-    assert (judged["commit"], judged["dirty"]) == ("c0ffee", False)
-    assert judged["prompts"] == list(FIVE)
-    rows = judged["metrics"]["unet_rows"]
+def test_what_was_found_is_plain_and_complete(tiny_config, slot):
+    found = compare(tiny_config.with_(steps=5), slot, PLAN, FLOAT32).findings({"file": "04_promote.ipynb"})
+    findings = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert Findings.read(findings, "a test") == found
+    assert findings["replaces"] == tiny_config.digest
+    assert findings["notebook"] == {"file": "04_promote.ipynb"}
+    assert (findings["commit"], findings["dirty"]) == ("c0ffee", False)
+    assert findings["prompts"] == list(FIVE)
+    rows = findings["metrics"]["unet_rows"]
     assert rows["candidate"] == {"mean": 10.0, "low": 10.0, "high": 10.0, "count": 5}
     assert rows["difference"] == {"mean": 2.0, "low": 2.0, "high": 2.0, "count": 5}
     assert rows["values"] == [10.0] * 10
-    sharpness = judged["metrics"]["sharpness"]
+    sharpness = findings["metrics"]["sharpness"]
     assert sharpness["candidate"]["low"] < sharpness["candidate"]["mean"] < sharpness["candidate"]["high"]
-    assert [gate["passed"] for gate in judged["gates"]] == [False]
-    assert judged["libraries"].keys() == {"torch", "diffusers", "transformers"}
+    assert [gate["passed"] for gate in findings["gates"]] == [False]
+    assert findings["libraries"].keys() == {"torch", "diffusers", "transformers"}
 
 
-def test_a_promotion_keeps_what_was_judged(tiny_config, slot):
-    found = run(tiny_config.with_(steps=3), slot, PLAN, FLOAT32)
-    judged = found.judged()
-    promote(found.candidate, slot, images=found.goldens, why="less work", who="Ada", judged=judged)
+def test_a_promotion_keeps_what_was_found(tiny_config, slot):
+    found = compare(tiny_config.with_(steps=3), slot, PLAN, FLOAT32)
+    findings = found.findings()
+    promote(found.candidate, slot, images=found.goldens, why="less work", who="Ada", findings=findings)
     evidence = load_slot(slot).evidence
-    for name in type(judged).model_fields:
+    for name in type(findings).model_fields:
         if name != "goldens":
-            assert getattr(evidence, name) == getattr(judged, name), name
+            assert getattr(evidence, name) == getattr(findings, name), name
     assert evidence.model == tiny_config.model
 
 
 def test_a_new_slot_is_tried_against_nothing(tiny_config, tmp_path):
     plan = ComparisonPlan(prompts=("a cat",), seeds=(1,), metrics=("sharpness",))
-    found = run(tiny_config, tmp_path / "new", plan, FLOAT32)
-    judged = found.judged()
-    assert (found.served, found.served_images, judged.replaces) == (None, (), None)
-    assert [(gate.gate, gate.passed, gate.figures) for gate in judged.gates] == [
+    found = compare(tiny_config, tmp_path / "new", plan, FLOAT32)
+    findings = found.findings()
+    assert (found.served, found.served_images, findings.replaces) == (None, (), None)
+    assert [(gate.gate, gate.passed, gate.figures) for gate in findings.gates] == [
         (str(gate), True, "nothing is served yet") for gate in DEFAULT_GATES
     ]
-    assert judged.metrics["sharpness"].candidate.low is None, "one image has no interval"
-    assert judged.metrics["sharpness"].difference is None
+    assert findings.metrics["sharpness"].candidate.low is None, "one image has no interval"
+    assert findings.metrics["sharpness"].difference is None
 
 
 def test_models_that_differ_are_each_drawn_with_their_own(tiny_model, tiny_config, slot):
     alone = tiny_config.with_(model=ModelRef(base=str(tiny_model / "base")))
-    found = run(alone, slot, PLAN, FLOAT32)
+    found = compare(alone, slot, PLAN, FLOAT32)
     assert "refiner" not in found.images[0].record.weights
     assert "refiner" in found.served_images[0].record.weights
     assert max_difference(found.images[0].image, found.served_images[0].image) == 0
 
 
 def test_a_gate_that_cannot_be_judged_is_refused_before_anything_is_drawn(tiny_config, slot, monkeypatch):
-    monkeypatch.setattr(trial, "draw", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr(comparison, "draw", lambda *_: pytest.fail("drawn"))
     with pytest.raises(GateError, match=r"must be judged on at least 5 prompts.*received 2"):
-        run(tiny_config, slot, ComparisonPlan(prompts=FIVE[:2]))
+        compare(tiny_config, slot, ComparisonPlan(prompts=FIVE[:2]))
     with pytest.raises(GateError, match="contrast is in none"):
-        run(tiny_config, slot, ComparisonPlan(prompts=FIVE, gates=("contrast: better",)))
+        compare(tiny_config, slot, ComparisonPlan(prompts=FIVE, gates=("contrast: better",)))
 
 
 def test_images_are_scored_by_the_clip_that_comes_with_their_model(tiny_model, tiny_config, tmp_path):
@@ -125,7 +125,7 @@ def test_images_are_scored_by_the_clip_that_comes_with_their_model(tiny_model, t
     assert clip_of(tiny_config.model) == clip_of(ModelRef.named(str(tiny_model))) == str(tiny_model / "clip")
     assert clip_of(ModelRef.named("sdxl")) == "openai/clip-vit-large-patch14"
     plan = ComparisonPlan(prompts=("a cat",), seeds=(1,), metrics=("sharpness",), gates=())
-    assert run(tiny_config, tmp_path / "new", plan, FLOAT32).judged().clip == str(tiny_model / "clip")
+    assert compare(tiny_config, tmp_path / "new", plan, FLOAT32).findings().clip == str(tiny_model / "clip")
 
 
 # --- the plan ------------------------------------------------------------------------------------------------------
@@ -137,10 +137,10 @@ def test_a_plan_is_read_from_toml(tmp_path):
     plan = ComparisonPlan.from_toml(path)
     assert (plan.prompts, plan.seeds, plan.goldens) == (("a cat", "a dog"), (1, 2), 1)
     assert plan.gates == (Gate("seconds", "at most", 2.0),)
-    assert plan.metrics == (*trial.METRICS, "seconds"), "what a gate judges is measured"
+    assert plan.metrics == (*comparison.DEFAULT_METRICS, "seconds"), "what a gate judges is measured"
     path.write_text("")
     assert ComparisonPlan.from_toml(path) == ComparisonPlan()
-    assert ComparisonPlan().prompts == PROMPTS
+    assert ComparisonPlan().prompts == DEFAULT_PROMPTS
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -153,7 +153,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"goldens": 0}, ConfigError, "goldens must be a whole number of at least 1"),
     ({"gates": ["clip_score"]}, GateError, "a gate must read METRIC"),
     ({"gates": ["beauty: better"]}, MetricError, "a metric must be one of"),
-    ({"metrics": ["ssim"]}, MetricError, "a trial measures images alone; ssim needs a reference"),
+    ({"metrics": ["ssim"]}, MetricError, "a comparison measures images alone; ssim needs a reference"),
 ]
 
 
@@ -177,15 +177,15 @@ def test_a_plan_file_that_is_none_is_refused(tmp_path, content):
 def test_a_candidate_is_a_file_of_settings_or_a_image(tiny_config, tmp_path):
     config = tiny_config.with_(steps=2, refiner=RefinerConfig(handover=0.5))
     (tmp_path / "config.toml").write_text(config.to_toml())
-    (image,) = trial.draw([ImageRequest(config, "a cat", 1)], FLOAT32)
+    (image,) = comparison.draw([ImageRequest(config, "a cat", 1)], FLOAT32)
     image.save(tmp_path / "image.png")
     assert candidate_of(tmp_path / "config.toml") == candidate_of(tmp_path / "image.png") == config
 
 
-def test_a_image_refined_from_another_is_no_candidate(tiny_config, tmp_path):
-    (image,) = trial.draw([ImageRequest(tiny_config, "a cat", 1)], FLOAT32)
+def test_an_image_refined_from_another_is_no_candidate(tiny_config, tmp_path):
+    (image,) = comparison.draw([ImageRequest(tiny_config, "a cat", 1)], FLOAT32)
     source = SourceImage(image.image, 0.5, image.record)
-    (refined,) = trial.draw([ImageRequest(tiny_config, "a cat", 1, source)], FLOAT32)
+    (refined,) = comparison.draw([ImageRequest(tiny_config, "a cat", 1, source)], FLOAT32)
     refined.save(tmp_path / "refined.png")
-    with pytest.raises(ConfigError, match="candidate must be an image drawn from words"):
+    with pytest.raises(ConfigError, match="candidate must be an image drawn from a prompt alone"):
         candidate_of(tmp_path / "refined.png")

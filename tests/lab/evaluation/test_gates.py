@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, LEAST_PROMPTS, Gate, GateError, improvement
-from sdxl_lab.evaluation.metrics import METRICS, Metric, MetricError, clip_score
+from sdxl_lab.evaluation.metrics import METRICS, Metric, clip_score
+from sdxl_lab.evaluation.statistics import StatisticsError
 
 PROMPTS = [f"prompt {number // 2}" for number in range(16)]
 SCORE, ROWS = clip_score(), METRICS["unet_rows"]
@@ -115,7 +116,7 @@ def test_the_default_gates_let_the_same_through_and_stop_a_costly_or_a_bad_one()
 def test_values_that_are_not_finite_are_refused():
     values = np.full(16, np.nan)
     broken = Metric("psnr", "higher", "", lambda *_: [])
-    with pytest.raises(MetricError, match="must be finite"):
+    with pytest.raises(StatisticsError, match="must be finite"):
         Gate.parse("psnr: better").judge(broken, values, values, PROMPTS)
 
 

@@ -11,16 +11,8 @@ from scipy import ndimage
 
 from recipes.nano.scenes import caption, render, sample_scene
 from sdxl_lab.config import GenerationConfig
-from sdxl_lab.evaluation.metrics import (
-    METRICS,
-    Interval,
-    MetricError,
-    clip_score,
-    find,
-    interval,
-    near_duplicates,
-    paired,
-)
+from sdxl_lab.evaluation.metrics import METRICS, MetricError, clip_score, find_metric, near_duplicates
+from sdxl_lab.evaluation.statistics import paired
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import ImageRequest
 from tests.made import image_record
@@ -245,12 +237,12 @@ def test_a_clip_model_that_is_none_is_refused(model):
 
 def test_the_table_names_what_each_metric_is():
     for name, metric in {**METRICS, "clip_score": clip_score()}.items():
-        assert metric.name == name == find(name).name
+        assert metric.name == name == find_metric(name).name
         assert metric.better in ("higher", "lower", None)
         assert metric.source
 
 
-def test_every_metric_gives_one_float_a_image():
+def test_every_metric_gives_one_float_an_image():
     drawn = [generated(scene(seed), unet_calls={"base": 1}, unet_rows={"base": 2}) for seed in (0, 1, 2)]
     for metric in [*METRICS.values(), clip_score()]:
         for count in (0, 1, 3):
@@ -260,11 +252,11 @@ def test_every_metric_gives_one_float_a_image():
 
 def test_an_unknown_metric_is_refused_by_listing_those_there_are():
     with pytest.raises(MetricError, match=r"one of sharpness, contrast.*, clip_score; received 'beauty'"):
-        find("beauty")
+        find_metric("beauty")
 
 
 @pytest.mark.parametrize("name", REFERENCED)
-def test_references_must_be_there_one_a_image_and_of_one_size(name):
+def test_references_must_be_there_one_an_image_and_of_one_size(name):
     images = [generated(scene(0)), generated(scene(1))]
     with pytest.raises(MetricError, match="received 2 images and none references"):
         METRICS[name](images)
@@ -272,80 +264,3 @@ def test_references_must_be_there_one_a_image_and_of_one_size(name):
         METRICS[name](images, images[:1])
     with pytest.raises(MetricError, match="image 1 is 128x128, its reference 64x96"):
         METRICS[name](images, [images[0], generated(Image.new("RGB", (64, 96)))])
-
-
-# --- intervals -----------------------------------------------------------------------------------------------------
-
-
-def test_an_interval_holds_the_mean_as_often_as_it_says():
-    rng, held = np.random.default_rng(1), {6: 0, 24: 0}
-    for count in held:
-        for trial in range(200):
-            found = interval(rng.normal(3, 2, count), seed=trial, resamples=1000)
-            held[count] += found.low <= 3 <= found.high
-    assert 0.88 <= held[6] / 200 <= 0.99, held
-    assert 0.90 <= held[24] / 200 <= 0.99, held
-
-
-def test_the_interval_of_many_values_is_the_normal_one():
-    values = np.random.default_rng(2).normal(1, 1, 400)
-    found = interval(values)
-    reach = 1.96 * values.std(ddof=1) / 20
-    assert (found.low, found.high) == pytest.approx((values.mean() - reach, values.mean() + reach), abs=0.02)
-    assert found.mean == pytest.approx(values.mean())
-    assert found.count == 400
-    narrow = interval(values, confidence=0.5)
-    assert found.low < narrow.low < narrow.high < found.high
-
-
-def test_pairing_sees_what_separate_means_hide():
-    rng = np.random.default_rng(3)
-    prompts = rng.normal(0, 10, 24)
-    a, b = prompts + 0.5 + rng.normal(0, 0.3, 24), prompts + rng.normal(0, 0.3, 24)
-    assert paired(a, b).decided
-    assert paired(a, b).mean == pytest.approx((a - b).mean())
-    assert paired(b, a).high < 0
-    apart_a, apart_b = interval(a), interval(b)
-    assert apart_b.low < apart_a.mean < apart_b.high
-
-
-def test_the_same_values_give_the_same_interval_and_equal_ones_a_point():
-    values = np.random.default_rng(4).normal(0, 1, 12)
-    assert interval(values) == interval(list(values)) == paired(values, np.zeros(12))
-    assert interval(values) != interval(values, seed=1)
-    assert interval([2.0, 2.0, 2.0]) == Interval(2.0, 2.0, 2.0, 3)
-    assert not paired(values, values).decided
-
-
-def test_seeds_of_one_prompt_are_no_new_prompts():
-    rng = np.random.default_rng(5)
-    prompts = np.repeat(np.arange(6), 10)
-    values = rng.normal(0, 3, 6)[prompts] + rng.normal(0, 0.1, 60)
-    over_seeds, over_prompts = interval(values), interval(values, by=prompts)
-    assert over_prompts.count == 6
-    assert over_prompts.mean == pytest.approx(over_seeds.mean)
-    assert over_prompts.high - over_prompts.low > 2 * (over_seeds.high - over_seeds.low)
-
-
-@pytest.mark.parametrize(
-    ("call", "rule"),
-    [
-        (lambda: interval([]), "at least one number"),
-        (lambda: interval([[1.0, 2.0]]), "a row of at least one number"),
-        (lambda: interval([1.0]), "at least two values; received 1"),
-        (lambda: interval([1.0, 2.0], by=["a", "a"]), "at least two labels; received 1"),
-        (lambda: interval([1.0, 2.0], by=["a"]), "received 2 values, 1 labels"),
-        (lambda: interval([1.0, math.nan]), "finite numbers; received nan at 1"),
-        (lambda: interval([math.inf, 1.0]), "finite numbers; received inf at 0"),
-        (lambda: interval([1.0, 2.0], confidence=95), "above 0 and below 1; received 95"),
-        (lambda: paired([1.0, 2.0], [1.0]), "received 2 and 1 values"),
-        (lambda: paired([1.0, 2.0], [1.0, math.nan]), "b must be finite numbers"),
-    ],
-)
-def test_values_that_prove_nothing_are_refused(call, rule):
-    with pytest.raises(MetricError, match=rule):
-        call()
-
-
-def test_an_interval_reads_well():
-    assert str(Interval(0.5, -0.25, 1.25, 8)) == "0.5 [-0.25, 1.25], n = 8"

@@ -15,8 +15,7 @@ from PIL import Image
 from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine, schedulers
 from sdxl_lab.diffusion.models import load
-from sdxl_lab.evaluation import comparison as trial
-from sdxl_lab.evaluation import regression
+from sdxl_lab.evaluation import comparison, regression
 from sdxl_lab.evaluation.comparison import ComparisonPlan
 from sdxl_lab.evaluation.regression import RegressionError, regress
 from sdxl_lab.images import GeneratedImage, open_image
@@ -68,8 +67,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, models: Any, ref: ModelRef) -> None:
 
 
 def put(config: GenerationConfig, folder: Path, plan: ComparisonPlan = PLAN) -> Slot:
-    found = trial.run(config, folder, plan, FLOAT32)
-    promote(config, folder, images=found.goldens, why="w", who="Ada", judged=found.judged(), allow_dirty=True)
+    found = comparison.compare(config, folder, plan, FLOAT32)
+    promote(config, folder, images=found.goldens, why="w", who="Ada", findings=found.findings(), allow_dirty=True)
     return load_slot(folder)
 
 
@@ -174,7 +173,7 @@ def test_a_scheduler_that_leaks_into_the_next_image_is_red(slot, monkeypatch):
     monkeypatch.setattr(schedulers, "build", leaky)
     assert regress(slot, metrics=False, profile=FLOAT32).passed, "nothing has leaked yet"
     karras = slot.config.with_(scheduler="dpmpp_2m_karras")
-    trial.draw([ImageRequest(karras, "a cat", 1)], FLOAT32)
+    comparison.draw([ImageRequest(karras, "a cat", 1)], FLOAT32)
     found = regress(slot, metrics=False, profile=FLOAT32)
     assert all("the image differs by" in golden.reason for golden in found.goldens)
 

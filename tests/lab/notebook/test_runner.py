@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 from sdxl_lab.cli import main
-from sdxl_lab.notebook.runner import NotebookError, defaults, origin, parsed, run
+from sdxl_lab.notebook.runner import NotebookError, defaults, origin, parse_parameters, run_notebook
 
 OWN = "words = 'a cat'\nsteps = 4  # of diffusion\nscale = 1.5\nsizes = [\n    1,\n    2,\n]\nslot = None"
 
@@ -60,14 +60,14 @@ REFUSED = [
 @pytest.mark.parametrize(("parameters", "said"), REFUSED, ids=[said for _, said in REFUSED])
 def test_a_parameter_that_the_notebook_does_not_take_is_refused_before_it_runs(notebook, out, parameters, said):
     with pytest.raises(NotebookError) as caught:
-        run(notebook(), parameters, out=out)
+        run_notebook(notebook(), parameters, out=out)
     assert said in str(caught.value)
     assert not out.exists()
 
 
 def test_a_notebook_without_parameters_takes_none(notebook, out):
     with pytest.raises(NotebookError, match="one of its own \\(none: no cell is tagged 'parameters'\\)"):
-        run(notebook(own=""), {"steps": 4}, out=out)
+        run_notebook(notebook(own=""), {"steps": 4}, out=out)
 
 
 @pytest.mark.parametrize("content", [None, "no notebook"])
@@ -76,13 +76,13 @@ def test_what_is_no_notebook_is_refused(tmp_path, content):
     if content is not None:
         path.write_text(content)
     with pytest.raises(NotebookError, match=r"a notebook must be an \.ipynb file; received .*theirs"):
-        run(path)
+        run_notebook(path)
 
 
 def test_words_of_the_command_line_become_what_the_notebook_has(notebook):
     words = {"words": "7", "steps": "7", "scale": "2", "sizes": "(1, 2)", "slot": "here", "unknown": "x"}
     read = {"words": "7", "steps": 7, "scale": 2, "sizes": (1, 2), "slot": "here", "unknown": "x"}
-    assert parsed(notebook(), words) == read
+    assert parse_parameters(notebook(), words) == read
 
 
 def test_a_notebook_is_known_by_its_sources_and_parameters(tmp_path):
@@ -101,7 +101,7 @@ def test_a_notebook_is_known_by_its_sources_and_parameters(tmp_path):
 def test_parameters_arrive_as_they_were_given(notebook, out):
     given = {"words": 'a "red" {cat}\\\n', "steps": 9, "scale": 2, "sizes": ((1, "x"), (2, "y")), "slot": "runs"}
     check = "assert (words, steps, scale, sizes, slot) == " + repr((given["words"], 9, 2, [[1, "x"], [2, "y"]], "runs"))
-    assert run(notebook(check, "import sdxl_lab"), given, out=out) == out
+    assert run_notebook(notebook(check, "import sdxl_lab"), given, out=out) == out
     assert set(statuses(out)) == {"completed"}
 
 
@@ -117,7 +117,7 @@ FAILURES = [
 @pytest.mark.parametrize(("code", "seconds", "said"), FAILURES, ids=["error", "time-out", "dead kernel", "exit"])
 def test_a_run_that_does_not_reach_its_end_fails_and_its_copy_says_so(notebook, out, code, seconds, said):
     with pytest.raises(NotebookError) as caught:
-        run(notebook("before = 1", code, "after = 1"), {"steps": 9}, out=out, cell_seconds=seconds)
+        run_notebook(notebook("before = 1", code, "after = 1"), {"steps": 9}, out=out, cell_seconds=seconds)
     assert said in str(caught.value)
     kept = nbformat.read(out, as_version=4)
     assert kept.metadata.papermill.exception is True

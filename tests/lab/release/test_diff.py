@@ -7,7 +7,7 @@ from tests.made import findings
 BEFORE = GenerationConfig(negative_prompt="a | b\nc")
 AFTER = BEFORE.with_(steps=20, refiner=RefinerConfig(handover=0.7), negative_prompt=None)
 SOURCE = {"source": "a paper", "values": [0.5] * 16}
-JUDGED = findings(
+FINDINGS = findings(
     prompts=list("abcdefgh"),
     seeds=[0, 1],
     metrics={
@@ -40,7 +40,7 @@ def test_what_differs_is_named_field_by_field():
 
 def test_the_table_is_markdown_for_a_pull_request():
     assert (
-        difference_table(BEFORE, AFTER, JUDGED)
+        difference_table(BEFORE, AFTER, FINDINGS)
         == f"""\
 ### `{BEFORE.short_digest}` → `{AFTER.short_digest}`
 

@@ -82,24 +82,24 @@ REFUSED = [
         "('A cat in a hat', seed 8) is of another model: base was sha256 abc, is sha256 def",
     ),
     (
-        {"judged": findings(OTHER)},
+        {"findings": findings(OTHER)},
         f"evidence must speak of the configuration promoted, {CONFIG.digest}; received evidence of '{OTHER.digest}'",
     ),
     (
-        {"judged": findings(weights={"base": "sha256 old"})},
+        {"findings": findings(weights={"base": "sha256 old"})},
         "stale: its weights are not those the goldens are drawn with",
     ),
     (
-        {"judged": findings(libraries={"torch": "2.12.0"})},
+        {"findings": findings(libraries={"torch": "2.12.0"})},
         "its libraries are not those the goldens are drawn with: torch",
     ),
-    ({"judged": findings(version="0.0.9")}, "version was 0.0.9, is 0.1.0. Compare the candidate with the slot again"),
+    ({"findings": findings(version="0.0.9")}, "version was 0.0.9, is 0.1.0. Compare the candidate with the slot again"),
     (
-        {"judged": findings(gates=[{"gate": "clip_score: better", "passed": False, "figures": "-2 [-3, -1]"}])},
+        {"findings": findings(gates=[{"gate": "clip_score: better", "passed": False, "figures": "-2 [-3, -1]"}])},
         "must pass all of its gates; failed: clip_score: better (-2 [-3, -1])",
     ),
-    ({"judged": findings(dirty=True)}, "clean work tree"),
-    ({"judged": findings(replaces=OTHER)}, f"compared with, {OTHER.digest}; it holds nothing"),
+    ({"findings": findings(dirty=True)}, "clean work tree"),
+    ({"findings": findings(replaces=OTHER)}, f"compared with, {OTHER.digest}; it holds nothing"),
 ]
 
 
@@ -108,8 +108,8 @@ REFUSED = [
 def test_a_promotion_without_its_evidence_is_refused(slot, asked, said, before):
     if before:
         put(slot, before)
-        if "judged" in asked and asked["judged"].replaces:
-            asked = {"judged": asked["judged"].with_(replaces=CONFIG.digest)}
+        if "findings" in asked and asked["findings"].replaces:
+            asked = {"findings": asked["findings"].with_(replaces=CONFIG.digest)}
             said = said.replace(f"{OTHER.digest}; it holds nothing", f"{CONFIG.digest}; it holds {OTHER.digest}")
     contents_before = contents(slot)
     with pytest.raises(SlotError) as caught:
@@ -121,12 +121,12 @@ def test_a_promotion_without_its_evidence_is_refused(slot, asked, said, before):
 def test_what_is_served_is_replaced_only_on_evidence_against_it(slot):
     put(slot)
     with pytest.raises(SlotError, match=f"compared with, nothing; it holds {CONFIG.digest}"):
-        put(slot, OTHER, judged=None)
+        put(slot, OTHER, findings=None)
     assert load_slot(slot).config == CONFIG
 
 
 def test_a_new_slot_can_do_without_a_trial(slot):
-    assert put(slot, judged=None).evidence.replaces is None
+    assert put(slot, findings=None).evidence.replaces is None
 
 
 REQUIRED = [name for name, field in Findings.model_fields.items() if field.is_required()]
@@ -222,7 +222,7 @@ print("compared", flush=True)
 sys.stdin.readline()
 try:
     promotion.promote(config, slot, images=[image(config, seed=s) for s in range(20)], why="w", who=sys.argv[2],
-                      judged=findings(config, compared))
+                      findings=findings(config, compared))
     print("promoted", flush=True)
 except SlotError as error:
     print(error, flush=True)
@@ -325,8 +325,8 @@ def test_an_empty_folder_becomes_a_slot(slot):
 def test_what_a_slot_held_can_be_brought_back(slot):
     put(slot)
     before = contents(slot)
-    put(slot, OTHER, judged=findings(OTHER, CONFIG))
-    put(slot, CONFIG, judged=findings(CONFIG, OTHER))
+    put(slot, OTHER, findings=findings(OTHER, CONFIG))
+    put(slot, CONFIG, findings=findings(CONFIG, OTHER))
     first, second = sorted((slot.parent / ".replaced").iterdir())
     assert contents(first) == before
     assert load_slot(first).digest == CONFIG.digest
@@ -337,7 +337,7 @@ def test_a_link_to_a_slot_stays_a_link(slot, tmp_path):
     put(slot)
     link = tmp_path / "current"
     link.symlink_to(slot)
-    put(link, OTHER, judged=findings(OTHER, CONFIG))
+    put(link, OTHER, findings=findings(OTHER, CONFIG))
     assert link.is_symlink()
     assert load_slot(slot).digest == OTHER.digest
 

@@ -168,7 +168,7 @@ def test_a_table_that_a_grid_cannot_show_is_refused(change, rule):
     ],
 )
 def test_values_are_said_as_people_say_them(value, text):
-    assert plots.said(value) == text
+    assert plots.value_label(value) == text
 
 
 # --- curves --------------------------------------------------------------------------------------------------------

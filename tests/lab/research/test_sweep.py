@@ -21,7 +21,7 @@ from sdxl_lab.evaluation.metrics import METRICS, MetricError
 from sdxl_lab.images import max_difference
 from sdxl_lab.research.axes import SweepError
 from sdxl_lab.research.cache import ImageCache
-from sdxl_lab.research.sweep import Sweep, _check_shared, read_table, run, summary
+from sdxl_lab.research.sweep import Sweep, _check_shared, read_table, run_sweep, summary
 
 ROOT = Path(__file__).parents[3]
 PROMPT = ["A cat in a hat"]
@@ -214,7 +214,7 @@ def test_the_table_has_settings_numbers_images_and_errors(
     (tmp_path / "tiny.toml").write_text(tiny_config.to_toml())
     axes = {"prompt": PROMPT, "seed": [0, 1], "steps": [1, 4], "refiner.handover": [0.9]}
     sweep = Sweep.product(tiny_config, axes | {"config": [tmp_path / "tiny.toml"]}, metrics=["sharpness"])
-    table = run(sweep, out=tmp_path / "out", cells=tmp_path / "cells", engine=engine)
+    table = run_sweep(sweep, out=tmp_path / "out", cache=tmp_path / "cache", engine=engine)
     assert table["steps"].tolist() == [1, 4, 1, 4]
     assert table["seed"].tolist() == [0, 0, 1, 1]
     assert table["unet_rows"].isna().tolist() == [True, False, True, False]
@@ -222,7 +222,7 @@ def test_the_table_has_settings_numbers_images_and_errors(
     assert table["error"].isna().tolist() == [False, True, False, True]
     assert table["image"].isna().tolist() == [True, False, True, False]
     drawn = table.dropna(subset="image")
-    store = ImageCache(tmp_path / "cells", engine=engine)
+    store = ImageCache(tmp_path / "cache", engine=engine)
     for _, row in drawn.iterrows():
         image = store.image(row["image"])
         assert row["sharpness"] == METRICS["sharpness"]([image])[0]
@@ -242,7 +242,7 @@ def test_two_sweeps_share_cells_and_a_second_run_draws_nothing(
 ) -> None:
     def swept(**axes: Any) -> pd.DataFrame:
         sweep = Sweep.product(tiny_config, {"prompt": PROMPT, **axes})
-        return run(sweep, out=tmp_path / "out", cells=tmp_path / "cells", engine=engine)
+        return run_sweep(sweep, out=tmp_path / "out", cache=tmp_path / "cache", engine=engine)
 
     first = swept(seed=[0, 1], steps=[3, 4])
     assert len(submitted) == 4
@@ -253,18 +253,18 @@ def test_two_sweeps_share_cells_and_a_second_run_draws_nothing(
     assert second["image"][0] == first["image"][3]
 
 
-def test_a_damaged_table_says_so_and_is_made_again_from_the_cells(
+def test_a_damaged_table_says_so_and_is_made_again_from_the_cache(
     tmp_path: Path, engine: Engine, tiny_config: GenerationConfig, submitted: list
 ) -> None:
     sweep = Sweep.product(tiny_config, AXES, metrics=["contrast"])
-    table = run(sweep, out=tmp_path / "out", cells=tmp_path / "cells", engine=engine)
+    table = run_sweep(sweep, out=tmp_path / "out", cache=tmp_path / "cache", engine=engine)
     path = tmp_path / "out" / "table.parquet"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(SweepError, match="run the sweep again, and it is made from the cells without drawing"):
+    with pytest.raises(SweepError, match="run the sweep again, and it is made from the cache without drawing"):
         read_table(path)
     with pytest.raises(SweepError, match=r"nowhere .*FileNotFoundError"):
         read_table(tmp_path / "nowhere")
-    run(sweep, out=tmp_path / "out", cells=tmp_path / "cells", engine=engine)
+    run_sweep(sweep, out=tmp_path / "out", cache=tmp_path / "cache", engine=engine)
     pd.testing.assert_frame_equal(read_table(path), table)
     assert len(submitted) == 2
 
@@ -273,8 +273,8 @@ def test_a_damaged_table_says_so_and_is_made_again_from_the_cells(
 
 
 def test_the_command_draws_then_only_reads(file: Path, capsys: pytest.CaptureFixture, monkeypatch: Any) -> None:
-    out, cells = file.parent / "out", file.parent / "cells"
-    command = ["sweep", str(file), "--out", str(out), "--cache", str(cells)]
+    out, cache = file.parent / "out", file.parent / "cache"
+    command = ["sweep", str(file), "--out", str(out), "--cache", str(cache)]
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "4 cells, 0 failed" in said
@@ -301,32 +301,32 @@ def test_bad_input_is_one_line(file: Path, capsys: pytest.CaptureFixture) -> Non
     assert said.count("\n") == 1
 
 
-def finished(cells: Path) -> set[str]:
-    return {path.stem for path in cells.glob("*.json")}
+def finished(cache: Path) -> set[str]:
+    return {path.stem for path in cache.glob("*.json")}
 
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(file: Path, tiny_config: GenerationConfig) -> None:
     """SIGKILL in the middle: no handler, no goodbye."""
     file.write_text(FILE.replace("to = 1,", "to = 39,"))
-    out, cells = file.parent / "out", file.parent / "cells"
-    command = [sys.executable, "-m", "sdxl_lab", "sweep", str(file), "--out", str(out), "--cache", str(cells)]
+    out, cache = file.parent / "out", file.parent / "cache"
+    command = [sys.executable, "-m", "sdxl_lab", "sweep", str(file), "--out", str(out), "--cache", str(cache)]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    while len(finished(cells)) < 10:
+    while len(finished(cache)) < 10:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = finished(cells)
+    kept = finished(cache)
     assert 10 <= len(kept) < 120
     assert not (out / "table.parquet").exists()
-    times = {key: (cells / f"{key}.png").stat().st_mtime_ns for key in kept}
+    times = {key: (cache / f"{key}.png").stat().st_mtime_ns for key in kept}
     told: list[Any] = []
-    table = run(Sweep.from_toml(file), out=out, cells=cells, on_progress=told.append)
+    table = run_sweep(Sweep.from_toml(file), out=out, cache=cache, on_progress=told.append)
     assert told[-1].done == told[-1].total == 120
     assert told[-1].drawn == 120 - told[0].done
     assert told[0].done >= len(kept) - 1, "all but one that the kill may have left without its numbers"
-    assert {key: (cells / f"{key}.png").stat().st_mtime_ns for key in kept} == times
+    assert {key: (cache / f"{key}.png").stat().st_mtime_ns for key in kept} == times
     assert len(table) == 80
     assert table["error"].isna().all()
 
@@ -347,34 +347,34 @@ def test_machines_with_folders_of_their_own_are_told_to_share_one(tmp_path: Path
 def test_the_cells_of_a_killed_rank_are_drawn_when_the_sweep_goes_on(file: Path) -> None:
     """SIGKILL to one of two processes: the launcher ends both; a second launch draws what is missing, and only that."""
     file.write_text(FILE.replace("to = 1,", "to = 19,"))
-    out, cells = file.parent / "out", file.parent / "cells"
-    command = [*LAUNCH, "-m", "sdxl_lab", "sweep", str(file), "--out", str(out), "--cache", str(cells)]
+    out, cache = file.parent / "out", file.parent / "cache"
+    command = [*LAUNCH, "-m", "sdxl_lab", "sweep", str(file), "--out", str(out), "--cache", str(cache)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     launcher = subprocess.Popen(command, cwd=ROOT, env=environment)
-    while len(finished(cells)) < 6:
+    while len(finished(cache)) < 6:
         assert launcher.poll() is None, "it ended before a rank could be killed"
         time.sleep(0.02)
     ranks = [child for child in psutil.Process(launcher.pid).children() if "LOCAL_RANK" in child.environ()]
     assert len(ranks) == 2
     next(rank for rank in ranks if rank.environ()["LOCAL_RANK"] == "1").kill()
     assert launcher.wait(240) != 0
-    kept = {key: (cells / f"{key}.png").stat().st_mtime_ns for key in finished(cells)}
+    kept = {key: (cache / f"{key}.png").stat().st_mtime_ns for key in finished(cache)}
     assert 6 <= len(kept) < 60
     assert not (out / "table.parquet").exists()
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     table = read_table(out)
     assert len(table) == 40
     assert table["error"].isna().all()
-    assert {key: (cells / f"{key}.png").stat().st_mtime_ns for key in kept} == kept
+    assert {key: (cache / f"{key}.png").stat().st_mtime_ns for key in kept} == kept
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_table_of_one(file: Path) -> None:
-    out, cells = file.parent / "two", file.parent / "cells-of-two"
+    out, cache = file.parent / "two", file.parent / "cache-of-two"
     text = FILE.replace("to = 1,", "to = 7,").replace("steps = [2, 4]", "steps = [1, 4]")  # one step: no refiner's
     file.write_text(text)
     done = subprocess.run(
-        [*LAUNCH, "-m", "sdxl_lab", "sweep", str(file), "--out", str(out), "--cache", str(cells)],
+        [*LAUNCH, "-m", "sdxl_lab", "sweep", str(file), "--out", str(out), "--cache", str(cache)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -383,12 +383,12 @@ def test_two_processes_give_the_table_of_one(file: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("16 cells, 8 failed") == 1, done.stdout
     two = read_table(out)
-    one = run(Sweep.from_toml(file), out=file.parent / "one", cells=file.parent / "cells-of-one")
+    one = run_sweep(Sweep.from_toml(file), out=file.parent / "one", cache=file.parent / "cache-of-one")
     assert one["error"].notna().sum() == 8
     numbers = ["sharpness", "max_abs"]
     pd.testing.assert_frame_equal(two.drop(columns=["seconds", *numbers]), one.drop(columns=["seconds", *numbers]))
     # Cells share UNet calls with others here than there: float32 differs by 1e-6, and now and then one of 8 bits.
     pd.testing.assert_frame_equal(two[numbers], one[numbers], check_exact=False, rtol=1e-3, atol=1.01 / 255)
     for key in one["image"].dropna():
-        images = [ImageCache(file.parent / f"cells-of-{name}").image(key).image for name in ("one", "two")]
+        images = [ImageCache(file.parent / f"cache-of-{name}").image(key).image for name in ("one", "two")]
         assert max_difference(*images) <= 1.01 / 255

@@ -19,8 +19,8 @@ from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.metrics import METRICS, Metric, MetricError
 from sdxl_lab.research.axes import SweepError
 from sdxl_lab.research.cache import ImageCache
-from sdxl_lab.research.sweep import Sweep, read_table, run
-from sdxl_lab.research.tune import Choices, Span, StudyPlan, hopeless, knee, tune
+from sdxl_lab.research.sweep import Sweep, read_table, run_sweep
+from sdxl_lab.research.tune import Choices, Range, StudyPlan, hopeless, knee, tune
 
 PAIRS = tuple((prompt, seed) for seed in range(4) for prompt in ("a cat", "a boat", "a red star"))
 BEST_SCALE = 3.0
@@ -50,8 +50,8 @@ def plan(tiny_config: GenerationConfig) -> StudyPlan:
         metric=KNOWN,
         space={
             "scheduler": Choices(("euler", "ddim")),
-            "steps": Span(1, 6, None, False, True),
-            "guidance_scale": Span(1.0, 5.0, 1.0, False, False),
+            "steps": Range(1, 6, None, False, True),
+            "guidance_scale": Range(1.0, 5.0, 1.0, False, False),
         },
         pairs=PAIRS,
         trials=24,
@@ -64,7 +64,7 @@ def plan(tiny_config: GenerationConfig) -> StudyPlan:
 @pytest.fixture
 def tuned(plan: StudyPlan, engine: Engine, tmp_path: Path) -> Callable[..., Any]:
     def tuned(changed: StudyPlan = plan, **more: Any) -> Any:
-        return tune(changed, out=tmp_path / "out", cells=tmp_path / "cells", engine=engine, **more)
+        return tune(changed, out=tmp_path / "out", cache=tmp_path / "cache", engine=engine, **more)
 
     return tuned
 
@@ -139,7 +139,7 @@ def test_a_study_goes_on_where_it_was(tuned: Callable, plan: StudyPlan, submitte
     pd.testing.assert_frame_equal(more.table[:4].drop(columns="front"), first.table.drop(columns="front"))
 
 
-def test_an_interrupted_trial_is_tried_again_from_its_cells(
+def test_an_interrupted_trial_is_tried_again_from_the_cache(
     tuned: Callable, plan: StudyPlan, submitted: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = replace(plan, trials=3, start=({"steps": 3, "guidance_scale": 2.0, "scheduler": "euler"},))
@@ -169,7 +169,7 @@ def test_trials_share_cells_with_sweeps(
 ) -> None:
     served = {"steps": 3, "guidance_scale": 2.0, "scheduler": "euler"}
     axes = {"prompt": ["a cat", "a boat", "a red star"], "seed": range(4), "steps": [3], "guidance_scale": [2.0]}
-    run(Sweep.product(tiny_config, axes), out=tmp_path / "sweep", cells=tmp_path / "cells", engine=engine)
+    run_sweep(Sweep.product(tiny_config, axes), out=tmp_path / "sweep", cache=tmp_path / "cache", engine=engine)
     del submitted[:]
     found = tuned(replace(plan, trials=1, start=(served,)))
     assert found.table["pairs"].tolist() == [len(PAIRS)]
@@ -177,7 +177,7 @@ def test_trials_share_cells_with_sweeps(
 
 
 def test_settings_that_cannot_be_drawn_are_stopped_with_the_reason(tuned: Callable, plan: StudyPlan) -> None:
-    space = {"steps": Choices((1,)), "refiner.handover": Span(0.8, 0.9, None, False, False)}
+    space = {"steps": Choices((1,)), "refiner.handover": Range(0.8, 0.9, None, False, False)}
     found = tuned(replace(plan, space=space, trials=3))
     assert set(found.table["state"]) == {"pruned"}
     assert found.table["reason"].str.startswith("cannot be drawn: ConfigError: steps must be enough").all()
@@ -201,7 +201,7 @@ def test_a_rule_over_two_fields_that_are_both_searched_is_left_to_the_trials(pla
 
 
 def test_the_refiners_fields_are_left_out_where_it_is(tuned: Callable, plan: StudyPlan) -> None:
-    space = {"refiner.handover": Span(0.4, 0.6, None, False, False), "refiner": Choices(("none", {}))}
+    space = {"refiner.handover": Range(0.4, 0.6, None, False, False), "refiner": Choices(("none", {}))}
     found = tuned(replace(plan, space=space, trials=8, stop_after=12))
     configs = [GenerationConfig.from_dict(json.loads(text)) for text in found.table["settings"]]
     assert {config.refiner is None for config in configs} == {True, False}
@@ -227,7 +227,7 @@ def test_a_study_of_other_weights_is_refused(tuned: Callable, plan: StudyPlan, e
 def test_a_damaged_storage_is_refused_in_plain_words(tuned: Callable, plan: StudyPlan, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "study.db").write_text("this is no database " * 100)
-    with pytest.raises(SweepError, match=r"a database that Optuna can open; .*The images are safe in the cells"):
+    with pytest.raises(SweepError, match=r"a database that Optuna can open; .*The images are safe in the cache"):
         tuned()
 
 
@@ -352,9 +352,9 @@ def test_a_file_is_a_plan(file: Path, tiny_config: GenerationConfig) -> None:
         metric=METRICS["sharpness"],
         space={
             "scheduler": Choices(("euler", "ddim")),
-            "steps": Span(2, 4, None, False, True),
+            "steps": Range(2, 4, None, False, True),
             "guidance_interval": Choices(("none", [0.3, 5.0])),
-            "refiner.handover": Span(0.4, 0.6, 0.1, False, False),
+            "refiner.handover": Range(0.4, 0.6, 0.1, False, False),
         },
         pairs=(("a cat", 1), ("a boat", 1), ("a cat", 2), ("a boat", 2)),
         trials=3,
@@ -405,7 +405,7 @@ def test_bad_files_are_refused_before_any_work(file: Path, text: str, kind: type
 
 def test_the_command_tunes_says_what_it_found_and_resumes(file: Path, capsys: pytest.CaptureFixture) -> None:
     out = file.parent / "out"
-    command = ["tune", str(file), "--out", str(out), "--cache", str(file.parent / "cells")]
+    command = ["tune", str(file), "--out", str(out), "--cache", str(file.parent / "cache")]
     assert main(command) == 0
     said = capsys.readouterr().out
     assert said.count("trial ") >= 3
@@ -422,15 +422,15 @@ def test_the_command_tunes_says_what_it_found_and_resumes(file: Path, capsys: py
 
 @pytest.mark.usefixtures("interrupted")
 def test_ctrl_c_says_how_to_go_on(file: Path, capsys: pytest.CaptureFixture) -> None:
-    command = ["tune", str(file), "--out", str(file.parent / "out"), "--cache", str(file.parent / "cells")]
+    command = ["tune", str(file), "--out", str(file.parent / "out"), "--cache", str(file.parent / "cache")]
     assert main(command) == STOPPED
     assert "to go on, run the same command again" in capsys.readouterr().err
 
 
 def test_a_range_of_a_fraction_is_one_though_its_ends_are_whole(plan: StudyPlan) -> None:
     trial = optuna.trial.FixedTrial({"guidance_scale": 2.5, "steps": 3})
-    assert Span(1, 5, 0.5, False, False).suggest(trial, "guidance_scale") == 2.5
-    assert Span(1, 5, None, False, True).suggest(trial, "steps") == 3
+    assert Range(1, 5, 0.5, False, False).suggest(trial, "guidance_scale") == 2.5
+    assert Range(1, 5, None, False, True).suggest(trial, "steps") == 3
     assert plan.config.changed({"refiner.handover": 0.5, "refiner": {}}).refiner == RefinerConfig(handover=0.5)
 
 
