@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bench.clients import request
+from bench.settings import LIMITS
 from sdxl_lab.config import GenerationConfig
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +32,7 @@ def server(kind: str, config: GenerationConfig, **environment: str) -> Iterator[
         else:
             command = [sys.executable, "-m", "bench.baselines", kind, "--model", config.model.base, "--port", str(port)]
         process = start(command, log, environment)
-        first = {"prompt": "a red circle", "seed": 0, "steps": config.limits.steps[0]}
+        first = {"prompt": "a red circle", "seed": 0, "steps": LIMITS.steps[0]}
         first |= {"guidance_scale": config.guidance_scale, "width": config.width, "height": config.height}
         try:
             until(lambda: request(port, "POST", "/generate", first).status == 200, process, log)
@@ -50,6 +51,7 @@ def service_environment(config: GenerationConfig, folder: Path) -> dict[str, str
     slot = folder / "slot"
     slot.mkdir()
     (slot / "config.toml").write_text(config.to_toml())
+    (slot / "serving.toml").write_text(LIMITS.to_toml())
     return {
         "SDXL_CONFIG": str(slot),
         "SDXL_ATTEST": "off",

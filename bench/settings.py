@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import RESULTS
-from sdxl_lab.config import GenerationConfig, Limits, RuntimeProfile
+from sdxl_lab.config import GenerationConfig, RuntimeProfile, ServingLimits
 
 PROMPTS = (
     "a red circle left of a blue star on a white background",
@@ -32,13 +32,12 @@ class Size:
     minutes: float = 1.0
     folder: Path = RESULTS
 
-    @property
-    def limits(self) -> Limits:
-        return Limits(steps=(1, 1000), side=(64, 1024))
+
+LIMITS = ServingLimits(steps=(1, 1000), side=(64, 1024))  # of every slot that a benchmark serves
 
 
 def config_of(size: Size, **changes: object) -> GenerationConfig:
-    start = {"limits": size.limits, "steps": size.steps, "width": size.side, "height": size.side, "guidance_scale": 3.0}
+    start = {"steps": size.steps, "width": size.side, "height": size.side, "guidance_scale": 3.0}
     return GenerationConfig.for_model(size.model, **(start | changes))
 
 

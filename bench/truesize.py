@@ -72,7 +72,7 @@ def main(size: Size) -> None:
     base = TextlessDenoiser(unet, (), (), nano.base.scheduler_config, zero_negative=True, aesthetic=False)
     models = replace(nano, base=base, refiner=None, dtype=torch.bfloat16)
     side = 2 * size.side
-    config = GenerationConfig(width=side, height=side, steps=1, limits=size.limits)
+    config = GenerationConfig(width=side, height=side, steps=1)
     took = {}
     with Engine(models, RuntimeProfile(device="cpu", dtype="bfloat16"), {}) as engine:
         for count in (1, 2):

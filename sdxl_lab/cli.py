@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_lab import __version__
-from sdxl_lab.config import MAX_SEED, SCHEDULERS, ConfigError, GenerationConfig, RefinerConfig
+from sdxl_lab.config import MAX_SEED, ConfigError, GenerationConfig
+from sdxl_lab.declaration import Choice, Kind, Pair, Setting, Switch, Table, Text
 from sdxl_lab.notebook.runner import NotebookError
 
 STOPPED = 130  # what a shell expects of a program ended by Ctrl-C
@@ -36,18 +37,7 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument("--config", type=Path, metavar="FILE", help="take the settings from this config.toml")
     start.add_argument("--model", help="nano (default), sdxl, a folder or a hub id")
     generate.add_argument("--seed", type=int, help=f"0 to {MAX_SEED}; random where none is given")
-    generate.add_argument("--negative-prompt", help="what to keep out of the image")
-    generate.add_argument("--steps", type=int, help="steps of base and refiner together")
-    generate.add_argument("--scheduler", metavar="NAME", help=", ".join(SCHEDULERS))
-    generate.add_argument("--guidance-scale", type=float, help="CFG scale; 1 or less: no guidance")
-    generate.add_argument("--width", type=int, help="pixels, a multiple of 8")
-    generate.add_argument("--height", type=int, help="pixels, a multiple of 8")
-    generate.add_argument(
-        "--refiner",
-        action=argparse.BooleanOptionalAction,
-        help="hand the last steps to the refiner (at 0.8, or where the configuration says)",
-    )
-    generate.add_argument("--watermark", action=argparse.BooleanOptionalAction, help="write the invisible watermark")
+    _add_settings(generate)
     generate.set_defaults(run=_generate)
 
     show = commands.add_parser("show", help="print the record inside a PNG")
@@ -123,12 +113,66 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _changes(asked: argparse.Namespace, config: GenerationConfig) -> dict[str, Any]:
-    """The options given, as changes of the configuration."""
-    names = ("negative_prompt", "steps", "scheduler", "guidance_scale", "width", "height", "watermark")
-    changes = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
-    if asked.refiner is not None:
-        changes["refiner"] = (config.refiner or RefinerConfig()) if asked.refiner else None
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    """An option for every setting of the configuration, and one for those that may be left out."""
+    group = command.add_argument_group("settings", "what is not said is as in the configuration that one starts from")
+    optional = {}
+    for setting in _options():
+        group.add_argument(f"--{setting.option}", dest=setting.name, help=_help(setting), **_form(setting.kind))
+        if setting.optional and not isinstance(setting.kind, Table):
+            optional[str(setting.option)] = setting.name
+    group.add_argument(
+        "--without",
+        action="append",
+        choices=optional,
+        metavar="SETTING",
+        help=f"leave a setting out; may be repeated: {', '.join(optional)}",
+    )
+
+
+def _options() -> list[Setting]:
+    return [setting for setting in GenerationConfig.settings().values() if setting.option]
+
+
+def _form(kind: Kind) -> dict[str, Any]:
+    """How argparse reads an option's value."""
+    match kind:
+        case Switch() | Table():
+            return {"action": argparse.BooleanOptionalAction}
+        case Pair(names=names):
+            return {"type": _reader(kind), "nargs": 2, "metavar": tuple(name.upper() for name in names)}
+        case Choice():
+            return {"metavar": "NAME"}
+    return {"type": _reader(kind), "metavar": "TEXT" if isinstance(kind, Text) else "N"}
+
+
+def _reader(kind: Kind) -> Callable[[str], Any]:
+    def read(word: str) -> Any:
+        try:
+            return kind.read(word)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be {kind.words}; received {word!r}") from error
+
+    return read
+
+
+def _help(setting: Setting) -> str:
+    """What the setting does, and what values it takes where its help does not say so already."""
+    rule = "" if isinstance(setting.kind, Switch | Table | Text) else f"; {setting.kind.words}"
+    unit = f" ({setting.unit})" if setting.unit else ""
+    return f"{setting.help}{rule}{unit}".replace("%", "%%")
+
+
+def _changes(asked: argparse.Namespace) -> dict[str, Any]:
+    """The options given, as plain changes of the configuration."""
+    given = {setting.name: getattr(asked, setting.name) for setting in _options()}
+    changes = {name: value for name, value in given.items() if value is not None}
+    options = {setting.option: setting.name for setting in _options()}
+    for option in asked.without or ():
+        name = options[option]
+        if name in changes:
+            raise ValueError(f"--without {option} leaves out a setting; received it with --{option}, too")
+        changes[name] = None
     return changes
 
 
@@ -149,7 +193,7 @@ def _generate(asked: argparse.Namespace) -> None:
         config = GenerationConfig.for_model(asked.model or "nano")
     if prompt is None:
         raise ConfigError("prompt", None, "given, or taken from an image with --like", "A cat in a hat")
-    config = config.with_(**_changes(asked, config))
+    config = config.changed(_changes(asked), none=None)
     seed = seed if seed is not None else secrets.randbelow(2**32)
 
     if asked.out.suffix.lower() != ".png":
@@ -164,7 +208,7 @@ def _generate(asked: argparse.Namespace) -> None:
             request = ImageRequest(config, prompt, seed, _source(engine, refined))
         image = _draw(engine, request)
     image.save(asked.out)
-    print(f"{asked.out}  seed {seed}  config {config.digest}  {image.timings['total_ms'] / 1000:.1f} s")
+    print(f"{asked.out}  seed {seed}  config {config.short_digest}  {image.timings['total_ms'] / 1000:.1f} s")
 
 
 def _source(engine: Any, record: dict[str, Any]) -> Any:
@@ -233,7 +277,7 @@ def _promote(asked: argparse.Namespace) -> None:
         allow_dirty=asked.allow_dirty,
     )
     count = len(slot.goldens)
-    print(f"{slot.folder} now holds {slot.digest}, with {count} golden image{'' if count == 1 else 's'}")
+    print(f"{slot.folder} now holds {slot.config.short_digest}, with {count} golden image{'' if count == 1 else 's'}")
 
 
 def _plan(asked: argparse.Namespace) -> Any:
@@ -340,7 +384,7 @@ def _tune(asked: argparse.Namespace) -> None:
     print(f"\nImportance of each field\n{tuned.importance.round(3).to_string()}")
     print(f"\nCandidate: {tuned.rule}")
     if tuned.candidate is not None:
-        print(f"{out / 'candidate.toml'}  config {tuned.candidate.digest}")
+        print(f"{out / 'candidate.toml'}  config {tuned.candidate.short_digest}")
 
 
 def _first() -> bool:

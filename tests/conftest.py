@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_lab.config import GenerationConfig, Limits, ModelRef
+from sdxl_lab.config import GenerationConfig, ModelRef
 
 # Workers side by side, and the processes they start, share the cores: torch would take all of them for each.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -50,7 +50,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_config(tiny_model: Path) -> GenerationConfig:
     """Four steps at 64x64 with the random model."""
     model = ModelRef(base=str(tiny_model / "base"), refiner=str(tiny_model / "refiner"))
-    return GenerationConfig(model=model, steps=4, width=64, height=64, limits=Limits(side=(64, 512)))
+    return GenerationConfig(model=model, steps=4, width=64, height=64)
 
 
 @pytest.fixture

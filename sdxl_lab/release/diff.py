@@ -35,7 +35,7 @@ def difference_table(
     """What a pull request says of a promotion, as Markdown: the settings that change, and with `evidence` the metrics
     and the gates."""
     changed = changes(flat(before.to_dict()) if before else {}, flat(after.to_dict()))
-    parts = [f"### {f'`{before.digest}`' if before else 'a new slot'} → `{after.digest}`"]
+    parts = [f"### {f'`{before.short_digest}`' if before else 'a new slot'} → `{after.short_digest}`"]
     rows = [(f"`{name}`", _shown(old), _shown(new)) for name, (old, new) in changed.items()]
     parts.append(_markdown(("setting", "served", "candidate"), rows) if rows else "The settings are the same.")
     if evidence:

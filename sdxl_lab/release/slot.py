@@ -1,8 +1,8 @@
 """From a tuned configuration to a slot that a service loads.
 
-A slot is a folder: `config.toml`, `evidence.json` (what the configuration was judged on) and `golden/` (the images
-themselves). It is written whole or not at all, by one promotion at a time, and only over what the candidate was
-compared with. Knows no models: images and judgements come from the caller.
+A slot is a folder: `config.toml`, `serving.toml` (what clients may ask for), `evidence.json` (what the configuration
+was judged on) and `golden/` (the images themselves). It is written whole or not at all, by one promotion at a time, and
+only over what the candidate was compared with. Knows no models: images and judgements come from the caller.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sdxl_lab.config import ConfigError, GenerationConfig
+from sdxl_lab.config import ConfigError, GenerationConfig, ServingLimits
 from sdxl_lab.images import GeneratedImage, ImageError, max_difference, mean_difference, open_image, read_record
 
 
@@ -62,6 +62,7 @@ class Slot:
     folder: Path
     config: GenerationConfig
     evidence: dict[str, Any] | None
+    limits: ServingLimits
 
     @property
     def digest(self) -> str:
@@ -118,7 +119,13 @@ def load_slot(folder: Path | str) -> Slot:
                 f"the slot {folder} must hold one configuration: config.toml has the digest {config.digest}, but "
                 f"evidence.json speaks of {evidence['digest']!r}. Promote again, or restore the slot from git"
             )
-    return Slot(folder, config, evidence)
+    return Slot(folder, config, evidence, _limits(folder, config))
+
+
+def _limits(folder: Path, config: GenerationConfig) -> ServingLimits:
+    """What a slot's `serving.toml` says; where there is none, the limits that go with the model."""
+    file = folder / "serving.toml"
+    return ServingLimits.from_toml(file) if file.is_file() else ServingLimits.for_model(config.model)
 
 
 # What `Comparison.evidence` gives; a file that lacks one of these is refused.
@@ -164,7 +171,7 @@ def _check_evidence(evidence: Mapping[str, Any], name: str) -> None:
         raise SlotError(f"{name} must say of each gate whether it passed; received {gates!r}")
 
 
-SLOT_ENTRIES = ("config.toml", "evidence.json", "golden")
+SLOT_ENTRIES = ("config.toml", "serving.toml", "evidence.json", "golden")
 REPLACED = ".replaced"  # beside the slots: what promotions took the place of
 
 
@@ -324,6 +331,7 @@ def _write(
         fresh = Path(scratch) / "slot"
         (fresh / "golden").mkdir(parents=True)
         (fresh / "config.toml").write_text(config.to_toml())
+        (fresh / "serving.toml").write_text(_limits(folder, config).to_toml())
         (fresh / "evidence.json").write_text(json.dumps(evidence, indent=2, sort_keys=True) + "\n")
         for name, image in goldens.items():
             image.save(fresh / "golden" / name)

@@ -18,17 +18,15 @@ import pandas as pd
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from sdxl_lab.config import GenerationConfig, Record, RuntimeProfile, canonical
+from sdxl_lab.config import GenerationConfig, RuntimeProfile, canonical
+from sdxl_lab.declaration import NONE, Declared, left_out
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import placement
 from sdxl_lab.evaluation.metrics import Metric
 from sdxl_lab.research.axes import (
     LIMIT,
-    NONE,
-    NULLABLE,
     SweepError,
     base_config,
-    changed,
     check_axis,
     flat,
     named_metric,
@@ -158,7 +156,7 @@ def _axis(name: str, values: Any) -> list[Any]:
     if name != "config":
         return found
     return [
-        (value.digest, value)
+        (value.short_digest, value)
         if isinstance(value, GenerationConfig)
         else (_file_label(value), GenerationConfig.from_toml(value))
         for value in found
@@ -181,12 +179,12 @@ def _cell(config: GenerationConfig, combination: Mapping[str, Any]) -> tuple[Cel
     values = {name: value for name, value in settings.items() if name not in ("config", *PAIRS)}
     for name in list(values):
         outer = name.partition(".")[0]
-        if outer != name and values.get(outer, ()) in (None, NONE):
+        if outer != name and outer in values and left_out(values[outer]):
             del values[name]
             settings[name] = None
         else:
             settings[name] = _shown(values[name], name)
-    return Cell(changed(config, values), prompt, seed), settings
+    return Cell(config.changed(values), prompt, seed), settings
 
 
 def _file_label(path: Any) -> str:
@@ -196,9 +194,9 @@ def _file_label(path: Any) -> str:
 
 
 def _shown(value: Any, name: str) -> Any:
-    if value is None or (value == NONE and name in NULLABLE):
+    if value is None or (value == NONE and GenerationConfig.setting(name).optional):
         return None
-    if isinstance(value, Record):
+    if isinstance(value, Declared):
         return canonical(value.to_dict())
     return json.dumps(value) if isinstance(value, Mapping | list | tuple) else value
 

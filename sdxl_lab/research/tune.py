@@ -10,7 +10,7 @@ import math
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from scipy import stats
 
 from sdxl_lab.config import ConfigError, GenerationConfig, RuntimeProfile, canonical
+from sdxl_lab.declaration import NONE, Whole, left_out
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.metrics import Metric
 from sdxl_lab.research.axes import (
-    NONE,
     SweepError,
     base_config,
-    changed,
     check_axis,
     flat,
     named_metric,
@@ -41,7 +40,6 @@ OUT = Path("runs/studies")
 KEYS = {"name", "model", "config", "metric", "clip", "trials", "startup", "seed", "choose"} | {
     "space", "pairs", "stop", "start"
 }  # fmt: skip
-INTEGERS = {item.name for item in fields(GenerationConfig) if item.type is int}
 RANGE = "steps = { from = 8, to = 40 }"
 
 OnTrial = Callable[[FrozenTrial], None]
@@ -150,7 +148,7 @@ class StudyPlan:
     def _check(self, name: str, value: Any) -> None:
         """Check one value. A rule over two fields that are both searched is checked in the trials."""
         try:
-            changed(self.config, {name: value})
+            self.config.changed({name: value})
         except ConfigError as error:
             if error.field == name or error.field not in self.space:
                 raise
@@ -202,6 +200,11 @@ class StudyPlan:
         )
 
 
+def _is_integer(name: str) -> bool:
+    """Whether a setting is a whole number. An unknown name is refused where the plan is made."""
+    return name in GenerationConfig.settings() and isinstance(GenerationConfig.setting(name).kind, Whole)
+
+
 def _choices(name: str, value: Any) -> Choices | Range:
     if not isinstance(value, Mapping):
         return Choices(tuple(spread(name, value)))
@@ -212,7 +215,7 @@ def _choices(name: str, value: Any) -> Choices | Range:
             f"the range of {name} must have from and to, the first below the second, and may have step or log; "
             f"received {dict(value)}. Example: {RANGE}"
         )
-    found = Range(low, high, value.get("step"), value.get("log", False), name in INTEGERS)  # type: ignore[arg-type]
+    found = Range(low, high, value.get("step"), value.get("log", False), _is_integer(name))  # type: ignore[arg-type]
     try:
         found.suggest(optuna.trial.FixedTrial({name: low}), name)  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
@@ -384,10 +387,10 @@ def _suggest_config(plan: StudyPlan, trial: Trial) -> GenerationConfig:
     settings: dict[str, Any] = {}
     for name in sorted(plan.space, key=lambda name: name.count(".")):
         outer = name.partition(".")[0]
-        if outer != name and outer in settings and settings[outer] in (None, NONE):
+        if outer != name and outer in settings and left_out(settings[outer]):
             continue
         settings[name] = plan.space[name].suggest(trial, name)
-    return changed(plan.config, settings)
+    return plan.config.changed(settings)
 
 
 def hopeless(plan: StudyPlan, values: Sequence[float], rows: float, front: Sequence[FrozenTrial]) -> str | None:

@@ -21,6 +21,7 @@ async def config(request: Request) -> dict[str, Any]:
     content: dict[str, Any] = {
         "slot": slot.folder.name,
         "config": slot.config.to_dict(),
+        "limits": slot.limits.to_dict(),
         "schedulers": SCHEDULERS,
         "digest": slot.digest,
         "evidence": slot.evidence,

@@ -91,7 +91,7 @@ def test_the_a1111_text_is_what_a1111_writes():
 
 A1111 = [
     (record(GenerationConfig()), "Negative prompt", False),
-    (record(GenerationConfig(refiner=RefinerConfig(0.7))), "Refiner: nano, Refiner switch at: 0.7", True),
+    (record(GenerationConfig(refiner=RefinerConfig(handover=0.7))), "Refiner: nano, Refiner switch at: 0.7", True),
     (record(source={}, strength=0.3), "Denoising strength: 0.3", True),
     (record(GenerationConfig(refiner=RefinerConfig()), source={}, strength=0.3), "Refiner switch at", False),
     (record(GenerationConfig(width=320, height=64)), "Size: 320x64", True),

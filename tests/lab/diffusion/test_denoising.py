@@ -5,7 +5,6 @@ compared as floats, before they are rounded to 8 bits. What the reference does i
 documentation, never taken from the code under test.
 """
 
-import dataclasses
 import json
 import logging
 import threading
@@ -21,7 +20,7 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from sdxl_lab.config import ConfigError, GenerationConfig, Limits, ModelRef, RefinerConfig, RuntimeProfile
+from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import schedulers
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import NANO, load
@@ -147,7 +146,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     folder = NANO if request.param == "nano" else request.getfixturevalue("lively_model")
     ref = ModelRef(base=str(folder / "base"), refiner=str(folder / "refiner"))
     profile = RuntimeProfile(device="cpu", dtype="float32", rows=256)
-    config = GenerationConfig(model=ref, steps=4, width=64, height=64, limits=Limits(side=(64, 512)))
+    config = GenerationConfig(model=ref, steps=4, width=64, height=64)
     with Engine(load(ref, profile), profile, {}) as engine:
         yield Bench(engine, Pipelines.load(folder), config)
 
@@ -167,7 +166,7 @@ def mixed_jobs(config: GenerationConfig) -> dict[tuple[str, bool], ImageRequest]
             negative_prompt=(None, "blurry, yellow", "")[index // 3 % 3],
         )
         requests[name, False] = ImageRequest(settings, PROMPTS[index % 4], 100 + index)
-        refiner = RefinerConfig((0.5, 0.4, 0.55)[index % 3], aesthetic_score=5 + index % 3)
+        refiner = RefinerConfig(handover=(0.5, 0.4, 0.55)[index % 3], aesthetic_score=5 + index % 3)
         settings = settings.with_(refiner=refiner, steps=4 + index % 4, guidance_scale=(3.0, 8.0, 1.0)[index % 3])
         requests[name, True] = ImageRequest(settings, PROMPTS[(index + 1) % 4], 200 + index)
     return requests
@@ -228,7 +227,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("handover", [None, 0.5])
 def test_sizes_and_micro_conditioning_are_those_of_the_pipeline(bench, handover):
-    refiner = None if handover is None else RefinerConfig(handover)
+    refiner = None if handover is None else RefinerConfig(handover=handover)
     requests = [ImageRequest(bench.config.with_(refiner=refiner, **shape), PROMPTS[0], 9) for shape in SHAPES]
     found = [
         difference(image, bench.pipelines.draw(request))
@@ -313,13 +312,12 @@ MUTATIONS: dict[str, dict[str, Any]] = {
     "refiner": {"refiner": None},
 }
 REFINER_MUTATIONS = {"handover": 0.7, "aesthetic_score": 4.0, "negative_aesthetic_score": 6.0}
-MOVES_NO_LATENTS = {"model", "watermark", "limits"}  # what they do is tested in test_models.py and test_engine.py
+MOVES_NO_LATENTS = {"model", "watermark"}  # what they do is tested in test_models.py and test_engine.py
 
 
 def test_the_mutations_reach_every_field():
-    fields = {field.name for field in dataclasses.fields(GenerationConfig)}
-    assert fields == set(MUTATIONS) | MOVES_NO_LATENTS
-    assert {field.name for field in dataclasses.fields(RefinerConfig)} == set(REFINER_MUTATIONS)
+    assert set(GenerationConfig.model_fields) == set(MUTATIONS) | MOVES_NO_LATENTS
+    assert set(RefinerConfig.model_fields) == set(REFINER_MUTATIONS)
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +349,7 @@ def test_the_comparison_turns_red_when_a_field_changes(bench, original, expected
 
 @pytest.mark.parametrize("field", REFINER_MUTATIONS)
 def test_the_comparison_turns_red_when_a_field_of_the_refiner_changes(bench, original, expected, field):
-    refiner = replace(original.config.refiner, **{field: REFINER_MUTATIONS[field]})
+    refiner = original.config.refiner.with_(**{field: REFINER_MUTATIONS[field]})
     request = replace(original, config=original.config.with_(refiner=refiner))
     found = difference(bench.together([request])[0], expected)
     log.info("difference %.1e", found)
@@ -411,8 +409,10 @@ def test_refining_with_a_model_without_refiner_is_refused():
 
 @pytest.mark.parametrize(("handover", "lacking"), [(0.01, "base"), (0.999, "refiner")])
 def test_a_hand_over_that_leaves_a_stage_without_a_step_is_refused(bench, handover, lacking):
-    request = ImageRequest(bench.config.with_(scheduler="dpmpp_2m", refiner=RefinerConfig(handover)), "a cat", 1)
+    request = ImageRequest(
+        bench.config.with_(scheduler="dpmpp_2m", refiner=RefinerConfig(handover=handover)), "a cat", 1
+    )
     if lacking == "base":
-        request = replace(request, config=request.config.with_(scheduler="lcm", refiner=RefinerConfig(0.0001)))
+        request = replace(request, config=request.config.with_(scheduler="lcm", refiner=RefinerConfig(handover=0.0001)))
     with pytest.raises(ConfigError, match=rf"enough that both base and refiner get one \({lacking} has none\)"):
         bench.engine.submit(request).result(60)

@@ -35,7 +35,7 @@ def unresolved(*asked, **more):
 socket.getaddrinfo = unresolved
 
 from pathlib import Path
-from sdxl_lab.config import GenerationConfig, Limits, ModelRef, RuntimeProfile
+from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import ModelError
 from sdxl_lab.job import ImageRequest
@@ -44,7 +44,7 @@ blob, revision, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 
 def draw(**change):
     named = {"base": "org/tiny", "revision": revision, "refiner": "org/tiny-refiner", "refiner_revision": revision}
-    sizes = {"width": 64, "height": 64, "limits": Limits(side=(64, 512))}
+    sizes = {"width": 64, "height": 64}
     config = GenerationConfig(model=ModelRef(**named | change), steps=2, **sizes)
     try:
         with Engine.load(config, RuntimeProfile(device="cpu", dtype="float32")) as engine:

@@ -240,7 +240,7 @@ def test_the_folder_that_holds_a_model_names_its_vae(tiny_model):
     assert all(torch.equal(a, b) for a, b in zip(own.vae.parameters(), named.vae.parameters(), strict=True))
     assert (
         identity(ref(tiny_model, vae=str(tiny_model)))["vae"]
-        == identity(ModelRef(str(tiny_model / "base/vae")))["base"]
+        == identity(ModelRef(base=str(tiny_model / "base/vae")))["base"]
     )
 
 

@@ -173,7 +173,7 @@ def test_a_plan_file_that_is_none_is_refused(tmp_path, content):
 
 
 def test_a_candidate_is_a_file_of_settings_or_a_image(tiny_config, tmp_path):
-    config = tiny_config.with_(steps=2, refiner=RefinerConfig(0.5))
+    config = tiny_config.with_(steps=2, refiner=RefinerConfig(handover=0.5))
     (tmp_path / "config.toml").write_text(config.to_toml())
     (image,) = comparison.draw([ImageRequest(config, "a cat", 1)], FLOAT32)
     image.save(tmp_path / "image.png")

@@ -4,7 +4,7 @@ from sdxl_lab.config import GenerationConfig, RefinerConfig
 from sdxl_lab.release.diff import changed_fields, difference_table
 
 BEFORE = GenerationConfig(negative_prompt="a | b\nc")
-AFTER = BEFORE.with_(steps=20, refiner=RefinerConfig(0.7), negative_prompt=None)
+AFTER = BEFORE.with_(steps=20, refiner=RefinerConfig(handover=0.7), negative_prompt=None)
 EVIDENCE = {
     "prompts": ["a"] * 8,
     "seeds": [0, 1],
@@ -39,7 +39,7 @@ def test_the_table_is_markdown_for_a_pull_request():
     assert (
         difference_table(BEFORE, AFTER, EVIDENCE)
         == f"""\
-### `{BEFORE.digest}` → `{AFTER.digest}`
+### `{BEFORE.short_digest}` → `{AFTER.short_digest}`
 
 | setting | served | candidate |
 | --- | --- | --- |
@@ -67,5 +67,5 @@ def test_the_table_is_markdown_for_a_pull_request():
 def test_equal_settings_and_a_new_slot_say_so():
     assert "The settings are the same." in difference_table(BEFORE, BEFORE)
     fresh = difference_table(None, AFTER)
-    assert fresh.startswith(f"### a new slot → `{AFTER.digest}`")
+    assert fresh.startswith(f"### a new slot → `{AFTER.short_digest}`")
     assert "| `steps` | – | 20 |" in fresh

@@ -33,7 +33,7 @@ def pixels(store: ImageCache, cell: Cell) -> np.ndarray:
 
 DECIDES = {
     "a field": lambda cell: replace(cell, config=cell.config.with_(guidance_scale=2.5)),
-    "a field of the refiner": lambda cell: replace(cell, config=cell.config.with_(refiner=RefinerConfig(0.7))),
+    "a field of the refiner": lambda cell: replace(cell, config=cell.config.with_(refiner=RefinerConfig(handover=0.7))),
     "the prompt": lambda cell: replace(cell, prompt="A cat in a pink hat"),
     "the seed": lambda cell: replace(cell, seed=1),
 }
@@ -183,7 +183,7 @@ def test_references_are_cells_of_their_own(store: ImageCache, submitted: list, t
 def test_a_cell_that_cannot_be_drawn_fails_alone_and_is_tried_again(
     store: ImageCache, submitted: list, tiny_config: GenerationConfig
 ) -> None:
-    impossible = Cell(tiny_config.with_(steps=1, refiner=RefinerConfig(0.9)), "A cat in a hat", 0)
+    impossible = Cell(tiny_config.with_(steps=1, refiner=RefinerConfig(handover=0.9)), "A cat in a hat", 0)
     cells = [*some(tiny_config, 2), impossible]
     errors = store.complete(cells, [METRICS["sharpness"]])
     assert list(errors) == [store.key(impossible)]
@@ -240,7 +240,7 @@ def test_the_engines_end_ends_the_work(store: ImageCache, engine: Engine, tiny_c
 def test_progress_counts_what_was_found_drawn_and_failed(store: ImageCache, tiny_config: GenerationConfig) -> None:
     told: list[Progress] = []
     store.complete(some(tiny_config, 2))
-    impossible = Cell(tiny_config.with_(steps=1, refiner=RefinerConfig(0.9)), "A cat in a hat", 0)
+    impossible = Cell(tiny_config.with_(steps=1, refiner=RefinerConfig(handover=0.9)), "A cat in a hat", 0)
     store.complete([*some(tiny_config, 4), impossible], on_progress=told.append)
     assert told[0] == Progress(2, 5, 0, 0, None)
     assert [progress.done for progress in told] == [2, 3, 4, 5]

@@ -17,7 +17,7 @@ from sdxl_lab.cli import STOPPED, main
 from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.metrics import METRICS, Metric, MetricError
-from sdxl_lab.research.axes import SweepError, changed
+from sdxl_lab.research.axes import SweepError
 from sdxl_lab.research.cache import ImageCache
 from sdxl_lab.research.sweep import Sweep, read_table, run_sweep
 from sdxl_lab.research.tune import Choices, Range, StudyPlan, hopeless, knee, tune
@@ -431,7 +431,7 @@ def test_a_range_of_a_fraction_is_one_though_its_ends_are_whole(plan: StudyPlan)
     trial = optuna.trial.FixedTrial({"guidance_scale": 2.5, "steps": 3})
     assert Range(1, 5, 0.5, False, False).suggest(trial, "guidance_scale") == 2.5
     assert Range(1, 5, None, False, True).suggest(trial, "steps") == 3
-    assert changed(plan.config, {"refiner.handover": 0.5, "refiner": {}}).refiner == RefinerConfig(0.5)
+    assert plan.config.changed({"refiner.handover": 0.5, "refiner": {}}).refiner == RefinerConfig(handover=0.5)
 
 
 def test_a_metric_that_is_no_number_ends_the_study_with_its_image(tuned: Callable, plan: StudyPlan) -> None:
