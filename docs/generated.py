@@ -3,6 +3,7 @@
 A page marks such a part with `<!-- generated: NAME -->` and `<!-- end -->`; `PARTS` says what comes between.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import grimp
 import networkx
 
 from bench import cost, measure
+from sdxl_lab.config import GenerationConfig, ServingLimits
+from sdxl_lab.declaration import Declared, Setting, Table
 from service.api.problems import TABLE as PROBLEMS
 from service.app import create_app
 from service.settings import TABLE as SETTINGS
@@ -83,7 +86,42 @@ def settings() -> str:
     )
 
 
+def configuration() -> str:
+    """Every setting of an image, as `GenerationConfig` declares it."""
+    return table(
+        ("setting", "label", "what it does", "rule", "unit", "default", "option of `generate`", "source"),
+        *(
+            (f"`{s.name}`", s.label, s.help, _rule(s), s.unit, _default(s), _option(s), s.source)
+            for s in GenerationConfig.settings().values()
+        ),
+    )
+
+
+def limits() -> str:
+    """Every limit of a slot, as `ServingLimits` declares it."""
+    rows = ((f"`{s.name}`", s.help, _rule(s), s.unit, _default(s)) for s in ServingLimits.settings().values())
+    return table(("limit", "meaning", "rule", "unit", "default for nano"), *rows)
+
+
+def _rule(setting: Setting) -> str:
+    words = "the settings below" if isinstance(setting.kind, Table) else setting.kind.words
+    return f"{words}{', or left out' if setting.optional else ''}"
+
+
+def _default(setting: Setting) -> str:
+    if setting.default is None:
+        return "left out"
+    plain = setting.default.to_dict() if isinstance(setting.default, Declared) else setting.default
+    return f"`{json.dumps(plain)}`"
+
+
+def _option(setting: Setting) -> str:
+    return f"`--{setting.option}`" if setting.option else "`--model`" if setting.name == "model" else ""
+
+
 PARTS = {
+    "configuration": configuration,
+    "limits": limits,
     "imports sdxl_lab": lambda: diagram("sdxl_lab"),
     "imports service": lambda: diagram("service"),
     "calls": calls,

@@ -7,6 +7,7 @@ torch.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -502,6 +503,20 @@ class ServingLimits(Declared):
         """Sound limits for a model: nano's, or those of the real SDXL."""
         return cls() if model.base == "nano" else cls(side=(512, 1536))
 
+    def narrowed(self, setting: Setting) -> Setting:
+        """A setting of the configuration with these limits in its rule."""
+        if setting.limited_by is None:
+            return setting
+        low, high = getattr(self, setting.limited_by)
+        return replace(setting, kind=replace(setting.kind, low=low, high=high))  # type: ignore[call-arg]
+
+    def check(self, asked: Mapping[str, Any], promoted: GenerationConfig) -> None:
+        """`ConfigError` for the first of the settings that is outside the limits, with the promoted value as the
+        example."""
+        for name, setting in GenerationConfig.settings().items():
+            if setting.limited_by is not None and name in asked:
+                replace(self.narrowed(setting), example=promoted.value(name)).check(asked[name])
+
 
 def migrated_config(content: Mapping[str, Any]) -> tuple[GenerationConfig, ServingLimits]:
     """A configuration of 0.1.0, as its `config.toml` or a record holds it, parted into what decides an image and what a
@@ -592,7 +607,7 @@ def checked_prompt(prompt: object) -> str:
     try:
         return str(PROMPT.check(prompt))
     except ConfigError as error:
-        if isinstance(prompt, str) and len(prompt) > MAX_PROMPT:
+        if isinstance(prompt, str) and not 1 <= len(prompt) <= MAX_PROMPT:
             raise PROMPT.error(f"{len(prompt)} characters") from error
         raise
 

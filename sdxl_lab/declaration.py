@@ -100,7 +100,8 @@ class Kind:
     """What kind of value a setting has.
 
     `words` is the rule for people, `type` what the declaration must annotate, `checked` the same with the rule in it,
-    as pydantic validates it. `read` makes one word of a command line a value; ValueError where it is none.
+    as pydantic validates it, `json_schema` the rule as JSON Schema says it. `read` makes one word of a command line a
+    value; ValueError where it is none.
     """
 
     @property
@@ -114,6 +115,10 @@ class Kind:
     @property
     def checked(self) -> Any:
         raise NotImplementedError
+
+    @property
+    def json_schema(self) -> dict[str, Any]:
+        return {}
 
     def read(self, word: str) -> Any:
         return word
@@ -139,6 +144,11 @@ class Whole(Kind):
     @property
     def checked(self) -> Any:
         return Annotated[int, Field(strict=True, ge=self.low, le=self.high, multiple_of=self.multiple)]
+
+    @property
+    def json_schema(self) -> dict[str, Any]:
+        multiple = {} if self.multiple == 1 else {"multipleOf": self.multiple}
+        return {"minimum": self.low, "maximum": self.high, **multiple}
 
     def read(self, word: str) -> int:
         return int(word)
@@ -167,6 +177,11 @@ class Number(Kind):
         rule = Field(strict=True, allow_inf_nan=False, **bounds)
         # -0.0 equals 0.0 and is written otherwise: equal settings must have one text, and so one digest.
         return Annotated[float, rule, AfterValidator(lambda value: float(value) + 0.0)]
+
+    @property
+    def json_schema(self) -> dict[str, Any]:
+        names = ("exclusiveMinimum", "exclusiveMaximum") if self.between else ("minimum", "maximum")
+        return dict(zip(names, (self.low, self.high), strict=True))
 
     def read(self, word: str) -> float:
         return float(word)
@@ -219,6 +234,10 @@ class Choice(Kind):
     @property
     def checked(self) -> Any:
         return Literal[self.values]
+
+    @property
+    def json_schema(self) -> dict[str, Any]:
+        return {"enum": list(self.values)}
 
 
 @dataclass(frozen=True)
@@ -491,6 +510,10 @@ class Declared(BaseModel):
     def of(cls, value: object) -> Any:
         """These settings from what a door has: a table of plain values; anything else as it is."""
         return cls.from_dict(value) if isinstance(value, Mapping) else value
+
+    def differs(self, other: Self) -> list[str]:
+        """The fields in which these settings are not the other ones."""
+        return [name for name in type(self).model_fields if getattr(self, name) != getattr(other, name)]
 
     def with_(self, **changes: Any) -> Self:
         """A copy with some fields changed; unknown names are refused with `ConfigError`."""

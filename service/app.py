@@ -75,7 +75,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     undescribed = app.openapi
 
     def openapi() -> dict[str, Any]:
-        document = bounded(undescribed(), studio.served.slot.config.limits)
+        document = bounded(undescribed(), studio.served.slot.limits)
         return describe(document) if settings.api_keys else document
 
     app.openapi = openapi  # type: ignore[method-assign]

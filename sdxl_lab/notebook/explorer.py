@@ -16,7 +16,7 @@ from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.errors import Cancelled
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import ImageRequest, Job
-from sdxl_lab.notebook.form import FormError, differences, next_seed, request_of, values_of
+from sdxl_lab.notebook.form import FormError, differences, next_seed, request_of, told_at, values_of
 from sdxl_lab.notebook.widgets import Drawn, Panel
 
 PERIOD = 0.1  # seconds between two looks at what is being drawn
@@ -111,7 +111,7 @@ class Explorer:
             return
         self.panel.switch()
         try:
-            self.panel.tell({}, f"config {self.request.config.digest}")
+            self.panel.tell({}, f"config {self.request.config.short_digest}")
         except FormError as error:
             self.panel.tell(error.errors, "")
 
@@ -124,8 +124,8 @@ class Explorer:
             return [*self._history, *(_drawn(asked) for asked in self._asked if asked.job.state == "done")]
 
     def generate(self, **changes: Any) -> Job[GeneratedImage]:
-        """Queue an image of the controls' settings, with some `changes`: prompt, seed, or fields of the configuration.
-        The controls stay as they are.
+        """Queue an image of the controls' settings, with some `changes`: prompt, seed, or settings, as
+        `GenerationConfig.changed` takes them. The controls stay as they are.
 
         Raises `FormError` or `ConfigError` for bad settings, and what `Engine.submit` raises.
         """
@@ -145,7 +145,7 @@ class Explorer:
     def _changed(self, changes: dict[str, Any]) -> ImageRequest:
         request = self.request
         prompt, seed = changes.pop("prompt", request.prompt), changes.pop("seed", request.seed)
-        return ImageRequest(request.config.with_(**changes), prompt, seed)
+        return ImageRequest(request.config.changed(changes, none=None), prompt, seed)
 
     def stop(self) -> None:
         """Cancel what this panel is drawing or has queued: it ends at the engine's next step."""
@@ -198,8 +198,8 @@ class Explorer:
             return
         error = job.exception()
         self.panel.show_stopped(None if isinstance(error, Cancelled) else str(error) or repr(error))
-        if isinstance(error, ConfigError) and error.field in self.panel.controls:
-            self.panel.tell({error.field: str(error)}, "")
+        if isinstance(error, ConfigError) and told_at(error.field) in self.panel.controls:
+            self.panel.tell({told_at(error.field): str(error)}, "")
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
@@ -305,7 +305,7 @@ class Explorer:
         except (ValueError, OSError) as error:
             self.panel.say_saved(str(error), failed=True)
             return
-        self.panel.say_saved(f"Saved {path} ({self.candidate.digest})")
+        self.panel.say_saved(f"Saved {path} ({self.candidate.short_digest})")
 
 
 def _drawn(asked: Asked) -> Drawn:

@@ -200,8 +200,8 @@ class StudyPlan:
         )
 
 
-def _whole(name: str) -> bool:
-    """Whether a setting is a whole number; an unknown name is refused later, where the plan is made."""
+def _is_integer(name: str) -> bool:
+    """Whether a setting is a whole number. An unknown name is refused where the plan is made."""
     return name in GenerationConfig.settings() and isinstance(GenerationConfig.setting(name).kind, Whole)
 
 
@@ -215,7 +215,7 @@ def _choices(name: str, value: Any) -> Choices | Range:
             f"the range of {name} must have from and to, the first below the second, and may have step or log; "
             f"received {dict(value)}. Example: {RANGE}"
         )
-    found = Range(low, high, value.get("step"), value.get("log", False), _whole(name))  # type: ignore[arg-type]
+    found = Range(low, high, value.get("step"), value.get("log", False), _is_integer(name))  # type: ignore[arg-type]
     try:
         found.suggest(optuna.trial.FixedTrial({name: low}), name)  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:

@@ -103,7 +103,8 @@ async def generate(asked: GenerateRequest, request: Request, wish: Asked) -> Any
     studio: Studio = request.app.state.studio
 
     async def order() -> Order:
-        return Order(asked.over(studio.served.slot.config), asked.prompt, asked.seed, **_terms(wish, asked))
+        slot = studio.served.slot
+        return Order(asked.over(slot.config, slot.limits), asked.prompt, asked.seed, **_terms(wish, asked))
 
     return await _answer(request, wish, await _submitted(studio, wish, asked, order), Drawn)
 
@@ -121,7 +122,8 @@ async def refine(asked: RefineRequest, request: Request, wish: Asked) -> Any:
 
     async def order() -> Order:
         source = await studio.source(asked.id, asked.strength)
-        config = asked.over(studio.served.slot.config, source.record, source.image.size)
+        slot = studio.served.slot
+        config = asked.over(slot.config, slot.limits, source.record, source.image.size)
         prompt = source.record.prompt if asked.prompt is None else asked.prompt
         return Order(config, prompt, asked.seed, source, **_terms(wish, asked))
 

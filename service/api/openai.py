@@ -121,7 +121,8 @@ def _model(studio: Studio) -> Model:
 
 def _orders(asked: ImagesRequest, studio: Studio, request: Request, key: str | None) -> list[Order]:
     """An order for each image: neighbouring seeds, and with an idempotency key a key for each."""
-    config = asked.over(studio.served.slot.config)
+    slot = studio.served.slot
+    config = asked.over(slot.config, slot.limits)
     scope = f"{PREFIX} {getattr(request.state, 'client', '')}"  # keys of /generate are others
     seed = secrets.randbelow(2**32) if key is None else derived(scope, key)[1]
     mark = fingerprint({"request": type(asked).__name__, **asked.model_dump(exclude_none=True)})

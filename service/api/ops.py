@@ -21,10 +21,10 @@ async def config(request: Request) -> dict[str, Any]:
     content: dict[str, Any] = {
         "slot": slot.folder.name,
         "config": slot.config.to_dict(),
+        "limits": slot.limits.to_dict(),
         "schedulers": SCHEDULERS,
         "digest": slot.digest,
         "evidence": slot.evidence.to_dict() if slot.evidence else None,
-        "limits": slot.limits.to_dict(),
         "runtime": engine.profile.to_dict() if engine else None,
         "weights": engine.weights if engine else None,
         **studio.served.attestation.to_dict(),

@@ -117,7 +117,7 @@ TABLE = {
     "service.api.openai_schemas.UnknownModel": Entry(404, "model-not-found", "There is no such model"),
     "service.api.problems.BodyTooSlow": Entry(408, "body-too-slow", "The body takes too long"),
     "service.api.problems.BodyTooLarge": Entry(413, "body-too-large", "The body is too large"),
-    "sdxl_lab.config.ConfigError": Entry(422, "invalid-value", "A value is not valid"),
+    "sdxl_lab.declaration.ConfigError": Entry(422, "invalid-value", "A value is not valid"),
     "service.jobs.store.UnknownImage": Entry(404, "unknown-image", "There is no such image"),
     "service.api.problems.Unauthorized": Entry(
         401, "unauthorized", "A key is needed", headers={"WWW-Authenticate": 'Bearer realm="sdxl-lab"'}

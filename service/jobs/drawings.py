@@ -18,7 +18,6 @@ from weakref import WeakValueDictionary
 from sdxl_lab.images import GeneratedImage, encode_png
 from sdxl_lab.job import ImageRequest, Job, SourceImage
 from service.api.problems import Stopping, known
-from service.api.schemas import overridden
 from service.deployment import Served, on_loop
 from service.jobs.job import LOOK, CancelledByClient, Drawing, Order
 from service.jobs.leases import STORING, Promises
@@ -87,7 +86,7 @@ class Drawings:
             "seed": job.seed,
             "config": job.config.to_dict(),
             "promoted": self.served.slot.digest,
-            "overridden": overridden(self.served.slot.config, job.config),
+            "overridden": job.config.differs(self.served.slot.config),
             "source": None if origin is None else str(origin.id),
             "strength": None if origin is None else origin.strength,
         }

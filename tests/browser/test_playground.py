@@ -134,10 +134,10 @@ def test_the_digest_and_the_attestation_are_in_sight(home, visit, promoted):
     page = visit(home).page
     served = json.loads(fetched(home, "config"))
     chip = page.locator("#about-open")
-    expect(chip).to_contain_text(promoted.digest)
+    expect(chip).to_contain_text(promoted.short_digest)
     expect(chip).to_contain_text("Attested" if served["attested"] else "Not attested")
     chip.click()
-    expect(page.get_by_role("dialog", name="What is served")).to_contain_text(promoted.digest)
+    expect(page.get_by_role("dialog", name="What is served")).to_contain_text(promoted.short_digest)
 
 
 def test_steps_and_previews_come_in_and_cancel_stops_the_image(home, live, visit):

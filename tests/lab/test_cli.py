@@ -14,7 +14,7 @@ import pytest
 
 from sdxl_lab import cli
 from sdxl_lab.cli import STOPPED, main
-from sdxl_lab.config import GenerationConfig, RefinerConfig, RuntimeProfile
+from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError
@@ -61,6 +61,74 @@ def test_generate_draws_the_image_that_its_options_say(tiny_model, out, capsys):
     assert (config.negative_prompt, config.refiner) == ("blurry", RefinerConfig())
     assert open_image(out).size == (72, 64)
     assert capsys.readouterr().out.startswith(f"{out}  seed 7  config {record.config.short_digest}  ")
+
+
+OPTIONS = [
+    ("--scheduler heun", {"scheduler": "heun"}),
+    ("--steps 4", {"steps": 4}),
+    ("--guidance-scale 2.5", {"guidance_scale": 2.5}),
+    ("--guidance-rescale 0.7", {"guidance_rescale": 0.7}),
+    ("--guidance-interval 0.28 5.42", {"guidance_interval": (0.28, 5.42)}),
+    ("--width 72 --height 64", {"width": 72, "height": 64}),
+    ("--original-size 72 64 --target-size 64 72", {"original_size": (72, 64), "target_size": (64, 72)}),
+    ("--crop 8 16", {"crop": (8, 16)}),
+    ("--negative-prompt none", {"negative_prompt": "none"}),  # a word like others; --without leaves it out
+    ("--without negative-prompt --without guidance-interval", {"negative_prompt": None, "guidance_interval": None}),
+    ("--refiner", {"refiner": RefinerConfig()}),
+    ("--refiner --handover 0.5", {"refiner": RefinerConfig(handover=0.5)}),
+    ("--handover 0.5", {"refiner": RefinerConfig(handover=0.5)}),
+    (
+        "--aesthetic-score 7 --negative-aesthetic-score 2",
+        {"refiner": RefinerConfig(aesthetic_score=7, negative_aesthetic_score=2)},
+    ),
+    ("--no-refiner", {}),
+    ("--watermark --width 512 --height 512", {"watermark": True, "width": 512, "height": 512}),
+    ("--no-watermark", {}),
+    ("--vae a/vae --vae-revision v1", {"model": ModelRef(refiner="nano", vae="a/vae", vae_revision="v1")}),
+    ("--revision abc", {"model": ModelRef(refiner="nano", revision="abc")}),
+    (
+        "--refiner-model a/refiner --refiner-revision abc",
+        {"model": ModelRef(refiner="a/refiner", refiner_revision="abc")},
+    ),
+    ("--without refiner-model", {"model": ModelRef()}),
+]
+
+
+class Reached(Exception):
+    """Drawing would begin, with this configuration."""
+
+
+def asked_for(words, monkeypatch):
+    """The configuration that `generate` would draw with."""
+
+    def load(config, *_):
+        raise Reached(config)
+
+    monkeypatch.setattr(Engine, "load", load)
+    with pytest.raises(Reached) as caught:
+        main(["generate", "a cat", "--out", "x.png", *words])
+    return caught.value.args[0]
+
+
+@pytest.mark.parametrize(("words", "changes"), OPTIONS, ids=[words for words, _ in OPTIONS])
+def test_an_option_changes_its_setting(words, changes, monkeypatch, tmp_path):
+    start = GenerationConfig(negative_prompt="blurry", guidance_interval=(1, 2))
+    (tmp_path / "config.toml").write_text(start.to_toml())
+    found = asked_for(["--config", str(tmp_path / "config.toml"), *words.split()], monkeypatch)
+    assert found == start.with_(**changes)
+
+
+def test_generate_has_an_option_for_every_setting_with_its_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for setting in GenerationConfig.settings().values():
+        if setting.name not in ("model", "model.base"):  # --model
+            assert f"--{setting.option}" in printed, setting.name
+            assert setting.help in printed, setting.name
+    assert "--guidance-interval LOW HIGH" in printed
+    used = {word.removeprefix("--no-").removeprefix("--") for words, _ in OPTIONS for word in words.split()}
+    assert {setting.option for setting in GenerationConfig.settings().values() if setting.option} <= used
 
 
 def test_generate_repeats_its_own_seed_and_draws_a_new_one_where_none_is_given(config_file, tmp_path):
@@ -235,6 +303,16 @@ BAD = [
     (["--steps", "0"], "steps must be a whole number from 1 to 1000; received 0. Example: steps = 25"),
     (["--scheduler", "lcm", "--steps", "60"], "steps must be at most 50 with the scheduler lcm; received 60"),
     (["--guidance-scale", "101"], "guidance_scale must be a number from 0 to 100; received 101.0"),
+    (
+        ["--guidance-interval", "5", "1"],
+        "guidance_interval must be two values, each a number from 0 to 1000, the first",
+    ),
+    (
+        ["--handover", "1"],
+        "refiner.handover must be a number above 0 and below 1; received 1.0. Example: refiner.handov",
+    ),
+    (["--no-refiner", "--handover", "0.5"], "refiner.handover must be left out where refiner is; received 0.5"),
+    (["--without", "vae", "--vae", "x"], "--without vae leaves out a setting; received it with --vae, too"),
     (["--seed", "-1"], "seed must be a whole number from 0"),
     (["--model", "/nowhere"], "the base model must be a folder with the model_index.json of an SDXL pipeline"),
     (["--model", "/nowhere", "--refiner"], "refiner must be left out, since the model '/nowhere' has no refiner"),
@@ -270,7 +348,19 @@ def test_a_image_without_a_record_is_refused(tmp_path, capsys, command):
     assert "theirs.png carries no sdxl_lab record" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["paint"], ["generate", "a cat"], ["generate", "--seed", "x", "--out", "y"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["paint"],
+        ["generate", "a cat"],
+        ["generate", "--seed", "x", "--out", "y"],
+        ["generate", "--steps", "many", "--out", "y"],
+        ["generate", "--crop", "8", "--out", "y"],
+        ["generate", "--without", "steps", "--out", "y"],
+    ],
+    ids=" ".join,
+)
 def test_a_command_that_does_not_parse_exits_with_the_usage(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main(command)

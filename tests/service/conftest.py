@@ -1,6 +1,5 @@
 """A slot with the tiny model, and services that serve it."""
 
-import json
 import socket
 import threading
 import time
@@ -14,13 +13,15 @@ import uvicorn
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
-from sdxl_lab.config import GenerationConfig, Limits, ModelRef
-from sdxl_lab.release.slot import promote
+from sdxl_lab.config import GenerationConfig, ModelRef, ServingLimits
+from sdxl_lab.release.promote import promote
 from service.app import create_app
 from service.jobs.manager import Studio
 from service.server.connection import Connection
 from service.settings import Settings
+from tests.made import evidence
 
+LIMITS = ServingLimits(side=(64, 512))  # of the slots of these tests
 Serve = Callable[..., TestClient]
 NOBODYS = "5f2b8c1e-3d47-4a6b-9e0f-7c1d2a3b4c5d"  # a well-formed id that no image has
 
@@ -35,7 +36,7 @@ class Live(NamedTuple):
 def promoted(tiny_model: Path) -> GenerationConfig:
     """What the slot of these tests holds."""
     model = ModelRef(base=str(tiny_model / "base"), refiner=str(tiny_model / "refiner"))
-    return GenerationConfig(model=model, steps=4, width=64, height=64, limits=Limits(side=(64, 512)))
+    return GenerationConfig(model=model, steps=4, width=64, height=64)
 
 
 @pytest.fixture(scope="session")
@@ -48,14 +49,16 @@ def slot(promoted: GenerationConfig, tmp_path_factory: pytest.TempPathFactory) -
     with Engine.load(promoted) as engine:
         goldens = [engine.draw(ImageRequest(promoted, prompt, seed)) for prompt, seed in (("a ring", 3), ("a boat", 4))]
     promote(promoted, folder, images=goldens, why="a test", who="the tests", allow_dirty=True)
+    (folder / "serving.toml").write_text(LIMITS.to_toml())
     return folder
 
 
-def write_slot(folder: Path, config: GenerationConfig, evidence: dict[str, Any] | None = None) -> Path:
+def write_slot(folder: Path, config: GenerationConfig) -> Path:
     """A slot without goldens: to be served it takes `attest="off"`."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(config.to_toml())
-    (folder / "evidence.json").write_text(json.dumps(evidence or {"digest": config.digest, "why": "a test"}))
+    (folder / "serving.toml").write_text(LIMITS.to_toml())
+    (folder / "evidence.json").write_text(evidence(config).to_json())
     return folder
 
 

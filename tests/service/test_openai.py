@@ -13,7 +13,7 @@ import openai
 import pytest
 from PIL import Image
 
-from sdxl_lab.config import GenerationConfig
+from sdxl_lab.config import GenerationConfig, ServingLimits
 from sdxl_lab.images import open_image, read_record
 from service.api.openai_schemas import QUALITIES, ImagesRequest, answers
 from service.settings import Settings
@@ -166,14 +166,14 @@ def test_three_images_share_calls_and_have_seeds_of_their_own(live, client):
 @pytest.mark.parametrize(("quality", "steps"), [(None, 4), *((name, round(4 * f)) for name, f in QUALITIES.items())])
 def test_quality_is_a_number_of_steps(quality, steps, promoted):
     asked = ImagesRequest.model_validate({"prompt": PROMPT, "quality": quality})
-    assert asked.over(promoted).steps == steps
+    assert asked.over(promoted, ServingLimits()).steps == steps
     assert asked.told_quality in ("low", "medium", "high", "xhigh", "max")
 
 
 @pytest.mark.parametrize(("steps", "quality", "taken"), [(1, "low", 1), (60, "max", 100)])
 def test_quality_stays_within_the_limits(steps, quality, taken):
     config = GenerationConfig(steps=steps)
-    assert ImagesRequest(prompt=PROMPT, quality=quality).over(config).steps == taken
+    assert ImagesRequest(prompt=PROMPT, quality=quality).over(config, ServingLimits()).steps == taken
 
 
 HARMLESS = {

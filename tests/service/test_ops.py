@@ -13,7 +13,7 @@ from sdxl_lab.images import open_image
 from sdxl_lab.release.slot import SlotError
 from service.app import create_app
 from service.settings import Settings
-from tests.service.conftest import wait_for, write_slot
+from tests.service.conftest import LIMITS, wait_for, write_slot
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 def test_config_says_what_is_served_and_on_what_ground(client, promoted):
     body = client.get("/config").json()
     assert body["config"] == promoted.to_dict()
+    assert body["limits"] == LIMITS.to_dict()
     assert promoted.scheduler in body["schedulers"]
     assert body["digest"] == promoted.digest == client.get("/healthz").headers["x-config-digest"]
     assert (body["evidence"]["digest"], body["evidence"]["why"]) == (promoted.digest, "a test")

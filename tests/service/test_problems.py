@@ -76,7 +76,7 @@ BAD = [
 
 PLAIN = [
     ({"prompt": ""}, "prompt: String should have at least 1 character; received ''."),
-    ({"promt": "a cat"}, "promt: no such field; there are prompt, negative_prompt, width,"),
+    ({"promt": "a cat"}, "promt: no such field; there are prompt, scheduler, steps,"),
 ]
 
 

@@ -351,7 +351,7 @@ def test_the_comparison_turns_red_when_a_field_changes(bench, original, expected
 
 @pytest.mark.parametrize("field", REFINER_MUTATIONS)
 def test_the_comparison_turns_red_when_a_field_of_the_refiner_changes(bench, original, expected, field):
-    refiner = replace(original.config.refiner, **{field: REFINER_MUTATIONS[field]})
+    refiner = original.config.refiner.with_(**{field: REFINER_MUTATIONS[field]})
     request = replace(original, config=original.config.with_(refiner=refiner))
     found = difference(bench.together([request])[0], expected)
     log.info("difference %.1e", found)
