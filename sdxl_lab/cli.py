@@ -71,6 +71,10 @@ def parser() -> argparse.ArgumentParser:
     diff.add_argument("candidate", type=Path, help="a config.toml, an image, or another slot")
     diff.set_defaults(run=_diff)
 
+    migrate = commands.add_parser("migrate", help="make what 0.1.0 wrote into what this version reads")
+    migrate.add_argument("path", type=Path, help="a slot, a configuration's TOML, or a folder of such")
+    migrate.set_defaults(run=_migrate)
+
     notebook = commands.add_parser("notebook", help="run a notebook to its end, or say why it did not get there")
     notebook.add_argument("file", type=Path, help="an .ipynb, such as notebooks/05_regression.ipynb")
     notebook.add_argument(
@@ -315,6 +319,13 @@ def _diff(asked: argparse.Namespace) -> None:
         print(difference_table(before.config, other.config, evidence, (before.limits, other.limits)))
     else:
         print(difference_table(before.config, candidate_of(asked.candidate)))
+
+
+def _migrate(asked: argparse.Namespace) -> None:
+    from sdxl_lab.release.migrate import migrate
+
+    for line in migrate(asked.path):
+        print(line)
 
 
 def _notebook(asked: argparse.Namespace) -> None:

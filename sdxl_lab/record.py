@@ -14,6 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from sdxl_lab.config import MAX_PROMPT, MAX_SEED, ConfigError, GenerationConfig, migrated_config
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=["0" * 64])]
+# Of a configuration that is not at hand, 0.1.0's digest of 12 digits is all that is known.
+AnyDigest = Annotated[str, Field(pattern="^([0-9a-f]{12}|[0-9a-f]{64})$", examples=["0" * 64])]
 
 
 class RecordError(ValueError):
@@ -131,7 +133,7 @@ class ImageRecord(Record):
     source: "ImageRecord | None" = None
     strength: Annotated[float | None, Field(gt=0, le=1, examples=[0.3])] = None
     id: Annotated[str | None, Field(examples=["1b4e28ba-2fa1-11d2-883f-0016d3cca427"])] = None
-    promoted: Annotated[str | None, Field(pattern="^[0-9a-f]{12,64}$", examples=["0" * 64])] = None
+    promoted: AnyDigest | None = None
     overridden: Annotated[tuple[str, ...] | None, Field(examples=[["steps"]])] = None
 
     @classmethod

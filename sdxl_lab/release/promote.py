@@ -162,10 +162,10 @@ def _check_unchanged(folder: Path, compared: str | None) -> None:
         )
 
 
-def write_slot(folder: Path, config: GenerationConfig, evidence: Evidence, goldens: Mapping[str, bytes]) -> None:
+def write_slot(folder: Path, config: GenerationConfig, evidence: Evidence, goldens: Mapping[str, bytes]) -> Path | None:
     """The whole slot, put in the place of the old one, which comes back where that fails, and is kept where it does
-    not. For a moment between the two renames there is none: POSIX puts no folder in the place of one that is not
-    empty."""
+    not: at the path that this gives. For a moment between the two renames there is none: POSIX puts no folder in the
+    place of one that is not empty."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / "slot"
         (fresh / "golden").mkdir(parents=True)
@@ -174,7 +174,7 @@ def write_slot(folder: Path, config: GenerationConfig, evidence: Evidence, golde
         (fresh / "evidence.json").write_text(evidence.to_json())
         for name, png in goldens.items():
             (fresh / "golden" / name).write_bytes(png)
-        replace_kept(folder, fresh)
+        return replace_kept(folder, fresh)
 
 
 def replace_kept(path: Path, fresh: Path) -> Path | None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdxl_lab.config import MAX_SEED, ModelRef, ServingLimits
-from sdxl_lab.record import Digest, Record, RecordError
+from sdxl_lab.record import AnyDigest, Digest, Record, RecordError
 
 
 class Part(BaseModel):
@@ -73,7 +73,7 @@ class _OfADrawing(Record):
     """What both have: the configuration, and what its images were drawn with."""
 
     digest: Digest
-    replaces: Digest | None = None
+    replaces: AnyDigest | None = None
     version: Annotated[str, Field(examples=["0.2.0"])]
     weights: Annotated[dict[str, str], Field(examples=[{"base": "sha256 ..."}])]
     runtime: Annotated[dict[str, Any], Field(examples=[{"device": "cpu", "dtype": "float32"}])]

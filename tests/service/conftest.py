@@ -53,12 +53,12 @@ def slot(promoted: GenerationConfig, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def write_slot(folder: Path, config: GenerationConfig) -> Path:
+def write_slot(folder: Path, config: GenerationConfig, **said: Any) -> Path:
     """A slot without goldens: to be served it takes `attest="off"`."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(config.to_toml())
     (folder / "serving.toml").write_text(LIMITS.to_toml())
-    (folder / "evidence.json").write_text(evidence(config).to_json())
+    (folder / "evidence.json").write_text(evidence(config, **said).to_json())
     return folder
 
 
