@@ -19,7 +19,7 @@ from sdxl_lab.images import ImageError, encode_png, open_image, read_record
 from sdxl_lab.record import RecordError
 from sdxl_lab.release.promote import REPLACED, alone, changed_values, replace_kept, write_slot
 from sdxl_lab.release.records import Evidence
-from sdxl_lab.release.slot import SlotError, load_slot
+from sdxl_lab.release.slot import SLOT_ENTRIES, SlotError, load_slot, slot_limits
 
 
 def migrate(path: Path | str) -> list[str]:
@@ -29,13 +29,13 @@ def migrate(path: Path | str) -> list[str]:
     cannot be migrated; those before it in a folder are migrated then.
     """
     path = Path(path)
-    if path.is_file() and path.name == "config.toml" and (path.parent / "evidence.json").exists():
+    if path.name == "config.toml" and _is_slot(path.parent):
         path = path.parent
+    if _is_slot(path):
+        return [_migrate_slot(path.resolve())]
     if path.is_file() and path.suffix == ".toml":
         return [_migrate_file(path)]
-    if (path / "config.toml").is_file():
-        return [_migrate_slot(path.resolve())]
-    slots = [folder for folder in _children(path) if (folder / "config.toml").is_file()]
+    slots = [folder for folder in _children(path) if _is_slot(folder)]
     files = [file for file in _children(path) if file.suffix == ".toml" and file.is_file()]
     if not slots and not files:
         raise SlotError(
@@ -43,6 +43,12 @@ def migrate(path: Path | str) -> list[str]:
             f"{str(path)!r}. Example: python -m sdxl_lab migrate service/promoted/nano"
         )
     return [_migrate_slot(slot.resolve()) for slot in slots] + [_migrate_file(file) for file in files]
+
+
+def _is_slot(path: Path) -> bool:
+    """A folder with a config.toml, and nothing that no promotion wrote."""
+    entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    return "config.toml" in entries and entries <= set(SLOT_ENTRIES)
 
 
 def _children(folder: Path) -> list[Path]:
@@ -102,12 +108,11 @@ def _migrate_slot(folder: Path) -> str:
         return f"{folder} is as this version has it"
     config, limits = _parted(content, config_file)
     if "limits" not in content:
-        limits = ServingLimits.from_toml(serving_file) if serving_file.is_file() else limits
+        limits = slot_limits(folder, config)
     if evidence is None:
-        if "limits" in content:
-            return _migrate_file(config_file)
-        serving_file.write_text(ServingLimits.for_model(config.model).to_toml())
-        return f"{folder} has a serving.toml now, with the limits that go with its model"
+        with alone(folder.parent):
+            kept = write_slot(folder, config, limits, None, {})
+        return f"{folder} is migrated, to {config.short_digest}; it has no evidence. The original is {kept}"
     _check_digest(folder, config, limits, evidence)
     weights = _checked_weights(folder, config.model, evidence)
     goldens = _goldens(folder, config, evidence, weights)
@@ -123,7 +128,7 @@ def _migrate_slot(folder: Path) -> str:
     except RecordError as error:
         raise SlotError(f"the slot {folder} must hold what 0.1.0 wrote to be migrated: {error}") from error
     with alone(folder.parent):
-        kept = write_slot(folder, config, written, goldens)
+        kept = write_slot(folder, config, limits, written, goldens)
     count = len(load_slot(folder).goldens)
     return (
         f"{folder} is migrated, {evidence['digest']} -> {config.short_digest}, with {count} golden images, whose "

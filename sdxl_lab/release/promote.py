@@ -88,7 +88,7 @@ def promote(
             ),
             **found,
         )
-        write_slot(folder, config, evidence, {name: image.png() for name, image in goldens.items()})
+        write_slot(folder, config, evidence.limits, evidence, {name: image.png() for name, image in goldens.items()})
         return load_slot(folder)
 
 
@@ -162,17 +162,25 @@ def _check_unchanged(folder: Path, compared: str | None) -> None:
         )
 
 
-def write_slot(folder: Path, config: GenerationConfig, evidence: Evidence, goldens: Mapping[str, bytes]) -> Path | None:
+def write_slot(
+    folder: Path,
+    config: GenerationConfig,
+    limits: ServingLimits,
+    evidence: Evidence | None,
+    goldens: Mapping[str, bytes],
+) -> Path | None:
     """The whole slot, put in the place of the old one, which comes back where that fails, and is kept where it does
     not: at the path that this gives. For a moment between the two renames there is none: POSIX puts no folder in the
     place of one that is not empty."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / "slot"
-        (fresh / "golden").mkdir(parents=True)
+        fresh.mkdir()
         (fresh / "config.toml").write_text(config.to_toml())
-        (fresh / "serving.toml").write_text(evidence.limits.to_toml())
-        (fresh / "evidence.json").write_text(evidence.to_json())
+        (fresh / "serving.toml").write_text(limits.to_toml())
+        if evidence is not None:
+            (fresh / "evidence.json").write_text(evidence.to_json())
         for name, png in goldens.items():
+            (fresh / "golden").mkdir(exist_ok=True)
             (fresh / "golden" / name).write_bytes(png)
         return replace_kept(folder, fresh)
 
