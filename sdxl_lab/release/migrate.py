@@ -151,8 +151,8 @@ def _check_digest(folder: Path, config: GenerationConfig, limits: ServingLimits,
     if evidence.get("digest") != expected:
         raise SlotError(
             f"the slot {folder} must hold one configuration: 0.1.0's digest of its config.toml and limits is "
-            f"{expected}, but evidence.json speaks of {evidence.get('digest')!r}. Restore the slot from git, and migrate "
-            "it then"
+            f"{expected}, but evidence.json speaks of {evidence.get('digest')!r}. Restore the slot from git, and "
+            "migrate it then"
         )
 
 

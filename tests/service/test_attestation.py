@@ -87,7 +87,6 @@ DAMAGE = [
     ("half a golden", lambda folder: halve(first_golden(folder)), "01-a-ring-3.png"),
     ("a changed field", change_field, "must have the digest"),
     ("no goldens", lambda folder: change_evidence(folder, goldens=[]), "must have golden images to be held against"),
-    ("goldens without seeds", lambda folder: change_evidence(folder, goldens=[{"file": "a.png"}]), "goldens.0.prompt"),
     ("no evidence", lambda folder: (folder / "evidence.json").unlink(), "must have golden images to be held against"),
 ]
 
@@ -131,6 +130,12 @@ def test_a_field_changed_in_config_toml_alone_is_refused_before_anything_is_load
     config = copy / "config.toml"
     config.write_text(config.read_text().replace("steps = 4", "steps = 5", 1))
     with pytest.raises(ValueError, match=r"evidence\.json speaks of"):
+        create_app(Settings(slot=copy))
+
+
+def test_evidence_that_cannot_be_read_is_refused_before_anything_is_loaded(copy):
+    change_evidence(copy, goldens=[{"file": "a.png"}])
+    with pytest.raises(ValueError, match=r"evidence\.json is damaged: it lacks goldens\.0\.prompt"):
         create_app(Settings(slot=copy))
 
 

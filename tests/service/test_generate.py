@@ -50,13 +50,13 @@ def test_the_pixels_are_those_of_the_engine(client, promoted, asked, overridden)
     assert body["overridden"] == overridden
     png = client.get(body["url"]).content
     record = read_record(png)
-    assert (record["id"], record["promoted"], record["overridden"]) == (body["id"], promoted.digest, overridden)
-    config = type(promoted).from_dict(record["config"])
-    assert record["digest"] == config.digest
+    assert (record.id, record.promoted, record.overridden) == (body["id"], promoted.digest, tuple(overridden))
+    config = record.config
+    assert record.digest == config.digest
     changes = {name: value for name, value in asked.items() if name not in ("refiner", "seed") and value is not None}
     if asked.get("refiner"):
         changes["refiner"] = config.refiner
-        assert record["unet_calls"] == {"base": 3, "refiner": 1}
+        assert record.unet_calls == {"base": 3, "refiner": 1}
     assert config == promoted.with_(**changes)
     engine = client.app.state.studio.served.engine
     drawn = engine.draw(ImageRequest(config, PROMPT["prompt"], body["seed"])).image

@@ -140,7 +140,7 @@ def test_a_repeat_of_a_promise_keeps_the_configuration_of_then(serve, promoted, 
     object.__setattr__(studio.served.slot, "config", promoted.with_(steps=7))
     again = client.post("/generate", json=PROMPT, headers=keyed("then")).json()
     now = client.get(again["url"]).content
-    assert read_record(now).config["steps"] == 4
+    assert read_record(now).config.steps == 4
     assert np.array_equal(np.asarray(open_image(now)), np.asarray(open_image(png)))
 
 

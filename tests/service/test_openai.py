@@ -88,7 +88,7 @@ def test_a_prompt_is_enough(client, promoted):
     answer = client.images.generate(prompt=PROMPT)
     (image,) = answer.data
     record = read_record(decoded(image.b64_json))
-    assert (record["prompt"], record["digest"]) == (PROMPT, promoted.digest)
+    assert (record.prompt, record.digest) == (PROMPT, promoted.digest)
     assert image.url is None
     assert (answer.output_format, answer.size, answer.quality, answer.background) == (
         "png",
@@ -155,9 +155,9 @@ def test_three_images_share_calls_and_have_seeds_of_their_own(live, client):
     answer = client.images.with_raw_response.generate(prompt=PROMPT, n=3, quality="max", size="128x128")
     after = live.studio.served.engine.stats()
     records = [read_record(decoded(image.b64_json)) for image in answer.parse().data]
-    seeds = [record["seed"] for record in records]
+    seeds = [record.seed for record in records]
     assert len(set(seeds)) == 3
-    assert [record["id"] for record in records] == answer.headers["x-image-id"].split(", ")
+    assert [record.id for record in records] == answer.headers["x-image-id"].split(", ")
     calls, rows = after.calls - before.calls, after.rows_in_calls - before.rows_in_calls
     assert rows == 3 * 2 * 12
     assert calls < 2 * 12  # each alone would take 36

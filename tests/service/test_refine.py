@@ -21,9 +21,9 @@ def test_a_stored_image_is_refined_as_the_engine_does_it(client, promoted, sourc
     assert (body["width"], body["height"], body["seed"], body["config"]) == (128, 64, 5, promoted.digest)
     png, before = (client.get(url).content for url in (body["url"], source["url"]))
     record = read_record(png)
-    assert (record["prompt"], record["negative_prompt"], record["strength"]) == ("a red ring", "blue", 0.3)
-    assert record["source"] == read_record(before)
-    assert record["id"] == body["id"]
+    assert (record.prompt, record.config.negative_prompt, record.strength) == ("a red ring", "blue", 0.3)
+    assert record.source == read_record(before)
+    assert record.id == body["id"]
     config = promoted.with_(width=128, height=64, negative_prompt="blue")
     job = ImageRequest(config, "a red ring", 5, SourceImage(open_image(before), 0.3, read_record(before)))
     drawn = client.app.state.studio.served.engine.draw(job).image
@@ -35,14 +35,14 @@ def test_what_is_asked_goes_before_what_the_image_had(client, source):
     body = client.post("/refine", json=asked).json()
     assert body["source"] == source["id"]
     record = read_record(client.get(body["url"]).content)
-    assert (record["prompt"], record["negative_prompt"], record["strength"]) == ("a blue ring", "", 1)
-    assert record["unet_calls"] == {"refiner": 2}
+    assert (record.prompt, record.config.negative_prompt, record.strength) == ("a blue ring", "", 1)
+    assert record.unet_calls == {"refiner": 2}
 
 
 def test_a_refined_image_can_be_refined(client, source):
     once = client.post("/refine", json={"id": source["id"]}).json()
     twice = client.post("/refine", json={"id": once["id"]}).json()
-    assert read_record(client.get(twice["url"]).content).source["source"]["id"] == source["id"]
+    assert read_record(client.get(twice["url"]).content).source.source.id == source["id"]
 
 
 @pytest.mark.parametrize("unknown", [NOBODYS, "../../etc/passwd", "", "\0", "é", "nil"])

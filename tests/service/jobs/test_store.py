@@ -26,6 +26,7 @@ from service.jobs.store import (
     check_place,
     image_id,
 )
+from tests.made import image_record
 
 ID = uuid.UUID("12345678-1234-5678-1234-567812345678")
 RECORD = {"prompt": "a red ring", "seed": 3}
@@ -181,7 +182,9 @@ def test_what_is_promised_is_kept_until_it_is_dropped(store):
 
 
 def test_a_folder_of_images_from_before_is_read_and_listed(tmp_path):
-    (tmp_path / f"{ID}.png").write_bytes(encode_png(Image.new("RGB", (8, 8)), _full_record()))
+    (tmp_path / f"{ID}.png").write_bytes(
+        encode_png(Image.new("RGB", (8, 8)), image_record(prompt="a red ring", seed=3))
+    )
     (tmp_path / f"{uuid.UUID(int=1)}.png").write_bytes(b"no image of ours")
     (tmp_path / "holiday.png").write_bytes(b"no image of ours")
     store = Store(tmp_path)
@@ -224,11 +227,6 @@ def test_a_store_that_is_away_is_unreachable_and_no_refusal(s3, monkeypatch):
     ):
         with pytest.raises(StoreUnreachable, match="the store does not"):
             act()
-
-
-def _full_record():
-    config = {"steps": 4, "guidance_scale": 5.0, "width": 8, "height": 8, "model": {"base": "nano"}}
-    return {"prompt": "a red ring", "seed": 3, "sampler": "Euler", "config": config, "version": "0"}
 
 
 SHARED = {
