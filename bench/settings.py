@@ -1,4 +1,4 @@
-"""What all benchmarks ask for: how large they are, the prompts, the configuration, the bodies of requests."""
+"""Sizes, prompts, configurations and request bodies that the benchmarks share."""
 
 import random
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ Body = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Size:
-    """`side` in pixels; `rounds` are counted ones; `minutes` are those of the soak. `folder` takes the results."""
+    """`side` is in pixels, `rounds` without the first, `minutes` for the soak. Results go to `folder`."""
 
     model: str = "nano"
     images: int = 16
@@ -54,8 +54,7 @@ def body(size: Size, steps: int, seed: int) -> dict[str, Any]:
 
 
 def varied_body(pick: random.Random, size: Size, least: int = 1) -> dict[str, Any]:
-    """A request with settings of its own and at least so many steps: such images join and leave the batch all the
-    time."""
+    """A request with random settings and at least `least` steps. Such images join and leave the batch all the time."""
     return {
         "prompt": pick.choice(PROMPTS),
         "steps": pick.randint(least, size.steps),

@@ -1,6 +1,6 @@
-"""SDXL's real UNet on this CPU: the engine's guided step as a share of the bfloat16 matrix products the machine makes.
+"""SDXL's real UNet on this CPU: the speed of the engine's guided step as a share of a bfloat16 matrix product's.
 
-Batching buys nothing here: the machine is busy with one image.
+Batching gains nothing here, since one image saturates the machine.
 """
 
 import time
@@ -36,7 +36,7 @@ SDXL_UNET = {
 
 
 class TextlessDenoiser(Denoiser):
-    """Random embeddings of the true widths stand for the two text encoders (0.8 B parameters more)."""
+    """Random embeddings of the true widths replace the two text encoders (another 0.8 B parameters)."""
 
     def embed(self, prompt: str) -> Embedding:
         draw = torch.Generator().manual_seed(len(prompt))
@@ -76,10 +76,10 @@ def main(size: Size) -> None:
     took = {}
     with Engine(models, RuntimeProfile(device="cpu", dtype="bfloat16"), {}) as engine:
         for count in (1, 2):
-            asked = [ImageRequest(config, "a cat", seed) for seed in range(count)]
+            requests = [ImageRequest(config, "a cat", seed) for seed in range(count)]
 
-            def step(asked: list[ImageRequest] = asked) -> float:
-                draw_all(engine, asked)
+            def step(requests: list[ImageRequest] = requests) -> float:
+                draw_all(engine, requests)
                 return engine.stats().seconds
 
             took[count] = step

@@ -1,6 +1,6 @@
-"""The parts of the documentation that the code knows better: `python -m docs.generated` writes them anew.
+"""The parts of the documentation that come from the code: `python -m docs.generated` writes them.
 
-A page marks such a part with `<!-- generated: NAME -->` and `<!-- end -->`; `PARTS` says what comes between.
+A page marks such a part with `<!-- generated: NAME -->` and `<!-- end -->`; `PARTS` makes its content.
 """
 
 import json
@@ -20,13 +20,13 @@ from service.settings import Settings, default
 
 ROOT = Path(__file__).parents[1]
 PAGES = (*(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md")
-# Close together, so that the words keep their size where a page scales the graph to its width.
+# Compact, so that the text stays readable when a page scales the graph to its width.
 COMPACT = '%%{init: {"flowchart": {"nodeSpacing": 18, "rankSpacing": 32, "padding": 8}}}%%'
 PART = re.compile(r"<!-- generated: ([\w ]+) -->\n.*?<!-- end -->", re.S)
 
 
 def imports() -> networkx.DiGraph:
-    """What each room of the library and each module of the service imports, but what it has at second hand."""
+    """The imports of each room of the library and each module of the service, without indirect ones."""
     code = grimp.build_graph("sdxl_lab", "service", cache_dir=None)
     graph = networkx.DiGraph()
     for module in code.modules:
@@ -43,7 +43,7 @@ def _shown(module: str) -> str:
 
 
 def diagram(package: str) -> str:
-    """The modules of a package and what of others they import, in mermaid's notation."""
+    """The modules of a package and their imports, in mermaid's notation."""
     edges = sorted(edge for edge in imports().edges if edge[0].startswith(package))
     lines = (f"  {user} --> {used}".replace(f"{package}.", "") for user, used in edges)
     return "\n".join(["```mermaid", COMPACT, "flowchart LR", *lines, "```"])
@@ -67,7 +67,7 @@ def calls() -> str:
 
 
 def errors() -> str:
-    """Every error of the service by status, with the end of its `type` and whether a Retry-After comes along."""
+    """Every error of the service by status, with the end of its `type` and its Retry-After."""
     entries = sorted(PROBLEMS.values(), key=lambda entry: (entry.status, entry.kind))
     return table(
         ("status", "`type`: `urn:sdxl-lab:...`", "what it says", "`Retry-After`"),
@@ -133,7 +133,7 @@ PARTS = {
 
 
 def renewed(page: str) -> str:
-    """A page with its generated parts written anew; KeyError for an unknown one."""
+    """A page with its generated parts up to date. KeyError for an unknown part."""
     return PART.sub(lambda part: f"<!-- generated: {part[1]} -->\n{PARTS[part[1]]()}\n<!-- end -->", page)
 
 

@@ -16,16 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdxl_lab import __version__
 from sdxl_lab.config import MAX_SEED, ConfigError, GenerationConfig
 from sdxl_lab.declaration import Choice, Kind, Pair, Setting, Switch, Table, Text
 from sdxl_lab.notebook.runner import NotebookError
+from sdxl_lab.version import __version__
 
 STOPPED = 130  # what a shell expects of a program ended by Ctrl-C
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m sdxl_lab", description=__doc__.splitlines()[0])
+    called = "sdxl-lab" if Path(sys.argv[0]).stem == "sdxl-lab" else "python -m sdxl_lab"
+    top = argparse.ArgumentParser(prog=called, description=__doc__.splitlines()[0])
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -110,6 +111,11 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
         print(f"error: {told}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sdxl_lab"):
+            raise
+        print(f"error: {error.name} is missing; the lab's packages bring it: pip install -e .[lab]", file=sys.stderr)
         return 1
     except (ValueError, NotebookError) as error:  # ConfigError, ModelError, SlotError... are ValueErrors
         print(f"error: {error}", file=sys.stderr)

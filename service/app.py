@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.routing import Match
 
-from sdxl_lab import __version__
+from sdxl_lab.version import __version__
 from service.api import images, openai, ops, page
 from service.api.problems import MEDIA_TYPE, ProblemBody
 from service.api.schemas import bounded

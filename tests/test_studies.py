@@ -1,4 +1,4 @@
-"""The files in `studies/` are what the library takes, and the second opinion says what the judge says."""
+"""The files in `studies/` can be read, and the second opinion is the judge's."""
 
 import random
 from pathlib import Path

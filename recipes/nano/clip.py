@@ -1,8 +1,8 @@
 """nano's CLIP: two text encoders and an image encoder trained by contrast (Radford et al. 2021, arXiv 2103.00020).
 
-The image encoder and the second text encoder become the `CLIPModel` that judges images. Both text encoders go on
-to learn with the UNet. Besides the other captions of the batch, every image is contrasted with a caption that is
-wrong in one thing (Yuksekgonul et al. 2023, arXiv 2210.01936): without such, contrast hardly learns left from right.
+The image encoder and the second text encoder become the `CLIPModel` that scores images. Both text encoders learn
+further with the UNet. Besides the batch's other captions, every image is contrasted with a caption that is wrong in one
+part (Yuksekgonul et al. 2023, arXiv 2210.01936); without these, left and right are hardly learnt.
 """
 
 import random
@@ -21,7 +21,7 @@ from recipes.nano.words import contradiction, ids
 SIDE = 96
 WIDTH = 64
 BATCH = 128
-# What transformers' CLIPImageProcessor does by default with an image's channels.
+# The defaults of transformers' CLIPImageProcessor for an image's channels.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 

@@ -22,7 +22,6 @@ import torch
 import transformers
 from PIL import Image
 
-from sdxl_lab import __version__
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
 from sdxl_lab.diffusion.inventory import differing, identity
@@ -32,6 +31,7 @@ from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import GeneratedImage, finish, preview
 from sdxl_lab.job import Change, ImageRequest, Job, Outcome, Stepped
 from sdxl_lab.record import ImageRecord
+from sdxl_lab.version import __version__
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,6 @@ from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict
 
-from sdxl_lab import __version__
 from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile, canonical
 from sdxl_lab.diffusion.denoising import calls_of, rows_of
 from sdxl_lab.diffusion.engine import Engine
@@ -31,6 +30,7 @@ from sdxl_lab.evaluation.metrics import Metric
 from sdxl_lab.images import GeneratedImage, ImageError, open_image, read_record
 from sdxl_lab.job import ImageRequest, Job, JobState
 from sdxl_lab.record import Digest, Record, RecordError
+from sdxl_lab.version import __version__
 
 FOLDER = Path("runs/cache")
 LIBRARIES = ("diffusers", "torch", "transformers", "scipy", "torchsde", "invisible-watermark", "opencv-python")

@@ -5,8 +5,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
-from sdxl_lab import __version__
 from sdxl_lab.config import SCHEDULERS
+from sdxl_lab.version import __version__
 from service.api.problems import answers
 from service.jobs.manager import Studio
 

@@ -11,9 +11,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from sdxl_lab import __version__
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import Job
+from sdxl_lab.version import __version__
 from service.deployment import Served
 
 # Seconds: from nano on a laptop to a full queue before SDXL.
