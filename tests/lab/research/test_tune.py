@@ -224,6 +224,18 @@ def test_a_study_of_other_weights_is_refused(tuned: Callable, plan: StudyPlan, e
         tuned(plan)
 
 
+def test_a_study_of_the_first_version_is_refused(tuned: Callable, plan: StudyPlan, tmp_path: Path) -> None:
+    tuned(replace(plan, trials=1))
+    study = optuna.load_study(study_name=plan.name, storage=f"sqlite:///{tmp_path / 'out' / 'study.db'}")
+    begun = json.loads(study.user_attrs["identity"])
+    assert begun.pop("schema") == 1
+    study.set_user_attr("identity", json.dumps(begun))
+    with pytest.raises(
+        SweepError, match=r"begun under the schema 1; received none, as 0\.1\.0 wrote it.* Example: name"
+    ):
+        tuned(plan)
+
+
 def test_a_damaged_storage_is_refused_in_plain_words(tuned: Callable, plan: StudyPlan, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "study.db").write_text("this is no database " * 100)
