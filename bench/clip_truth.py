@@ -18,8 +18,8 @@ from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.metrics import Metric, clip_score
 from sdxl_lab.evaluation.statistics import interval
 from sdxl_lab.images import GeneratedImage
-from sdxl_lab.record import ImageRecord
 from sdxl_lab.job import ImageRequest
+from sdxl_lab.record import ImageRecord
 
 GUIDANCE = (1.0, 3.0, 6.0)
 PARTS = ("right", "colour", "noun", "relation")

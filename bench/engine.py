@@ -18,7 +18,7 @@ from bench.measure import Report, alternate, ratios
 from bench.settings import FLOAT32, PROMPTS, Size, config_of
 from sdxl_lab.config import SCHEDULERS, GenerationConfig
 from sdxl_lab.diffusion.engine import Engine, Work
-from sdxl_lab.diffusion.models import Models, load
+from sdxl_lab.diffusion.models import Models, Prompt, load
 from sdxl_lab.errors import Cancelled
 from sdxl_lab.images import max_difference
 from sdxl_lab.job import ImageRequest, Job
@@ -111,7 +111,7 @@ def _bare(models: Models, config: GenerationConfig) -> float:
     ids = torch.tensor([[config.height, config.width, 0.0, 0.0, config.height, config.width]] * 2)
 
     def calls() -> None:
-        text = models.base.embed(PROMPTS[0]), models.base.embed_negative(None)
+        text = models.base.embed(Prompt(PROMPTS[0])), models.base.embed(Prompt(None))
         hidden, pooled = (torch.cat([part[index] for part in text]) for index in range(2))
         added = {"text_embeds": pooled, "time_ids": ids}
         for _ in range(config.steps):

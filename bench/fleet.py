@@ -24,7 +24,7 @@ from bench.settings import Size, body, config_of
 from bench.simulate import Cost, Policy, Work, capacity, fleet, poisson
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.denoising import DenoiserName, Trajectory
-from sdxl_lab.diffusion.models import Embedding, load
+from sdxl_lab.diffusion.models import Denoiser, Embedding, Prompt, load
 from sdxl_lab.job import ImageRequest
 
 ROWS = 16  # the service's own default
@@ -58,9 +58,9 @@ def work_of(config: GenerationConfig) -> Work:
     """The rows of each of an image's UNet calls, from the engine's own trajectory."""
     models = load(config.model, RuntimeProfile(device="cpu"))
 
-    def embed(name: DenoiserName, prompt: str | None, negative: bool) -> Embedding:
-        denoiser = getattr(models, name)
-        return denoiser.embed_negative(prompt) if negative else denoiser.embed(prompt)
+    def embed(name: DenoiserName, prompt: Prompt) -> Embedding:
+        denoiser: Denoiser = getattr(models, name)
+        return denoiser.embed(prompt)
 
     trajectory = Trajectory(models, ImageRequest(config, "a red circle", 0), embed)
     rows = [1 + guides for stage in trajectory.stages for guides in stage.guides]

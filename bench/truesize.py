@@ -15,7 +15,7 @@ from bench.measure import Report, alternate, ratios
 from bench.settings import Size
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import Denoiser, Embedding, load
+from sdxl_lab.diffusion.models import Denoiser, Embedding, Prompt, load
 from sdxl_lab.job import ImageRequest
 
 # stable-diffusion-xl-base-1.0/unet/config.json
@@ -38,8 +38,8 @@ SDXL_UNET = {
 class TextlessDenoiser(Denoiser):
     """Random embeddings of the true widths replace the two text encoders (another 0.8 B parameters)."""
 
-    def embed(self, prompt: str) -> Embedding:
-        draw = torch.Generator().manual_seed(len(prompt))
+    def _encoded(self, prompt: Prompt) -> Embedding:
+        draw = torch.Generator().manual_seed(len(prompt.text or ""))
         return Embedding(torch.randn(1, 77, 2048, generator=draw), torch.randn(1, 1280, generator=draw))
 
 

@@ -391,6 +391,17 @@ class GenerationConfig(Declared):
             client=True,
         ),
     ] = None
+    clip_skip: Annotated[
+        int | None,
+        Setting(
+            kind=Whole(0, 11),  # CLIP-L, the shallowest of SDXL's text encoders, has 12 layers
+            label="Clip skip",
+            help="text encoder layers to skip before the penultimate one, but for the negative prompt (left out: none)",
+            example=1,
+            unit="layers",
+            source="diffusers: clip_skip",
+        ),
+    ] = None
     refiner: Annotated[
         RefinerConfig | None,
         Setting(

@@ -126,7 +126,9 @@ def a1111_parameters(record: ImageRecord) -> str:
     }
     if record.source is not None:
         settings["Denoising strength"] = record.strength
-    elif config.refiner is not None:
+    if config.clip_skip is not None:
+        settings["Clip skip"] = config.clip_skip + 2  # A1111 counts from the last layer, which is its 1
+    if record.source is None and config.refiner is not None:
         settings |= {"Refiner": config.model.refiner, "Refiner switch at": config.refiner.handover}
     settings["Version"] = f"SDXL Lab {record.version}"
     lines = [record.prompt]

@@ -15,11 +15,11 @@ from diffusers import SchedulerMixin
 
 from sdxl_lab.config import ConfigError, RefinerConfig
 from sdxl_lab.diffusion import schedulers
-from sdxl_lab.diffusion.models import Denoiser, Embedding, Models
+from sdxl_lab.diffusion.models import Denoiser, Embedding, Models, Prompt
 from sdxl_lab.job import ImageRequest
 
 DenoiserName = Literal["base", "refiner"]
-Embed = Callable[[DenoiserName, str | None, bool], Embedding]
+Embed = Callable[[DenoiserName, Prompt], Embedding]
 
 
 class Rows(NamedTuple):
@@ -112,8 +112,9 @@ class Stage:
         self.seen: Seen | None = None
         guided = config.guidance_scale > 1 and denoiser.unet.config.time_cond_proj_dim is None
         self.guides = [guided and self._inside(float(timestep)) for timestep in self.timesteps]
-        self.positive = embed(name, request.prompt, False)
-        self.negative = embed(name, config.negative_prompt, True) if guided else self.positive
+        self.positive = embed(name, Prompt(request.prompt, config.clip_skip))
+        # The pipelines skip layers for the positive prompt alone.
+        self.negative = embed(name, Prompt(config.negative_prompt)) if guided else self.positive
         self.time_ids = self._time_ids(size)
         accepted = inspect.signature(self.scheduler.step).parameters
         self.options: dict[str, Any] = {"eta": 0.0} if "eta" in accepted else {}

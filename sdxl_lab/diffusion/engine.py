@@ -26,7 +26,7 @@ from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
 from sdxl_lab.diffusion.inventory import differing, identity
 from sdxl_lab.diffusion.latency import Forecast, LatencyModel, Workload, forecast
-from sdxl_lab.diffusion.models import Embedding, Models, load
+from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load
 from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import GeneratedImage, finish, preview
 from sdxl_lab.job import Change, ImageRequest, Job, Outcome, Stepped
@@ -82,7 +82,7 @@ class Engine:
         self._latency = LatencyModel()
         self._last_call = (0, 0.0)
         self._all_calls = (0, 0, 0.0)  # calls, rows, seconds: replaced whole, so that a reader needs no lock
-        self._embeddings: OrderedDict[tuple[DenoiserName, str | None, bool], Embedding] = OrderedDict()
+        self._embeddings: OrderedDict[tuple[DenoiserName, Prompt], Embedding] = OrderedDict()
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -318,12 +318,11 @@ class Engine:
             except Exception as error:
                 self._end(work, error)
 
-    def _embed(self, name: DenoiserName, prompt: str | None, negative: bool) -> Embedding:
+    def _embed(self, name: DenoiserName, prompt: Prompt) -> Embedding:
         """Embeddings are kept for the prompts used last."""
-        key = (name, prompt, negative)
+        key = (name, prompt)
         if key not in self._embeddings:
-            denoiser = getattr(self.models, name)
-            self._embeddings[key] = denoiser.embed_negative(prompt) if negative else denoiser.embed(prompt)
+            self._embeddings[key] = getattr(self.models, name).embed(prompt)
             if len(self._embeddings) > 256:
                 self._embeddings.popitem(last=False)
         self._embeddings.move_to_end(key)

@@ -31,7 +31,7 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from PIL import Image
 
-from sdxl_lab.config import ModelRef, RuntimeProfile
+from sdxl_lab.config import ConfigError, ModelRef, RuntimeProfile
 from sdxl_lab.diffusion.checksums import cache_folder, hub_difference
 from sdxl_lab.diffusion.inventory import SHARED, ModelError, check_folder, folder_of
 
@@ -39,6 +39,14 @@ log = logging.getLogger(__name__)
 
 # transformers builds models under a global default device: two loads at once would disturb each other.
 _LOADING = threading.Lock()
+
+
+class Prompt(NamedTuple):
+    """All that decides an embedding. `text` is None where there is no negative prompt; `clip_skip` is how many layers
+    before the penultimate one are skipped, None for none."""
+
+    text: str | None
+    clip_skip: int | None = None
 
 
 class Embedding(NamedTuple):
@@ -63,32 +71,39 @@ class Denoiser:
     zero_negative: bool
     aesthetic: bool
 
+    def embed(self, prompt: Prompt) -> Embedding:
+        """A prompt as `StableDiffusionXLPipeline.encode_prompt` has it: without text, zeros or the empty prompt's."""
+        encoded = self._encoded(prompt if prompt.text is not None else prompt._replace(text=""))
+        if prompt.text is None and self.zero_negative:
+            return Embedding(torch.zeros_like(encoded.hidden), torch.zeros_like(encoded.pooled))
+        return encoded
+
     @torch.no_grad()
-    def embed(self, prompt: str) -> Embedding:
-        """The penultimate hidden states of all encoders side by side, and the last one's pooled projection, as
-        `StableDiffusionXLPipeline.encode_prompt` has them. Text beyond 77 tokens is cut."""
+    def _encoded(self, prompt: Prompt) -> Embedding:
+        """The penultimate hidden states of all encoders side by side, or those `clip_skip` layers before them, and the
+        last one's pooled projection, which skips nothing. Text beyond 77 tokens is cut. Raises `ConfigError` where an
+        encoder has too few layers."""
+        skipped = prompt.clip_skip or 0
         hidden = []
         pooled = None
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             ids = tokenizer(
-                prompt,
+                prompt.text,
                 padding="max_length",
                 max_length=tokenizer.model_max_length,
                 truncation=True,
                 return_tensors="pt",
             ).input_ids
             output = encoder(ids.to(encoder.device), output_hidden_states=True)
-            hidden.append(output.hidden_states[-2])
+            most = len(output.hidden_states) - 2  # which begin with the embedded tokens, before the first layer
+            if skipped > most:
+                rule = f"at most {most}, since a text encoder of the model has {most + 1} layers"
+                raise ConfigError("clip_skip", skipped, rule, most)
+            hidden.append(output.hidden_states[-(skipped + 2)])
             if output[0].ndim == 2:
                 pooled = output[0]
         assert pooled is not None, "the last text encoder of an SDXL has a projection"
         return Embedding(torch.cat(hidden, -1), pooled)
-
-    def embed_negative(self, prompt: str | None) -> Embedding:
-        if prompt is None and self.zero_negative:
-            like = self.embed("")
-            return Embedding(torch.zeros_like(like.hidden), torch.zeros_like(like.pooled))
-        return self.embed(prompt or "")
 
     @cached_property
     def sigmas(self) -> np.ndarray:

@@ -74,6 +74,7 @@ OPTIONS = [
     ("--crop 8 16", {"crop": (8, 16)}),
     ("--negative-prompt none", {"negative_prompt": "none"}),  # a word like others; --without leaves it out
     ("--without negative-prompt --without guidance-interval", {"negative_prompt": None, "guidance_interval": None}),
+    ("--clip-skip 2", {"clip_skip": 2}),
     ("--refiner", {"refiner": RefinerConfig()}),
     ("--refiner --handover 0.5", {"refiner": RefinerConfig(handover=0.5)}),
     ("--handover 0.5", {"refiner": RefinerConfig(handover=0.5)}),

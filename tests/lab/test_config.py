@@ -47,6 +47,7 @@ EVERYTHING = GenerationConfig(
     crop=(8, 16),
     target_size=(264, 320),
     negative_prompt='blurry "é" \n日本',
+    clip_skip=2,
     refiner=RefinerConfig(handover=0.7, aesthetic_score=6.5, negative_aesthetic_score=2.0),
     watermark=True,
 )
@@ -99,6 +100,12 @@ BAD = [
         {"refiner": 0.8},
         "refiner must be a RefinerConfig; received 0.8. Example: refiner.handover = 0.8",
     ),
+    (
+        GenerationConfig,
+        {"clip_skip": 12},
+        "clip_skip must be a whole number from 0 to 11 (layers), or left out; received",
+    ),
+    (GenerationConfig, {"clip_skip": -1}, "received -1. Example: clip_skip = 1"),
     (GenerationConfig, {"watermark": 1}, "watermark must be true or false; received 1"),
     (RuntimeProfile, {"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N; received 'gpu'"),
     (RuntimeProfile, {"device": "cuda:"}, "received 'cuda:'"),
@@ -320,6 +327,7 @@ DEFAULTS = {
         "crop": (0, 0),
         "target_size": None,
         "negative_prompt": None,
+        "clip_skip": None,
         "refiner": None,
         "refiner.handover": 0.8,
         "refiner.aesthetic_score": 6.0,
@@ -370,6 +378,8 @@ DIGESTS = [
         },
         "ff643f5f30f31b10904270cde409b8bb51fa99d7173e2e1bfd053f685a5677f5",
     ),
+    ({"clip_skip": 1}, "ecf37139e081c80c5da7a5ed8b818fc191c11eff0729a4e792243b99cbe580c1"),
+    ({"clip_skip": 2, "steps": 12}, "788e82b165205c32cfcde171d40625f621ad8a78ec8a67a53fb37fa7eecdd3ea"),
 ]
 
 

@@ -98,6 +98,7 @@ class Pipelines:
             "original_size": config.original_size,
             "crops_coords_top_left": config.crop,
             "target_size": config.target_size,
+            "clip_skip": config.clip_skip,
             "generator": torch.Generator("cpu").manual_seed(request.seed),
         }
         refining = settings | {
@@ -239,6 +240,35 @@ def test_sizes_and_micro_conditioning_are_those_of_the_pipeline(bench, handover)
     assert max(found) <= TOLERANCE
 
 
+SKIPS = [
+    {"clip_skip": 0},
+    {"clip_skip": 1, "negative_prompt": "blurry, yellow"},
+    {"clip_skip": 1, "refiner": RefinerConfig(handover=0.5)},
+    {"clip_skip": 2, "negative_prompt": "", "refiner": RefinerConfig(handover=0.4)},
+    {"clip_skip": 2, "guidance_scale": 1.0},
+]
+
+
+@pytest.mark.parametrize("source", [False, True], ids=["from noise", "from an image"])
+def test_layers_of_the_text_encoders_are_skipped_as_the_pipelines_skip_them(bench, source):
+    image = Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    given = SourceImage(image, 0.6, {}) if source else None
+    requests = [ImageRequest(bench.config.with_(**skip), PROMPTS[0], 21, given) for skip in SKIPS]
+    drawn = bench.together(requests)
+    found = [difference(mine, bench.pipelines.draw(request)) for request, mine in zip(requests, drawn, strict=True)]
+    log.info("difference %.1e", max(found))
+    assert max(found) <= TOLERANCE
+    plain = bench.together([replace(r, config=r.config.with_(clip_skip=None)) for r in requests])
+    none, *moved = (difference(*pair) for pair in zip(plain, drawn, strict=True))
+    assert none <= TOLERANCE < min(moved), "0 skips nothing, and all others do"
+
+
+def test_more_layers_than_a_text_encoder_has_are_refused(bench):
+    rule = "clip_skip must be at most 2, since a text encoder of the model has 3 layers; received 3. Example: clip_skip"
+    with pytest.raises(ConfigError, match=rule):
+        bench.engine.draw(ImageRequest(bench.config.with_(clip_skip=3), "a cat", 1))
+
+
 # --- what the pipelines do not have ----------------------------------------------------------------------------------
 
 
@@ -309,6 +339,7 @@ MUTATIONS: dict[str, dict[str, Any]] = {
     "crop": {"crop": (0, 16)},
     "target_size": {"target_size": (64, 128)},
     "negative_prompt": {"negative_prompt": "blue"},
+    "clip_skip": {"clip_skip": 1},
     "width": {"width": 72},
     "height": {"height": 72},
     "refiner": {"refiner": None},

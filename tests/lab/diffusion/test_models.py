@@ -15,7 +15,7 @@ from sdxl_lab.config import ModelRef, RuntimeProfile
 from sdxl_lab.diffusion import models
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError, identity
-from sdxl_lab.diffusion.models import load, placement
+from sdxl_lab.diffusion.models import Prompt, load, placement
 
 CPU = RuntimeProfile(device="cpu", dtype="float32")
 
@@ -161,14 +161,15 @@ def test_noise_levels_are_those_of_sdxl(tiny_models):
 
 
 def test_without_a_negative_prompt_the_base_gets_zeros_and_the_refiner_the_empty_prompt(tiny_models):
-    assert not tiny_models.base.embed_negative(None).hidden.any()
-    assert tiny_models.base.embed_negative("").hidden.any()
-    assert torch.equal(tiny_models.refiner.embed_negative(None).hidden, tiny_models.refiner.embed("").hidden)
+    base, refiner = tiny_models.base, tiny_models.refiner
+    assert not base.embed(Prompt(None)).hidden.any()
+    assert base.embed(Prompt("")).hidden.any()
+    assert torch.equal(refiner.embed(Prompt(None)).hidden, refiner.embed(Prompt("")).hidden)
 
 
 @pytest.mark.parametrize("prompt", ["x" * 2000, "日本 🐈 é", " ", "a cat " * 300])
 def test_any_text_becomes_an_embedding_of_77_tokens(tiny_models, prompt):
-    found = tiny_models.base.embed(prompt)
+    found = tiny_models.base.embed(Prompt(prompt))
     assert found.hidden.shape[:2] == (1, 77)
     assert torch.isfinite(found.hidden).all()
 

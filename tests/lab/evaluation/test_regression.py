@@ -112,6 +112,7 @@ CHANGES: dict[str, Any] = {
     "crop": (8, 0),
     "target_size": (64, 72),
     "negative_prompt": "grey",
+    "clip_skip": 1,
     "watermark": True,
     "refiner": None,
     "refiner.handover": 0.75,
