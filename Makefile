@@ -63,7 +63,7 @@ lock: .venv/.installed ## locks/ anew from pyproject.toml, with the hash of ever
 	$(LOCK) --extra service --output-file locks/service.lock
 	$(LOCK) --extra service --extra lab --output-file locks/lab.lock
 
-train: .venv/.installed system ## Train nano, the miniature SDXL, from nothing; resumes
+train: .venv/.installed system ## Train nano, the miniature SDXL, from scratch; resumes
 	$(PY) -m recipes.nano
 
 clean: ## Remove .venv and caches; never runs/ or images/

@@ -83,7 +83,7 @@ def calibrate(port: int, size: Size, costs: dict[int, list[tuple[float, ...]]]) 
     return sum(len(each) for each in costs.values())
 
 
-def fitted(costs: dict[int, list[tuple[float, ...]]]) -> Cost:
+def fit_costs(costs: dict[int, list[tuple[float, ...]]]) -> Cost:
     """Lines through the medians: seconds of a call by rows, and seconds of a batch outside its calls by images. Slopes
     and intercepts are at least zero."""
     middles = {count: np.median(np.array(seen), axis=0) for count, seen in costs.items()}
@@ -139,7 +139,7 @@ def main(size: Size) -> None:
         )
         del rates[""]
         costs = {count: seen[1:] for count, seen in costs.items()}
-        cost = fitted(costs)
+        cost = fit_costs(costs)
         ended = against(rates, cost, guided, sparing, len(bodies))
         felt: dict[str, list[float]] = {}
         for replicas in (1, 2):

@@ -287,7 +287,7 @@ def reconcile(port: int, ledger: Ledger, before: Set[str] = frozenset()) -> dict
     lost = ledger.done - images
     strangers = images - ledger.done - ledger.unsettled - set(ledger.by_key.values())
     ledger.wrong += [f"{image} was acknowledged and is not listed" for image in lost]
-    ledger.wrong += [f"{image} is stored and nobody asked for it" for image in strangers]
+    ledger.wrong += [f"{image} is stored and was never requested" for image in strangers]
     ledger.wrong += [f"{image} is listed {times} times" for image, times in Counter(stored).items() if times > 1]
     for image in random.Random(0).sample(sorted(ledger.done - lost), min(50, len(ledger.done - lost))):
         if not request(port, "GET", f"/download/{image}").content.startswith(b"\x89PNG"):
@@ -300,7 +300,7 @@ def reconcile(port: int, ledger: Ledger, before: Set[str] = frozenset()) -> dict
     return {
         "acknowledged images": len(ledger.done),
         "acknowledged and lost": len(lost),
-        "stored and asked for by nobody": len(strangers),
+        "stored and never requested": len(strangers),
         "left by their client and cancelled": len(left),
         "left by their client and stored": len(ledger.unsettled & images),
     }

@@ -119,7 +119,9 @@ def test_costs_are_fitted_from_what_a_replica_counts():
     cost = Cost(call=0.02, row=0.005, image=0.04, beside=0.03)
     costs = lambda k: (2.0 * k, cost.call + cost.row * 2 * k, cost.image * k + cost.beside)  # noqa: E731
     slow_minute = (2.0, 9.9, 9.9)
-    seen = fleet.fitted({k: [costs(k), costs(k), costs(k)] for k in (2, 4, 8)} | {1: [costs(1), slow_minute, costs(1)]})
+    seen = fleet.fit_costs(
+        {k: [costs(k), costs(k), costs(k)] for k in (2, 4, 8)} | {1: [costs(1), slow_minute, costs(1)]}
+    )
     assert vars(seen) == pytest.approx(vars(cost))
 
 
@@ -178,7 +180,7 @@ def test_a_short_soak_loses_and_doubles_nothing(tiny_model, tmp_path, capsys, mo
     assert report["wrong"] == []
     values = {label: value for label, (value,) in report["values"].items()}
     assert values["acknowledged images"] > 0
-    assert values["acknowledged and lost"] == values["stored and asked for by nobody"] == 0
+    assert values["acknowledged and lost"] == values["stored and never requested"] == 0
     with Image.open(tmp_path / "soak.png") as plot:
         assert plot.width > 500
     assert "/healthz, p99 ms" in capsys.readouterr().out
@@ -201,11 +203,11 @@ def test_a_soak_sees_what_is_lost_doubled_or_left(monkeypatch):
     figures = soak.reconcile(0, ledger, {"before"})
     assert ledger.wrong[1:] == [
         "lost was acknowledged and is not listed",
-        "stranger is stored and nobody asked for it",
+        "stranger is stored and was never requested",
         "a is listed 2 times",
         "of a key cannot be downloaded",
         "left was left, and is running",
     ]
-    assert figures["acknowledged and lost"] == figures["stored and asked for by nobody"] == 1
+    assert figures["acknowledged and lost"] == figures["stored and never requested"] == 1
     ledger.acknowledge("another", "done", "key")
     assert "the key key stands for another and of a key" in ledger.wrong

@@ -109,6 +109,7 @@ def test_every_make_target_of_the_readme_exists() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # some twenty commands, most of which load torch
 def test_the_command_lines_run_in_order(clone: Path) -> None:
     """The README's first promotion is refused by its gates, and the second passes them."""
     commands = [line for line in COMMANDS if line.startswith((".venv/bin/python", "cp "))]

@@ -1,7 +1,7 @@
-"""The training loop every stage shares: AdamW, warm-up then cosine, averaged weights, checkpoints, a curve.
+"""The training loop of every stage: AdamW, warm-up then cosine, averaged weights, checkpoints, a curve.
 
-It knows no model and no data: a stage gives a module and a function from a step number to a loss. A stage draws its
-batches from `generator(step)`, so a run that is interrupted and resumed sees exactly the batches it would have seen.
+A stage passes a module and a function from a step number to a loss. It draws its batches from `generator(step)`, so a
+resumed run sees the same batches as an uninterrupted one.
 """
 
 import csv

@@ -235,7 +235,7 @@ def _prototypes() -> dict[str, np.ndarray]:
 
 
 def _noun(silhouette: np.ndarray) -> str:
-    """The noun whose silhouette differs least. What differs may grow with the outline, which is where a hand slips."""
+    """The noun whose silhouette differs least. The allowed difference grows with the outline."""
     cells, area = _normal(silhouette), (FRAME / CELLS) ** 2
     differing = {noun: float(np.abs(cells - p).sum()) * area for noun, p in _prototypes().items()}
     noun, other = sorted(differing, key=differing.__getitem__)[:2]
@@ -267,7 +267,7 @@ def look(image: Image.Image) -> tuple[str, list[FoundThing]]:
 
 
 def _holds(relation: str, first: FoundThing | None, second: FoundThing | None) -> bool:
-    """Whether the way from the first thing to the second leads, above all, where the relation says."""
+    """Whether the second thing lies mainly on the side of the first that the relation says."""
     if first is None or second is None:
         return False
     (right, down), dx, dy = TOWARDS[relation], second.x - first.x, second.y - first.y
@@ -278,14 +278,15 @@ def _holds(relation: str, first: FoundThing | None, second: FoundThing | None) -
 def judge(
     image: Image.Image, background: str, things: Sequence[tuple[str, str]], relation: str | None = None
 ) -> SceneVerdict:
-    """Hold an image to a description: `things` are (colour, noun), and things[0] stands in `relation` to things[1].
+    """Compare an image with a description: `things` are (colour, noun), and things[0] stands in `relation` to
+    things[1].
 
-    Wanted things are matched to seen ones so that as much as possible is right. One that is missing has neither
-    colour nor noun nor place. Raises ValueError for a relation it does not know, or that does not join two things."""
+    Described things are matched to found ones so that as much as possible is right. A missing thing has no colour, noun
+    or place. Raises ValueError for an unknown relation, and for one that does not join two things."""
     if relation is not None and (relation not in TOWARDS or len(things) != 2):
         rule = f"a relation is one of {', '.join(TOWARDS)}, or None, and joins two things"
         example = "[('red', 'cat'), ('blue', 'fish')], 'above'"
-        raise ValueError(f"{rule}; got {relation!r} and {len(things)} things; valid: {example}")
+        raise ValueError(f"{rule}; received {relation!r} and {len(things)} things. Example: {example}")
     ground, seen = look(image)
     places: list[FoundThing | None] = [*seen[:MOST], *[None] * max(0, len(things) - len(seen[:MOST]))]
     readings = []
