@@ -252,7 +252,7 @@ SKIPS = [
 @pytest.mark.parametrize("source", [False, True], ids=["from noise", "from an image"])
 def test_layers_of_the_text_encoders_are_skipped_as_the_pipelines_skip_them(bench, source):
     image = Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    given = SourceImage(image, 0.6, {}) if source else None
+    given = SourceImage(image, 0.6, image_record()) if source else None
     requests = [ImageRequest(bench.config.with_(**skip), PROMPTS[0], 21, given) for skip in SKIPS]
     drawn = bench.together(requests)
     found = [difference(mine, bench.pipelines.draw(request)) for request, mine in zip(requests, drawn, strict=True)]
