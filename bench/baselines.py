@@ -20,7 +20,7 @@ from fastapi import FastAPI, Response
 from pydantic import BaseModel
 
 from sdxl_lab.diffusion import schedulers
-from sdxl_lab.diffusion.models import folder_of
+from sdxl_lab.diffusion.inventory import folder_of
 
 
 class PipelineRequest(BaseModel):

@@ -19,6 +19,7 @@ from sdxl_lab.evaluation.metrics import Metric, clip_score
 from sdxl_lab.evaluation.statistics import interval
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import ImageRequest
+from sdxl_lab.record import ImageRecord
 
 GUIDANCE = (1.0, 3.0, 6.0)
 PARTS = ("right", "colour", "noun", "relation")
@@ -100,7 +101,12 @@ def _wins(clip: Metric, scenes: Sequence[Scene], part: str) -> list[float]:
     relevant = [scene for scene in scenes if part != "relation" or scene.relation]
     images = [render(scene) for scene in relevant]
     true, false = (
-        clip([GeneratedImage(image, {"prompt": text}, {}) for image, text in zip(images, texts, strict=True)])
+        clip(
+            [
+                GeneratedImage(image, ImageRecord.model_construct(prompt=text), {})
+                for image, text in zip(images, texts, strict=True)
+            ]
+        )
         for texts in ([caption(scene) for scene in relevant], [caption(_wrong(scene, part, rng)) for scene in relevant])
     )
     return [float(value) for value in true > false]

@@ -11,8 +11,8 @@ from .job import ImageRequest as ImageRequest
 from .job import Job as Job
 from .job import SourceImage as SourceImage
 from .notebook.explorer import Explorer as Explorer
+from .release.promote import promote as promote
 from .release.slot import Slot as Slot
 from .release.slot import load_slot as load_slot
-from .release.slot import promote as promote
 from .research.sweep import Sweep as Sweep
 from .version import __version__ as __version__

@@ -72,6 +72,10 @@ def parser() -> argparse.ArgumentParser:
     diff.add_argument("candidate", type=Path, help="a config.toml, an image, or another slot")
     diff.set_defaults(run=_diff)
 
+    migrate = commands.add_parser("migrate", help="make what 0.1.0 wrote into what this version reads")
+    migrate.add_argument("path", type=Path, help="a slot, a configuration's TOML, or a folder of such")
+    migrate.set_defaults(run=_migrate)
+
     notebook = commands.add_parser("notebook", help="run a notebook to its end, or say why it did not get there")
     notebook.add_argument("file", type=Path, help="an .ipynb, such as notebooks/05_regression.ipynb")
     notebook.add_argument(
@@ -189,10 +193,10 @@ def _generate(asked: argparse.Namespace) -> None:
         from sdxl_lab.images import read_record
 
         record = read_record(asked.like)
-        config = GenerationConfig.from_dict(record["config"])
-        prompt = prompt if prompt is not None else record["prompt"]
-        seed = seed if seed is not None else record["seed"]
-        refined = record if "source" in record else None
+        config = record.config
+        prompt = prompt if prompt is not None else record.prompt
+        seed = seed if seed is not None else record.seed
+        refined = record if record.source is not None else None
     elif asked.config:
         config = GenerationConfig.from_toml(asked.config)
     else:
@@ -217,14 +221,14 @@ def _generate(asked: argparse.Namespace) -> None:
     print(f"{asked.out}  seed {seed}  config {config.short_digest}  {image.timings['total_ms'] / 1000:.1f} s")
 
 
-def _source(engine: Any, record: dict[str, Any]) -> Any:
+def _source(engine: Any, record: Any) -> Any:
     """The image that a refined one started from, drawn again from the record inside its record."""
     from sdxl_lab.job import ImageRequest, SourceImage
 
-    parent = record["source"]
-    above = _source(engine, parent) if "source" in parent else None
-    request = ImageRequest(GenerationConfig.from_dict(parent["config"]), parent["prompt"], parent["seed"], above)
-    return SourceImage(engine.draw(request).image, record["strength"], parent)
+    parent = record.source
+    above = _source(engine, parent) if parent.source is not None else None
+    request = ImageRequest(parent.config, parent.prompt, parent.seed, above)
+    return SourceImage(engine.draw(request).image, record.strength, parent)
 
 
 def _draw(engine: Any, request: Any) -> Any:
@@ -251,7 +255,7 @@ def _show(asked: argparse.Namespace) -> None:
     print(
         a1111_parameters(record)
         if asked.parameters
-        else json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False)
+        else json.dumps(record.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
     )
 
 
@@ -259,27 +263,28 @@ def _promote(asked: argparse.Namespace) -> None:
     from sdxl_lab.evaluation.comparison import candidate_of, compare, draw
     from sdxl_lab.job import ImageRequest
     from sdxl_lab.release.diff import difference_table
-    from sdxl_lab.release.slot import clean_state, promote, read_evidence, served
+    from sdxl_lab.release.promote import clean_state, promote, read_findings
+    from sdxl_lab.release.slot import slot_config
 
     clean_state(asked.allow_dirty)
     config = candidate_of(asked.candidate)
-    before = served(asked.slot)
+    before = slot_config(asked.slot)
     if asked.evidence:
         if given := [name for name in ("plan", "prompt", "seed", "gate") if getattr(asked, name) is not None]:
             raise ValueError(f"--evidence says what was tried, and must come without --{given[0]}")
-        evidence = read_evidence(asked.evidence)
-        goldens = draw([ImageRequest(config, golden["prompt"], golden["seed"]) for golden in evidence["goldens"]])
+        findings = read_findings(asked.evidence)
+        goldens = draw([ImageRequest(config, golden.prompt, golden.seed) for golden in findings.goldens])
     else:
         found = compare(config, asked.slot, _plan(asked))
-        evidence, goldens = found.evidence(), found.goldens
-    print(difference_table(before, config, evidence))
+        findings, goldens = found.findings(), found.goldens
+    print(difference_table(before, config, findings))
     slot = promote(
         config,
         asked.slot,
         images=goldens,
         why=asked.why,
         who=asked.who,
-        evidence=evidence,
+        findings=findings,
         allow_dirty=asked.allow_dirty,
     )
     count = len(slot.goldens)
@@ -301,10 +306,10 @@ def _verify(asked: argparse.Namespace) -> None:
 
     found = regress(load_slot(asked.slot), metrics=False)
     for golden in found.goldens:
-        comparison = golden.comparison
-        verdict = "differs" if golden.reason else "as promoted"
-        measured = f"{comparison.measure} {comparison.difference:.4f}, allowed {comparison.tolerance:.4f}"
-        print(f"{comparison.golden.path.name}  {verdict}  {measured}")
+        verdict = "as promoted" if golden.passed else "differs"
+        measured = f"{golden.measure} {golden.difference:.4f}, allowed {golden.tolerance:.4f}"
+        similar = "" if golden.ssim is None else f", SSIM {golden.ssim:.4f}"
+        print(f"{golden.golden.path.name}  {verdict}  {measured}{similar}")
     found.check()
 
 
@@ -316,10 +321,17 @@ def _diff(asked: argparse.Namespace) -> None:
     before = load_slot(asked.slot)
     if asked.candidate.is_dir():
         other = load_slot(asked.candidate)
-        evidence = other.evidence if other.evidence and other.evidence.get("replaces") == before.digest else None
-        print(difference_table(before.config, other.config, evidence))
+        evidence = other.evidence if other.evidence and other.evidence.replaces == before.digest else None
+        print(difference_table(before.config, other.config, evidence, (before.limits, other.limits)))
     else:
         print(difference_table(before.config, candidate_of(asked.candidate)))
+
+
+def _migrate(asked: argparse.Namespace) -> None:
+    from sdxl_lab.release.migrate import migrate
+
+    for line in migrate(asked.path):
+        print(line)
 
 
 def _notebook(asked: argparse.Namespace) -> None:

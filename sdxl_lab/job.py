@@ -25,6 +25,7 @@ from PIL import Image
 from sdxl_lab.config import ConfigError, GenerationConfig, checked_prompt, checked_seed
 from sdxl_lab.errors import Cancelled
 from sdxl_lab.images import GeneratedImage
+from sdxl_lab.record import ImageRecord
 
 log = logging.getLogger(__name__)
 Outcome = TypeVar("Outcome")
@@ -37,7 +38,7 @@ class SourceImage:
 
     image: Image.Image
     strength: float
-    record: dict[str, Any]
+    record: ImageRecord
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ PROMPT = re.compile(rf"{THING}(?: ({'|'.join(TOWARDS)}) {THING})? on an? (\w+) b
 
 def verdict(image: GeneratedImage) -> SceneVerdict:
     """The judge's verdict on an image whose prompt is one of nano's full sentences. Raises `ValueError` for others."""
-    parsed = PROMPT.fullmatch(image.record["prompt"])
+    parsed = PROMPT.fullmatch(image.record.prompt)
     if parsed is None:
         raise ValueError(
-            f"the judge needs one of nano's full sentences; received {image.record['prompt']!r}. Example: "
+            f"the judge needs one of nano's full sentences; received {image.record.prompt!r}. Example: "
             "a red circle on a blue background"
         )
     colour, noun, relation, other_colour, other_noun, background = parsed.groups()

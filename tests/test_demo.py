@@ -27,7 +27,7 @@ def test_notebook_slot_service_and_the_served_png_give_the_same_pixels() -> None
     run = ROOT / "runs" / "demo"
     notebook, served, again = (run / f"{name}.png" for name in NAMES)
     slot = load_slot(run / "slot")
-    assert {read_record(path)["digest"] for path in (notebook, served, again)} == {slot.digest}
+    assert {read_record(path).digest for path in (notebook, served, again)} == {slot.digest}
     golden = slot.goldens[0].path
     gates = {gate["gate"]: gate["passed"] for gate in slot.evidence["gates"]}
     assert list(gates.values()) == [True, True]

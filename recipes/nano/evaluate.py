@@ -24,7 +24,7 @@ from recipes.nano.scenes import COLOURS, NOUNS, SHAPES, THINGS, Scene, Thing, ca
 from recipes.nano.words import ids
 from sdxl_lab.config import GenerationConfig, RefinerConfig
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import NANO
+from sdxl_lab.diffusion.inventory import NANO
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import ImageRequest
 from sdxl_lab.research.plots import grid

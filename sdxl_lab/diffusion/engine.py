@@ -22,13 +22,15 @@ import torch
 import transformers
 from PIL import Image
 
-from sdxl_lab.config import ConfigError, GenerationConfig, RuntimeProfile
+from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
+from sdxl_lab.diffusion.inventory import differing, identity
 from sdxl_lab.diffusion.latency import Forecast, LatencyModel, Workload, forecast
-from sdxl_lab.diffusion.models import Embedding, Models, Prompt, identity, load
-from sdxl_lab.errors import Cancelled, EngineStopped, QueueFull
+from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load
+from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import GeneratedImage, finish, preview
 from sdxl_lab.job import Change, ImageRequest, Job, Outcome, Stepped
+from sdxl_lab.record import ImageRecord
 from sdxl_lab.version import __version__
 
 log = logging.getLogger(__name__)
@@ -206,14 +208,10 @@ class Engine:
         """Queue an image: behind those of its own `priority` or a higher one, before the others.
 
         `on_step(calls, total)` is called after each of its UNet calls, in the engine's thread: it must return at once.
-        Raises `QueueFull`, `EngineStopped`, or `ConfigError` for a refiner that the engine's models do not have. That
-        they are those of the request's configuration is for the caller to see to.
+        Raises `QueueFull`, `EngineStopped`, or `ModelMismatch` for a request of other models than the engine's.
         """
         job = request if isinstance(request, Job) else Job(request)
-        if job.request.config.refiner is not None and self.models.refiner is None:
-            raise ConfigError(
-                "refiner", "a refiner stage", "left out: the engine's models have no refiner", "refiner = none"
-            )
+        self._check_models(job.request)
         if on_step is not None:
             job.watch(_on_step(on_step))
         work = Work(job, priority)
@@ -226,6 +224,14 @@ class Engine:
             bisect.insort_right(self._waiting, work, key=lambda waiting: -waiting.priority)
             self._wake.notify()
         return job
+
+    def _check_models(self, request: ImageRequest) -> None:
+        """An image must not be drawn by one model and recorded under the name of another. A refiner that a request
+        does not use may be another one."""
+        asked, own = request.config.model, self.models.ref
+        refines = request.config.refiner is not None or request.source is not None
+        if any(role != "refiner" or refines for role in differing(own, asked)):
+            raise ModelMismatch(asked.to_dict(), f"the one that this engine was loaded for, {own.to_dict()}", own.base)
 
     def draw(self, request: ImageRequest) -> GeneratedImage:
         """Submit and wait; Ctrl-C (or a notebook's Stop) cancels at the next step."""
@@ -441,15 +447,23 @@ class Engine:
             return
         work.job.deliver(drawn)
 
-    def _record(self, work: Work) -> dict[str, Any]:
-        """All that decides the image's pixels."""
+    def _record(self, work: Work) -> ImageRecord:
+        """All that decides the image's pixels: the only place where such a record begins."""
         assert work.trajectory is not None
-        return work.trajectory.record() | {
-            "version": __version__,
-            "weights": self.weights,
-            "runtime": self.profile.to_dict(),
-            "libraries": {module.__name__: module.__version__ for module in (diffusers, torch, transformers)},
-        }
+        request = work.job.request
+        return ImageRecord(
+            version=__version__,
+            prompt=request.prompt,
+            seed=request.seed,
+            config=request.config,
+            digest=request.config.digest,
+            source=None if request.source is None else request.source.record,
+            strength=None if request.source is None else request.source.strength,
+            weights=self.weights,
+            runtime=self.profile.to_dict(),
+            libraries={module.__name__: module.__version__ for module in (diffusers, torch, transformers)},
+            **work.trajectory.outcome()._asdict(),
+        )
 
 
 def _is_cancelled(job: Job[Any]) -> bool:

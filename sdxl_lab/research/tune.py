@@ -37,6 +37,7 @@ from sdxl_lab.research.cache import FOLDER, Cell, ImageCache
 from sdxl_lab.research.sweep import processes, write_table
 
 OUT = Path("runs/studies")
+SCHEMA = 1  # of what a study keeps of its plan
 KEYS = {"name", "model", "config", "metric", "clip", "trials", "startup", "seed", "choose"} | {
     "space", "pairs", "stop", "start"
 }  # fmt: skip
@@ -167,7 +168,7 @@ class StudyPlan:
 
     def identity(self, ground: Mapping[str, Any]) -> str:
         """What must not change between runs of a study, as JSON: base, metric, pairs, and the cache's `ground`."""
-        content = {"config": self.config.to_dict(), "metric": [self.metric.name, self.metric.source]}
+        content = {"schema": SCHEMA, "config": self.config.to_dict(), "metric": [self.metric.name, self.metric.source]}
         return canonical(content | {"pairs": [list(pair) for pair in self.pairs], "ground": ground})
 
     @classmethod
@@ -316,6 +317,12 @@ def _open_study(plan: StudyPlan, storage: str, identity: str, worker: int) -> St
         ) from error
     if begun is not None and begun != identity:
         before, now = json.loads(begun), json.loads(identity)
+        if before.get("schema") != SCHEMA:
+            raise SweepError(
+                f"the study {plan.name!r} must have been begun under the schema {SCHEMA}; received "
+                f"{before.get('schema', 'none, as 0.1.0 wrote it: it knew a model by its weight files alone')}. Give "
+                'this one a name of its own. Example: name = "second-try"'
+            )
         differs = ", ".join(sorted(name for name in now if before.get(name) != now[name]))
         raise SweepError(
             f"the study {plan.name!r} must keep what it was begun with, or its trials cannot be compared; its "

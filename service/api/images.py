@@ -127,7 +127,7 @@ async def refine(asked: RefineRequest, request: Request, negotiated: Asked) -> A
         source = await jobs.source(asked.id, asked.strength)
         slot = jobs.deployment.slot
         config = asked.over(slot.config, slot.limits, source.record, source.image.size)
-        prompt = source.record["prompt"] if asked.prompt is None else asked.prompt
+        prompt = source.record.prompt if asked.prompt is None else asked.prompt
         return ImageRequest(config, prompt, _seed(asked.seed, negotiated), source)
 
     return await _answer(request, negotiated, await _submitted(jobs, negotiated, asked, made), Refined)

@@ -118,8 +118,8 @@ async def model(name: str, request: Request) -> Model:
 
 
 def _model(manager: JobManager) -> Model:
-    evidence = manager.deployment.slot.evidence or {}
-    promoted = datetime.fromisoformat(evidence["when"]).timestamp() if "when" in evidence else 0
+    evidence = manager.deployment.slot.evidence
+    promoted = datetime.fromisoformat(evidence.when).timestamp() if evidence else 0
     return Model(id=manager.deployment.slot.folder.name, created=int(promoted))
 
 

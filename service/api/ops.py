@@ -24,7 +24,7 @@ async def config(request: Request) -> dict[str, Any]:
         "limits": slot.limits.to_dict(),
         "schedulers": SCHEDULERS,
         "digest": slot.digest,
-        "evidence": slot.evidence,
+        "evidence": slot.evidence.to_dict() if slot.evidence else None,
         "runtime": engine.profile.to_dict() if engine else None,
         "weights": engine.weights if engine else None,
         **deployment.attestation.to_dict(),

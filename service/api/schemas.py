@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from sdxl_lab.config import MAX_PROMPT, MAX_SEED, PROMPT, SEED, GenerationConfig, ServingLimits
 from sdxl_lab.declaration import Pair, Setting, Table, Text
 from sdxl_lab.job import JobState
+from sdxl_lab.record import ImageRecord
 from service.jobs.records import JobRecord, StoredImage
 
 EXAMPLES: Mapping[str, Any] = {
@@ -121,14 +122,14 @@ class RefineRequest(_Refine):
     model_config = ConfigDict(json_schema_extra={"examples": [{"id": EXAMPLES["id"], "strength": 0.3}]})
 
     def over(
-        self, promoted: GenerationConfig, limits: ServingLimits, source: Mapping[str, Any], size: tuple[int, int]
+        self, promoted: GenerationConfig, limits: ServingLimits, source: ImageRecord, size: tuple[int, int]
     ) -> GenerationConfig:
         """The promoted configuration for an image of this (width, height) with this record. Raises `ConfigError`."""
         asked: dict[str, Any] = {"width": size[0], "height": size[1]}
         if self.steps is not None:
             asked["steps"] = self.steps
         limits.check(asked, promoted)
-        negative = source["negative_prompt"] if self.negative_prompt is None else self.negative_prompt
+        negative = source.config.negative_prompt if self.negative_prompt is None else self.negative_prompt
         return promoted.changed(asked | {"negative_prompt": negative}, none=None)
 
 
@@ -188,11 +189,16 @@ class Refined(Drawn):
 
     model_config = ConfigDict(json_schema_extra={"examples": [DRAWN | {"source": EXAMPLES["id"]}]})
 
-    source: str
+    source: str | None
 
     @classmethod
     def of(cls, image: StoredImage, prefix: str = "") -> Self:
-        return cls(**_answer(image, prefix), source=image.record["source"]["id"])
+        return cls(**_answer(image, prefix), source=source_id(image))
+
+
+def source_id(image: StoredImage) -> str | None:
+    """The id of the image that this one refines."""
+    return image.record.source.id if image.record.source else None
 
 
 def _answer(image: StoredImage, prefix: str) -> dict[str, Any]:
@@ -200,11 +206,11 @@ def _answer(image: StoredImage, prefix: str) -> dict[str, Any]:
     return {
         "id": str(image.id),
         "url": f"{prefix}/download/{image.id}",
-        "seed": record["seed"],
-        "width": record["config"]["width"],
-        "height": record["config"]["height"],
-        "config": record.get("promoted", record["digest"]),
-        "overridden": record.get("overridden", []),
+        "seed": record.seed,
+        "width": record.config.width,
+        "height": record.config.height,
+        "config": record.promoted or record.digest,
+        "overridden": list(record.overridden or ()),
         "timings": image.timings,
         "warnings": list(image.warnings),
     }
@@ -282,16 +288,16 @@ class ImageInfo(BaseModel):
         """What is known of a stored image."""
         record = image.record
         return cls(
-            **_asked(str(image.id), record["config"], prefix),
+            **_asked(str(image.id), record.config.to_dict(), prefix),
             state="done",
-            prompt=record["prompt"],
-            seed=record["seed"],
-            config=record.get("promoted", record.get("digest")),
-            overridden=record.get("overridden"),
+            prompt=record.prompt,
+            seed=record.seed,
+            config=record.promoted or record.digest,
+            overridden=None if record.overridden is None else list(record.overridden),
             created=image.created,
             timings=None if image.timings is None else Timings(**image.timings),
             warnings=list(image.warnings) or None,
-            source=record.get("source", {}).get("id"),
+            source=source_id(image),
             **more,
         )
 

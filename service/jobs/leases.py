@@ -18,7 +18,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from sdxl_lab.job import OVER, JobState
-from service.jobs.records import JobRecord, RecordError, Written
+from sdxl_lab.record import RecordError
+from service.jobs.records import JobRecord, Written
 from service.jobs.store import JobName, RecordChanged, Store, UnknownImage, Version
 
 REMEMBERED = 86_400  # seconds for which a job that failed or was cancelled can be asked after

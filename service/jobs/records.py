@@ -4,57 +4,18 @@ Each is a frozen model with a schema number. Files of 0.1.0 have none: they are 
 A replica of 0.1.0 that shares the store during an update still reads a `JobRecord`, so it keeps the names of then.
 """
 
-import json
 import uuid
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
-from sdxl_lab.config import GenerationConfig, canonical, migrated_config
+from sdxl_lab.config import ConfigError, GenerationConfig, migrated_config
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import ImageRequest, JobState
+from sdxl_lab.record import AnyDigest, ImageRecord, Record, RecordError
 
 Written = Literal[JobState.QUEUED, JobState.RUNNING, JobState.STORING, JobState.FAILED, JobState.CANCELLED]
-
-
-class RecordError(ValueError):
-    """A file in the store is no record that this version can read."""
-
-
-class Record(BaseModel):
-    """Plain values under a schema number. `NOUN` is what errors call it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True, validate_by_name=True)
-
-    schema_number: Annotated[Literal[1], Field(alias="schema")] = 1
-
-    @classmethod
-    def read(cls, content: bytes, name: str) -> Self:
-        """The record in a file. Raises `RecordError`."""
-        try:
-            plain = json.loads(content)
-            if not isinstance(plain, dict):
-                raise ValueError(f"it must be a JSON object; received {content[:40]!r}")
-            return cls.model_validate(plain if "schema" in plain else cls.of_first_version(plain))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise RecordError(f"{name} cannot be read: {where}: {first['msg']}; received {first['input']!r}") from error
-        except (ValueError, KeyError) as error:
-            raise RecordError(f"{name} cannot be read: {error!r}") from error
-
-    @classmethod
-    def of_first_version(cls, plain: dict[str, Any]) -> dict[str, Any]:
-        """What 0.1.0 wrote, as this schema has it."""
-        raise NotImplementedError
-
-    def to_json(self) -> bytes:
-        return canonical(self.model_dump(mode="json")).encode()
-
-    def with_(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
-        return type(self).model_validate(dict(self) | changes)
 
 
 class JobRecord(Record):
@@ -66,6 +27,9 @@ class JobRecord(Record):
     seconds; `created` is when it was accepted, and `attempts` how often it was begun.
     """
 
+    model_config = ConfigDict(validate_by_name=True)
+    NOUN: ClassVar[str] = "the job"
+
     id: uuid.UUID
     created: float
     attempts: int
@@ -73,7 +37,7 @@ class JobRecord(Record):
     prompt: str
     seed: int
     config: dict[str, Any]
-    promoted: str
+    promoted: AnyDigest
     overridden: tuple[str, ...]
     source: uuid.UUID | None = None
     strength: float | None = None
@@ -83,8 +47,16 @@ class JobRecord(Record):
     lease: float = 0.0
 
     @classmethod
-    def of_first_version(cls, plain: dict[str, Any]) -> dict[str, Any]:
-        return {**_migrated(plain), "schema": 1}
+    def of_first_version(cls, plain: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+        try:
+            config, _ = migrated_config(plain["config"])
+        except (ConfigError, KeyError, TypeError) as error:
+            raise RecordError(f"{cls.NOUN} of {name} must hold a configuration: {error}") from error
+        return {**plain, "schema": cls.SCHEMA, "config": config.to_dict()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, those that are None among them: 0.1.0 asks for each."""
+        return self.model_dump(mode="json")
 
     @classmethod
     def of(
@@ -102,7 +74,7 @@ class JobRecord(Record):
             config=request.config.to_dict(),
             promoted=promoted.digest,
             overridden=tuple(request.config.differs(promoted)),
-            source=None if source is None else uuid.UUID(source.record["id"]),
+            source=None if source is None else uuid.UUID(source.record.id),
             strength=None if source is None else source.strength,
         )
 
@@ -119,35 +91,36 @@ class StoredImage(Record):
     neither `fingerprint` nor `timings`.
     """
 
+    NOUN: ClassVar[str] = "the record"
+
     id: uuid.UUID
     created: float
-    record: dict[str, Any]
+    record: ImageRecord
     fingerprint: str | None = None
     timings: dict[str, float] | None = None
     warnings: tuple[str, ...] = ()
 
     @classmethod
-    def of_first_version(cls, plain: dict[str, Any]) -> dict[str, Any]:
+    def of_first_version(cls, plain: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         """Then all stood in one table; what the PNG carries is what is left."""
-        record = _migrated(plain)
-        return {
-            "schema": 1,
-            "id": record["id"],
-            "created": record.pop("created"),
-            "timings": record.pop("timings", None),
-            "warnings": record.pop("warnings", ()),
-            "fingerprint": record.pop("request", None),
-            "record": record,
+        rest = dict(plain)
+        found = {
+            "schema": cls.SCHEMA,
+            "id": rest.get("id"),
+            "created": rest.pop("created", None),
+            "timings": rest.pop("timings", None),
+            "warnings": rest.pop("warnings", ()),
+            "fingerprint": rest.pop("request", None),
         }
+        return found | {"record": ImageRecord.read(rest, name).to_dict()}
 
     @classmethod
     def of(cls, job: JobRecord, image: GeneratedImage, warnings: list[str], created: float) -> Self:
         """The record of an image that was drawn for a job."""
-        facts = {"id": str(job.id), "promoted": job.promoted, "overridden": list(job.overridden)}
         return cls(
             id=job.id,
             created=round(created, 3),
-            record={**image.record, **facts},
+            record=image.record.with_(id=str(job.id), promoted=job.promoted, overridden=job.overridden),
             fingerprint=job.fingerprint,
             timings=dict(image.timings),
             warnings=tuple(warnings),
@@ -155,19 +128,10 @@ class StoredImage(Record):
 
     def request(self) -> ImageRequest:
         """What was asked, without the source's pixels. Raises `ConfigError`."""
-        record = self.record
-        return ImageRequest(GenerationConfig.from_dict(record["config"]), record["prompt"], record["seed"])
+        return ImageRequest(self.record.config, self.record.prompt, self.record.seed)
 
     def flat(self) -> Mapping[str, Any]:
         """All of it in one table, as clients are told."""
         facts = {"id": str(self.id), "created": self.created, "warnings": list(self.warnings)}
         more = {"timings": self.timings, "request": self.fingerprint}
-        return {**self.record, **facts, **{name: value for name, value in more.items() if value is not None}}
-
-
-def _migrated(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of 0.1.0 with its configuration as of today, and likewise that of the image that it refines."""
-    config, _ = migrated_config(plain["config"])
-    source = plain.get("source")
-    more = {"source": _migrated(source)} if isinstance(source, Mapping) else {}
-    return {**plain, "config": config.to_dict(), **more}
+        return {**self.record.to_dict(), **facts, **{name: value for name, value in more.items() if value is not None}}

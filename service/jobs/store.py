@@ -30,9 +30,10 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotSupportedError, PreconditionError
 from obstore.store import LocalStore, from_url
 
-from sdxl_lab.config import ConfigError
+from sdxl_lab.config import ConfigError, canonical
 from sdxl_lab.images import read_record
-from service.jobs.records import JobRecord, RecordError, StoredImage
+from sdxl_lab.record import RecordError
+from service.jobs.records import JobRecord, StoredImage
 
 SCHEMES = ("s3", "gs", "az", "file", "memory")
 EXAMPLE = "s3://bucket/prefix"
@@ -127,7 +128,7 @@ class Store:
         `StoreRefused`; then nothing is listed."""
         self._write(_newest(image.id, image.created), b"")
         self._write(f"{image.id}.png", png)
-        self._write(f"{image.id}.json", image.to_json())
+        self._write(f"{image.id}.json", canonical(image.to_dict()).encode())
 
     def get(self, image_id: uuid.UUID) -> bytes:
         """The PNG; `UnknownImage` where there is none."""
@@ -198,7 +199,7 @@ class Store:
 
     def put_job(self, job: JobRecord) -> None:
         """Keep a job's record, durably by the time this returns. Raises `StoreRefused`."""
-        self._write(f"jobs/{job.id}.json", job.to_json())
+        self._write(f"jobs/{job.id}.json", canonical(job.to_dict()).encode())
 
     def job(self, job_id: uuid.UUID) -> JobRecord:
         """The record of the job with this id; `UnknownImage` where there is none, `RecordError` for one that is not
@@ -218,7 +219,9 @@ class Store:
         if self.folder is not None:  # LocalStore cannot compare, and creates by a hard link, which not all disks have
             return self.put_job(job)
         try:
-            self._write(f"jobs/{job.id}.json", job.to_json(), "create" if version is None else dict(version))
+            self._write(
+                f"jobs/{job.id}.json", canonical(job.to_dict()).encode(), "create" if version is None else dict(version)
+            )
         except _Unconditional:
             self.put_job(job)
 
@@ -313,7 +316,7 @@ class Store:
                 created = round(path.stat().st_mtime, 3)
                 found = StoredImage(id=uuid.UUID(path.stem), created=created, record=read_record(path))
                 self._write(_newest(found.id, created), b"")
-                self._write(f"{found.id}.json", found.to_json())
+                self._write(f"{found.id}.json", canonical(found.to_dict()).encode())
             except (StoreRefused, ValueError):  # no image of ours, or a name that only looks like an id
                 continue  # it can still be fetched
 

@@ -119,9 +119,9 @@ def test_a_changed_setting_and_a_fixed_seed_make_the_image_they_name(home, visit
     page.get_by_label("Scheduler", exact=True).select_option("ddim")
     image = draw(page)
     record = read_record(fetched(home, f"download/{image}"))
-    assert (record["prompt"], record["seed"]) == (PROMPT, 2**63 - 1)
-    assert (record["config"]["steps"], record["config"]["scheduler"]) == (3, "ddim")
-    assert sorted(record["overridden"]) == ["scheduler", "steps"]
+    assert (record.prompt, record.seed) == (PROMPT, 2**63 - 1)
+    assert (record.config.steps, record.config.scheduler) == (3, "ddim")
+    assert sorted(record.overridden) == ["scheduler", "steps"]
     assert fact(page, "Seed") == str(2**63 - 1)  # JavaScript's own numbers would end in ...808
     assert fact(page, "Steps") == f"3 (promoted {promoted.steps})"
     page.get_by_role("button", name=f"Reset to {promoted.steps}: steps").click()
@@ -215,7 +215,7 @@ def test_a_image_is_refined(home, visit):
     second = shown(page, "a green star")
     assert second != first
     record = read_record(fetched(home, f"download/{second}"))
-    assert (record["source"]["id"], record["strength"], record["prompt"]) == (first, 0.5, "a green star")
+    assert (record.source.id, record.strength, record.prompt) == (first, 0.5, "a green star")
     page.get_by_role("button", name=first[:8]).click()
     expect(page.locator("#caption")).to_have_text(PROMPT)
     assert shown(page) == first
@@ -256,7 +256,7 @@ def test_the_copied_command_makes_the_same_pixels(home, visit, tmp_path):
         command = page.evaluate("navigator.clipboard.readText()")
         subprocess.run([shutil.which("bash"), "-c", command], cwd=tmp_path, check=True, capture_output=True)
         made = (tmp_path / f"sdxl-lab-{image[:8]}.png").read_bytes()
-        assert read_record(made)["prompt"] == QUOTED
+        assert read_record(made).prompt == QUOTED
         assert np.array_equal(pixels(made), pixels(fetched(home, f"download/{image}")))
 
 

@@ -17,11 +17,13 @@ from sdxl_lab.cli import STOPPED, main
 from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import ModelError
-from sdxl_lab.evaluation import comparison, regression
+from sdxl_lab.diffusion.inventory import ModelError
+from sdxl_lab.evaluation import comparison
 from sdxl_lab.images import max_difference, open_image, read_record
 from sdxl_lab.job import ImageRequest, SourceImage
-from sdxl_lab.release import slot as promotion
+from sdxl_lab.release import promote as promotion
+from sdxl_lab.release import verify as verifying
+from sdxl_lab.release.slot import load_slot
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,12 +55,12 @@ def test_generate_draws_the_image_that_its_options_say(tiny_model, out, capsys):
     command = ["generate", "A cat in a hat", "--out", str(out), "--model", str(tiny_model), "--refiner"]
     assert main([*command, *(word for pair in options.items() for word in pair)]) == 0
     record = read_record(out)
-    config = record["config"]
-    assert (record["prompt"], record["seed"]) == ("A cat in a hat", 7)
-    assert (config["steps"], config["scheduler"], config["guidance_scale"]) == (4, "ddim", 2.5)
-    assert (config["negative_prompt"], config["refiner"]["handover"]) == ("blurry", 0.8)
+    config = record.config
+    assert (record.prompt, record.seed) == ("A cat in a hat", 7)
+    assert (config.steps, config.scheduler, config.guidance_scale) == (4, "ddim", 2.5)
+    assert (config.negative_prompt, config.refiner) == ("blurry", RefinerConfig())
     assert open_image(out).size == (72, 64)
-    assert capsys.readouterr().out.startswith(f"{out}  seed 7  config {record['digest'][:12]}  ")
+    assert capsys.readouterr().out.startswith(f"{out}  seed 7  config {record.config.short_digest}  ")
 
 
 OPTIONS = [
@@ -134,7 +136,7 @@ def test_generate_repeats_its_own_seed_and_draws_a_new_one_where_none_is_given(c
     seeds = []
     for name in ("one.png", "two.png"):
         assert main(["generate", "a cat", "--config", str(config_file), "--out", str(tmp_path / name)]) == 0
-        seeds.append(read_record(tmp_path / name)["seed"])
+        seeds.append(read_record(tmp_path / name).seed)
     assert seeds[0] != seeds[1]
 
 
@@ -152,7 +154,7 @@ def test_like_draws_a_refined_image_of_a_refined_image_again(tiny_config, tiny_m
     with Engine.load(config, RuntimeProfile()) as drawing:
         image = drawing.draw(ImageRequest(config, "a cat", 3))
         for seed, strength in ((4, 0.5), (5, 0.75)):
-            source = SourceImage(image.image, strength, dict(image.record))
+            source = SourceImage(image.image, strength, image.record)
             image = drawing.draw(ImageRequest(config, "a red cat", seed, source))
     image.save(first)
     assert main(["generate", "--like", str(first), "--out", str(second)]) == 0
@@ -166,8 +168,8 @@ def test_like_takes_changes_on_top(config_file, tmp_path):
     changes = ["a dog", "--seed", "2", "--scheduler", "ddim", "--no-refiner"]
     assert main(["generate", *changes, "--like", str(first), "--out", str(second)]) == 0
     record = read_record(second)
-    assert (record["prompt"], record["seed"], record["config"]["scheduler"]) == ("a dog", 2, "ddim")
-    assert record["config"]["steps"] == 3
+    assert (record.prompt, record.seed, record.config.scheduler) == ("a dog", 2, "ddim")
+    assert record.config.steps == 3
     assert max_difference(open_image(first), open_image(second)) > 0.01
 
 
@@ -175,7 +177,7 @@ def test_show_prints_the_record_or_the_a1111_text(config_file, out, capsys):
     assert main(["generate", "a çat", "--config", str(config_file), "--seed", "9", "--out", str(out)]) == 0
     capsys.readouterr()
     assert main(["show", str(out)]) == 0
-    assert json.loads(capsys.readouterr().out) == read_record(out)
+    assert json.loads(capsys.readouterr().out) == read_record(out).to_dict()
     assert main(["show", str(out), "--parameters"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("a çat\nSteps: 3, Sampler: Euler, CFG scale: 5.0, Seed: 9, Size: 64x64")
@@ -212,26 +214,26 @@ def test_promote_draws_the_goldens_and_writes_a_new_slot(config_file, tmp_path, 
     assert not slot.exists()
     monkeypatch.undo()
     assert main([*command, "--allow-dirty"]) == 0
-    written = promotion.load_slot(slot)
+    written = load_slot(slot)
     assert [golden.prompt for golden in written.goldens] == ["a cat", "a dog"]
-    assert (written.evidence["why"], written.evidence["who"], written.evidence["seeds"]) == ("sharper hats", "Ada", [5])
+    assert (written.evidence.why, written.evidence.who, written.evidence.seeds) == ("sharper hats", "Ada", (5,))
     printed = capsys.readouterr().out
     assert printed.startswith(f"### a new slot → `{written.config.short_digest}`")
     assert printed.endswith(f"{slot} now holds {written.config.short_digest}, with 2 golden images\n")
 
 
 def test_promote_holds_the_candidate_against_what_is_served(slot, config_file, tmp_path, capsys):
-    before = promotion.load_slot(slot)
+    before = load_slot(slot)
     costly = candidate(config_file, tmp_path, steps=6)
     assert main(promote_command(costly, slot)) == 1
     captured = capsys.readouterr()
     assert "must pass all of its gates; failed: " in captured.err
     assert "unet_rows: at most 20 % worse with 95 % confidence (improvement -6 [-6, -6]" in captured.err
     assert "| **fail** | unet_rows" in captured.out
-    assert promotion.load_slot(slot) == before
+    assert load_slot(slot) == before
     assert main(promote_command(costly, slot, FIVE, "--gate", "unet_rows: at most 12")) == 0
-    after = promotion.load_slot(slot)
-    assert (after.config.steps, after.evidence["replaces"]) == (6, before.digest)
+    after = load_slot(slot)
+    assert (after.config.steps, after.evidence.replaces) == (6, before.digest)
     assert "| `steps` | 3 | 6 |" in capsys.readouterr().out
 
 
@@ -240,27 +242,27 @@ def test_promote_takes_a_plan_and_an_image(slot, config_file, tmp_path):
     assert main(["generate", "a cat", "--config", str(config_file), "--steps", "2", "--out", str(image)]) == 0
     plan.write_text(f'prompts = {FIVE}\nseeds = [8]\ngates = ["unet_rows: better"]\ngoldens = 1\n')
     assert main(["promote", str(image), str(slot), "--plan", str(plan), *REASONS]) == 0
-    promoted = promotion.load_slot(slot)
+    promoted = load_slot(slot)
     assert (promoted.config.steps, [golden.seed for golden in promoted.goldens]) == (2, [8])
 
 
 def test_promote_takes_what_a_comparison_found_before_while_it_is_true(slot, config_file, tmp_path, capsys):
     file, evidence = candidate(config_file, tmp_path, steps=2), tmp_path / "evidence.json"
     plan = comparison.ComparisonPlan(prompts=FIVE, seeds=(5,), gates=("unet_rows: better",), metrics=(), goldens=1)
-    found = comparison.compare(GenerationConfig.from_toml(file), slot, plan).evidence()
+    found = comparison.compare(GenerationConfig.from_toml(file), slot, plan).findings()
     command = ["promote", str(file), str(slot), "--evidence", str(evidence), *REASONS]
     for field, value in (("libraries", {"torch": "1.0"}), ("weights", {"base": "other"}), ("version", "0.0.1")):
-        evidence.write_text(json.dumps(found | {field: value}))
+        evidence.write_text(found.with_(**{field: value}).to_json())
         assert main(command) == 1
         assert f"the evidence is stale: its {field} are not those" in capsys.readouterr().err
     evidence.write_text("{")
     assert main(command) == 1
     assert "evidence.json must be JSON" in capsys.readouterr().err
-    evidence.write_text(json.dumps(found))
+    evidence.write_text(found.to_json())
     assert main([*command, "--seed", "7"]) == 1
     assert "--evidence says what was tried, and must come without --seed" in capsys.readouterr().err
     assert main(command) == 0
-    assert promotion.load_slot(slot).config.steps == 2
+    assert load_slot(slot).config.steps == 2
     assert main(command) == 1, "the slot no longer holds what was compared"
     assert "must hold what the candidate was compared with" in capsys.readouterr().err
 
@@ -271,7 +273,7 @@ def test_verify_ends_with_1_and_the_reason_where_a_golden_differs(slot, capsys, 
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "01-a-cat-5.png  as promoted  max-abs 0.0000, allowed 0.0039"
     assert len(printed) == 3
-    monkeypatch.setattr(regression, "ImageRequest", lambda config, *pair: ImageRequest(config.with_(steps=4), *pair))
+    monkeypatch.setattr(verifying, "ImageRequest", lambda config, *pair: ImageRequest(config.with_(steps=4), *pair))
     assert main(["verify", str(slot)]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith(f"error: {slot} has regressed: golden 01-a-cat-5.png: the image differs by")

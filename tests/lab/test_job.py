@@ -10,7 +10,6 @@ from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig
 from sdxl_lab.errors import Cancelled
-from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import (
     OVER,
     TRANSITIONS,
@@ -22,9 +21,10 @@ from sdxl_lab.job import (
     SourceImage,
     Stepped,
 )
+from tests.made import image, image_record
 
 REQUEST = ImageRequest(GenerationConfig(), "a cat", 1)
-DRAWN = GeneratedImage(Image.new("RGB", (8, 8)), {}, {})
+DRAWN = image()
 SECONDS = 60
 
 
@@ -282,6 +282,6 @@ def test_a_request_out_of_range_is_refused_before_any_work():
     config, source = GenerationConfig(), Image.new("RGB", (64, 64))
     for strength in (0, 1.5, "much", 0.001):
         with pytest.raises(ConfigError, match="strength must be"):
-            ImageRequest(config.with_(steps=20), "a cat", 1, SourceImage(source, strength, {}))
+            ImageRequest(config.with_(steps=20), "a cat", 1, SourceImage(source, strength, image_record()))
     with pytest.raises(ConfigError, match="seed"):
         ImageRequest(config, "a cat", -1)

@@ -23,7 +23,7 @@ def test_explore_draws_compares_and_saves_a_candidate(tmp_path: Path) -> None:
     execute(steps=6, seed=3, out=str(tmp_path))
     images = {path.name for path in tmp_path.glob("*.png")}
     assert images == {"image.png", "refined.png", "refiner.png", "schedulers.png"}
-    assert read_record(tmp_path / "image.png")["prompt"] == "A cat in a hat"
+    assert read_record(tmp_path / "image.png").prompt == "A cat in a hat"
 
     (file,) = tmp_path.glob("candidate-*.toml")
     candidate = GenerationConfig.from_toml(file)

@@ -15,7 +15,7 @@ from recipes.nano.__main__ import TINY, main, train
 from recipes.nano.evaluate import sides_in_noise
 from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import NANO
+from sdxl_lab.diffusion.inventory import NANO
 from sdxl_lab.job import ImageRequest
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +92,7 @@ def test_the_engine_draws_with_base_and_refiner(trained):
     config = GenerationConfig(model=model, steps=5, width=64, height=64, refiner=RefinerConfig())
     with Engine.load(config, RuntimeProfile(device="cpu")) as engine:
         image = engine.draw(ImageRequest(config, "A cat in a hat", 1))
-    assert image.record["unet_calls"] == {"base": 4, "refiner": 1}
+    assert image.record.unet_calls == {"base": 4, "refiner": 1}
 
 
 def test_training_goes_on_from_shipped_weights_without_anyones_checkpoints(tiny_model, tmp_path):

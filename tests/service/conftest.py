@@ -1,6 +1,5 @@
 """A slot with the tiny model, and services that serve it."""
 
-import json
 import socket
 import threading
 import time
@@ -16,12 +15,13 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
 from sdxl_lab.config import GenerationConfig, ModelRef, ServingLimits
-from sdxl_lab.release.slot import promote
+from sdxl_lab.release.promote import promote
 from service.app import create_app
 from service.jobs.manager import JobManager
 from service.jobs.records import JobRecord
 from service.server.connection import Connection
 from service.settings import Settings
+from tests.made import evidence
 
 LIMITS = ServingLimits(side=(64, 512))  # of the slots of these tests
 Serve = Callable[..., TestClient]
@@ -58,17 +58,17 @@ def slot(promoted: GenerationConfig, tmp_path_factory: pytest.TempPathFactory) -
 def left_behind(config: GenerationConfig, age: float = 0.0, **more: Any) -> JobRecord:
     """The record of a job as a replica leaves it that was killed so many seconds ago."""
     lease = {"state": "running", "holder": "another", "renewed": time.time() - age, "lease": 30}
-    asked = {"fingerprint": "", "prompt": "a ring", "seed": 1, "config": config.to_dict(), "promoted": ""}
+    asked = {"fingerprint": "", "prompt": "a ring", "seed": 1, "config": config.to_dict(), "promoted": config.digest}
     begun = {"id": uuid.uuid4(), "created": 1.0, "attempts": 1, "overridden": ()}
     return JobRecord(**asked | begun | lease | more)
 
 
-def write_slot(folder: Path, config: GenerationConfig, evidence: dict[str, Any] | None = None) -> Path:
+def write_slot(folder: Path, config: GenerationConfig, **said: Any) -> Path:
     """A slot without goldens: to be served it takes `attest="off"`."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(config.to_toml())
     (folder / "serving.toml").write_text(LIMITS.to_toml())
-    (folder / "evidence.json").write_text(json.dumps(evidence or {"digest": config.digest, "why": "a test"}))
+    (folder / "evidence.json").write_text(evidence(config, **said).to_json())
     return folder
 
 

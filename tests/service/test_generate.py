@@ -50,13 +50,13 @@ def test_the_pixels_are_those_of_the_engine(client, promoted, asked, overridden)
     assert body["overridden"] == overridden
     png = client.get(body["url"]).content
     record = read_record(png)
-    assert (record["id"], record["promoted"], record["overridden"]) == (body["id"], promoted.digest, overridden)
-    config = type(promoted).from_dict(record["config"])
-    assert record["digest"] == config.digest
+    assert (record.id, record.promoted, record.overridden) == (body["id"], promoted.digest, tuple(overridden))
+    config = record.config
+    assert record.digest == config.digest
     changes = {name: value for name, value in asked.items() if name not in ("refiner", "seed") and value is not None}
     if asked.get("refiner"):
         changes["refiner"] = config.refiner
-        assert record["unet_calls"] == {"base": 3, "refiner": 1}
+        assert record.unet_calls == {"base": 3, "refiner": 1}
     assert config == promoted.with_(**changes)
     engine = client.app.state.jobs.deployment.engine
     drawn = engine.draw(ImageRequest(config, PROMPT["prompt"], body["seed"])).image
@@ -77,7 +77,7 @@ def test_the_largest_seed_and_any_text_are_taken(client):
     prompt = "Katze 🐈 mit Hut\n\t\x7f‮ ' \" \\ </script> {}" + "é" * 200
     body = client.post("/generate", json={"prompt": prompt, "seed": 2**63 - 1}).json()
     assert body["seed"] == 2**63 - 1
-    assert read_record(client.get(body["url"]).content)["prompt"] == prompt
+    assert read_record(client.get(body["url"]).content).prompt == prompt
 
 
 def test_a_prompt_beyond_77_tokens_is_drawn_with_a_warning(client):

@@ -216,7 +216,7 @@ def test_of_a_name_that_comes_twice_the_last_counts(live):
     status, _, body = exchange(live, post("/generate", twice))
     assert status == 200, body
     record = live.jobs.store.record(uuid.UUID(json.loads(body)["id"]))
-    assert (record.record["prompt"], record.record["config"]["steps"]) == ("b", 1)
+    assert (record.record.prompt, record.record.config.steps) == ("b", 1)
 
 
 @pytest.mark.parametrize("body", [b'{"prompt": "a", "prompt": 7}', b'{"steps": 1, "steps": 1000, "prompt": "a"}'])

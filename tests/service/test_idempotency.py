@@ -112,7 +112,7 @@ def test_a_image_with_a_key_is_drawn_although_its_client_leaves(live):
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
         wait_for(lambda: any(job.progress[0] for job in jobs.active.values()))
     wait_for(lambda: not jobs.active)
-    assert jobs.store.record(Key("anyone", "left").id).record["prompt"] == "a red ring"
+    assert jobs.store.record(Key("anyone", "left").id).record.prompt == "a red ring"
 
 
 def test_after_a_crash_the_very_same_image_is_made_under_the_very_same_id(serve, tmp_path):
@@ -139,7 +139,7 @@ def test_a_repeat_of_a_job_keeps_the_configuration_of_then(serve, promoted, tmp_
     object.__setattr__(jobs.deployment.slot, "config", promoted.with_(steps=7))
     again = client.post("/generate", json=PROMPT, headers=keyed("then")).json()
     now = client.get(again["url"]).content
-    assert read_record(now)["config"]["steps"] == 4
+    assert read_record(now).config.steps == 4
     assert np.array_equal(np.asarray(open_image(now)), np.asarray(open_image(png)))
 
 

@@ -88,7 +88,7 @@ def test_a_prompt_is_enough(client, promoted):
     answer = client.images.generate(prompt=PROMPT)
     (image,) = answer.data
     record = read_record(decoded(image.b64_json))
-    assert (record["prompt"], record["digest"]) == (PROMPT, promoted.digest)
+    assert (record.prompt, record.digest) == (PROMPT, promoted.digest)
     assert image.url is None
     assert (answer.output_format, answer.size, answer.quality, answer.background) == (
         "png",
@@ -101,7 +101,7 @@ def test_a_prompt_is_enough(client, promoted):
 
 def test_the_image_is_the_one_that_generate_draws(live, client):
     png = decoded(client.images.generate(prompt=PROMPT, size="64x128").data[0].b64_json)
-    body = {"prompt": PROMPT, "width": 64, "height": 128, "seed": read_record(png)["seed"]}
+    body = {"prompt": PROMPT, "width": 64, "height": 128, "seed": read_record(png).seed}
     job = later(live, body)
     wait_for(lambda: uuid.UUID(job) not in live.jobs.active)
     again = live.jobs.store.get(uuid.UUID(job))
@@ -155,9 +155,9 @@ def test_three_images_share_calls_and_have_seeds_of_their_own(live, client):
     answer = client.images.with_raw_response.generate(prompt=PROMPT, n=3, quality="max", size="128x128")
     after = live.jobs.deployment.engine.stats()
     records = [read_record(decoded(image.b64_json)) for image in answer.parse().data]
-    seeds = [record["seed"] for record in records]
+    seeds = [record.seed for record in records]
     assert len(set(seeds)) == 3
-    assert [record["id"] for record in records] == answer.headers["x-image-id"].split(", ")
+    assert [record.id for record in records] == answer.headers["x-image-id"].split(", ")
     calls, rows = after.calls - before.calls, after.rows_in_calls - before.rows_in_calls
     assert rows == 3 * 2 * 12
     assert calls < 2 * 12  # each alone would take 36
@@ -229,7 +229,7 @@ def test_partial_images_come_before_the_image(live, client, partial_images):
         told = (event.size, event.quality, event.output_format, event.background)
         assert told == ("128x64", "high", "webp", "opaque")
     assert len({event.b64_json for event in events}) == len(events)
-    assert live.jobs.store.record(uuid.UUID(image)).record["prompt"] == PROMPT
+    assert live.jobs.store.record(uuid.UUID(image)).record.prompt == PROMPT
 
 
 def test_several_images_are_streamed_with_their_index(client):

@@ -74,7 +74,7 @@ def test_models_that_cannot_be_loaded_are_told_by_readyz(serve, promoted, tmp_pa
 
 
 def test_a_slot_that_is_not_what_it_says_is_refused(promoted, tmp_path):
-    folder = write_slot(tmp_path / "forged", promoted, {"digest": "0" * 12})
+    folder = write_slot(tmp_path / "forged", promoted, digest="0" * 64)
     with pytest.raises(SlotError, match=promoted.digest):
         create_app(Settings(slot=folder))
     with pytest.raises(SlotError, match=r"config\.toml"):

@@ -23,9 +23,11 @@ from PIL import Image
 from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import schedulers
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import NANO, load
+from sdxl_lab.diffusion.inventory import NANO
+from sdxl_lab.diffusion.models import load
 from sdxl_lab.job import ImageRequest, SourceImage
 from tests.lab.diffusion.conftest import trajectory_of
+from tests.made import image_record
 
 log = logging.getLogger(__name__)  # shown by --log-cli-level=INFO
 
@@ -203,7 +205,7 @@ def refined(bench: Bench) -> dict[str, tuple[ImageRequest, np.ndarray]]:
         settings = bench.config.with_(scheduler=name, negative_prompt=(None, "blurry")[index % 2])
         if index % 3 == 0:
             settings = settings.with_(guidance_rescale=0.7, guidance_scale=(1.0, 7.0)[index % 2])
-        source = SourceImage(image, 0.99 if index % 3 == 0 else 0.5, {})
+        source = SourceImage(image, 0.99 if index % 3 == 0 else 0.5, image_record())
         requests.append(ImageRequest(settings, PROMPTS[index % 4], 300 + index, source))
     return dict(zip(NAMES, zip(requests, bench.together(requests), strict=True), strict=True))
 
@@ -250,7 +252,7 @@ SKIPS = [
 @pytest.mark.parametrize("source", [False, True], ids=["from noise", "from an image"])
 def test_layers_of_the_text_encoders_are_skipped_as_the_pipelines_skip_them(bench, source):
     image = Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    given = SourceImage(image, 0.6, {}) if source else None
+    given = SourceImage(image, 0.6, image_record()) if source else None
     requests = [ImageRequest(bench.config.with_(**skip), PROMPTS[0], 21, given) for skip in SKIPS]
     drawn = bench.together(requests)
     found = [difference(mine, bench.pipelines.draw(request)) for request, mine in zip(requests, drawn, strict=True)]
@@ -397,7 +399,7 @@ def test_the_comparison_turns_red_when_seed_or_prompt_change(bench, original, ex
 @pytest.mark.parametrize("strength", [0.5, 0.9])
 def test_the_comparison_turns_red_when_the_strength_changes(bench, strength):
     image = Image.new("RGB", (64, 64), "orange")
-    request = ImageRequest(bench.config.with_(steps=10), PROMPTS[0], 1, SourceImage(image, 0.7, {}))
+    request = ImageRequest(bench.config.with_(steps=10), PROMPTS[0], 1, SourceImage(image, 0.7, image_record()))
     changed = replace(request, source=replace(request.source, strength=strength))
     assert difference(bench.together([changed])[0], bench.pipelines.draw(request)) > TOLERANCE
 
@@ -421,12 +423,14 @@ def test_a_job_out_of_range_is_refused_before_any_work(change, said):
 @pytest.mark.parametrize("strength", [0, -0.1, 1.01, "much", float("nan"), None])
 def test_a_strength_outside_its_range_is_refused(strength):
     with pytest.raises(ConfigError, match=r"strength must be a number above 0, at most 1; .* Example: strength = 0\.3"):
-        ImageRequest(GenerationConfig(), "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), strength, {}))
+        ImageRequest(GenerationConfig(), "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), strength, image_record()))
 
 
 def test_a_strength_that_leaves_no_step_is_refused():
     with pytest.raises(ConfigError, match=r"strength must be at least 1/steps, here 0\.04.*received 0\.03"):
-        ImageRequest(GenerationConfig(steps=25), "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.03, {}))
+        ImageRequest(
+            GenerationConfig(steps=25), "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.03, image_record())
+        )
 
 
 def test_refining_with_a_model_without_refiner_is_refused():
@@ -435,7 +439,7 @@ def test_refining_with_a_model_without_refiner_is_refused():
         ConfigError,
         match=r"model must be one with a refiner, since refining was asked; received 'nano'. Example: model = \"nano\"",
     ):
-        ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, {}))
+        ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, image_record()))
 
 
 @pytest.mark.parametrize(("handover", "lacking"), [(0.01, "base"), (0.999, "refiner")])

@@ -12,8 +12,9 @@ import pytest
 
 from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.errors import Cancelled
+from sdxl_lab.errors import Cancelled, ModelMismatch
 from sdxl_lab.images import max_difference, open_image, read_record
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.notebook.explorer import Explorer
 from sdxl_lab.notebook.form import FormError
 
@@ -50,7 +51,7 @@ def test_generate_draws_what_the_controls_say(explorer: Explorer) -> None:
     assert drawn.config.refiner == RefinerConfig(handover=0.5)
     shown = bytes(explorer.panel.image.value)
     assert max_difference(open_image(shown), drawn.image) == 0
-    assert read_record(shown)["digest"] == drawn.config.digest
+    assert read_record(shown).digest == drawn.config.digest
     assert "Done in" in explorer.panel.status.value
     for text in ("#1: a red cat", "heun, 3 steps, guidance 5", "seed 12", "refiner at 0.5", drawn.config.short_digest):
         assert text in explorer.panel.caption.value
@@ -260,3 +261,15 @@ def test_closing_stops_the_drawing_and_ends_the_thread(explorer: Explorer) -> No
     assert not [thread for thread in threading.enumerate() if thread.name == "explore"]
     assert explorer.engine.healthy
     explorer.close()  # again does no harm
+
+
+def test_an_image_of_another_model_is_refused_and_not_drawn_under_its_name(
+    explorer: Explorer, tiny_config: GenerationConfig
+) -> None:
+    other = tiny_config.model.with_(base="nano")
+    with pytest.raises(ModelMismatch, match=r"loaded for, .*received \{'base': 'nano'"):
+        explorer.generate(model=other)
+    explorer.use(ImageRequest(tiny_config.with_(model=other), "a cat", 1))
+    explorer.panel.generate.click()
+    assert "loaded for" in explorer.panel.digest.value
+    assert explorer.history == []

@@ -11,6 +11,7 @@ from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import ImageRequest
 from sdxl_lab.notebook.form import controls, values_of
 from sdxl_lab.notebook.widgets import SHOWN, Drawn, Panel
+from tests.made import image_record
 
 JOB = ImageRequest(GenerationConfig(), 'a <b>"cat"</b>', 7)
 
@@ -24,7 +25,7 @@ def panel() -> Iterator[Panel]:
 
 def drawn(number: int, width: int = 64) -> Drawn:
     return Drawn(
-        number, JOB, GeneratedImage(Image.new("RGB", (width, 64), (number, 0, 0)), {"prompt": ""}, {"total_ms": 1.0})
+        number, JOB, GeneratedImage(Image.new("RGB", (width, 64), (number, 0, 0)), image_record(), {"total_ms": 1.0})
     )
 
 

@@ -226,7 +226,7 @@ def test_the_table_has_settings_numbers_images_and_errors(
     for _, row in drawn.iterrows():
         image = store.image(row["image"])
         assert row["sharpness"] == METRICS["sharpness"]([image])[0]
-        assert row["digest"] == image.record["digest"]
+        assert row["digest"] == image.record.digest
         assert GenerationConfig.from_dict(json.loads(row["settings"])).digest == row["digest"]
         assert row["seconds"] == image.timings["denoise_ms"] / 1000
     pd.testing.assert_frame_equal(read_table(tmp_path / "out"), table)

@@ -19,12 +19,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from PIL import Image
 
 from sdxl_lab import job as library
 from sdxl_lab.config import GenerationConfig
 from sdxl_lab.errors import Cancelled, QueueFull
-from sdxl_lab.images import GeneratedImage, open_image
+from sdxl_lab.images import open_image
 from sdxl_lab.job import OVER, TRANSITIONS, ImageRequest, Job, JobState, Moved
 from service.deployment import Stopping
 from service.jobs import recovery
@@ -33,6 +32,7 @@ from service.jobs.errors import AlreadyOver, CancelledByClient, KeyReused, NotOv
 from service.jobs.manager import JobManager, Key, Terms, fingerprint
 from service.jobs.store import Store, StoreRefused, UnknownImage
 from service.settings import Settings
+from tests import made
 
 CONFIG = GenerationConfig(steps=2)
 PROMPTS = ("a ring", "a boat")
@@ -87,9 +87,8 @@ class FakeEngine:
 
 def drawn(request):
     """The image of a request; its seed is its colour."""
-    record = {"prompt": request.prompt, "seed": request.seed, "config": request.config.to_dict(), "version": "0"}
-    image = Image.new("RGB", (8, 8), (request.seed % 256, request.seed // 256 % 256, PROMPTS.index(request.prompt)))
-    return GeneratedImage(image, record | {"sampler": "Euler", "digest": request.config.digest}, {"total_ms": 1.0})
+    colour = (request.seed % 256, request.seed // 256 % 256, PROMPTS.index(request.prompt))
+    return made.image(request.config, request.prompt, request.seed, colour)
 
 
 def colour(request):
@@ -127,8 +126,8 @@ class Client:
 
 
 class Jobs(RuleBasedStateMachine):
-    def __init__(self):
-        super().__init__()
+    @initialize()
+    def begin(self):
         self.folder = tempfile.TemporaryDirectory()
         self.patch = pytest.MonkeyPatch()
         self.illegal: list[str] = []
@@ -145,15 +144,16 @@ class Jobs(RuleBasedStateMachine):
         self.patch.setattr(time, "time", lambda: float(next(numbers)))
         self.patch.setattr(recovery, "ATTEMPTS", 10**6)
         self.patch.setattr(stores, "_settle", lambda path: None)  # processes are killed here, and no disk loses power
-        illegal, made = library.IllegalTransition.__init__, self.illegal
+        illegal, told = library.IllegalTransition.__init__, self.illegal
         self.patch.setattr(
             library.IllegalTransition,
             "__init__",
-            lambda error, job, state: (made.append(f"{job} to {state}"), illegal(error, job, state))[1],
+            lambda error, job, state: (told.append(f"{job} to {state}"), illegal(error, job, state))[1],
         )
         put, write = Store.put, Store._write
         self.patch.setattr(Store, "put", lambda store, image, png: (put(store, image, png), self._counted(image.id))[0])
         self.patch.setattr(Store, "_write", lambda store, *rest: self._room() or write(store, *rest))
+        self.start()
 
     def _counted(self, image):
         self.puts[image] += 1
@@ -169,7 +169,6 @@ class Jobs(RuleBasedStateMachine):
 
     # --- the process -----------------------------------------------------------------------------------------------
 
-    @initialize()
     def start(self):
         self.loop = Loop()
         self.engine = FakeEngine()
@@ -408,7 +407,7 @@ class Jobs(RuleBasedStateMachine):
     @invariant()
     def nothing_acknowledged_is_lost(self):
         folder = Path(self.folder.name)
-        for image in self.owed - set(self.manager.active if hasattr(self, "manager") else ()):
+        for image in self.owed - set(self.manager.active):
             kept = (folder / f"{image}.json").exists() and (folder / f"{image}.png").exists()
             assert kept or self.manager.store.job(image).state not in OVER, f"{image} is lost"
 
@@ -425,9 +424,9 @@ class Jobs(RuleBasedStateMachine):
 
     def teardown(self):
         """On a sound machine everything that is owed is drawn in the end."""
+        if not hasattr(self, "folder"):
+            return
         try:
-            if not hasattr(self, "manager"):
-                return
             self.full = self.engine.lazy = False
             for _ in range(100):
                 self.claim()
@@ -446,8 +445,7 @@ class Jobs(RuleBasedStateMachine):
             self.nothing_is_stored_twice()
             self.what_was_cancelled_is_not_stored()
         finally:
-            if hasattr(self, "loop"):
-                self.kill()
+            self.kill()
             self.patch.undo()
             self.folder.cleanup()
 

@@ -18,6 +18,7 @@ from service.jobs.manager import Key, fingerprint
 from service.jobs.records import StoredImage
 from service.jobs.store import Store, StoreUnreachable, UnknownImage
 from service.settings import Settings
+from tests.made import image_record
 from tests.service.conftest import left_behind, wait_for, wait_until_ready
 
 PROMPT = {"prompt": "a red ring"}
@@ -264,7 +265,7 @@ def test_what_another_replica_stored_first_stands(two, shared, monkeypatch):
     first = two[0]
     monkeypatch.setattr(jobs_of(first).leases, "due", lambda *_: False)
     image = uuid.UUID(first.post("/generate", json=PROMPT | {"steps": 40}, headers=LATER).json()["id"])
-    kept = StoredImage(id=image, created=1.0, record={"prompt": "theirs"}, fingerprint="")
+    kept = StoredImage(id=image, created=1.0, record=image_record(), fingerprint="")
     shared.put(kept, b"theirs")
     shared.drop_job(image)
     wait_for(lambda: not jobs_of(first).active)

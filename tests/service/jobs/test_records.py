@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from sdxl_lab.record import RecordError
 from service.jobs.manager import Key, fingerprint
-from service.jobs.records import JobRecord, RecordError, StoredImage
+from service.jobs.records import JobRecord, StoredImage
 from service.jobs.store import Store
 from tests.service.conftest import left_behind
 
@@ -32,11 +33,11 @@ def test_images_of_0_1_0_are_read_and_listed(old):
     store = Store(old)
     assert [image.id for image in store.page(10).records] == [REFINED, DRAWN]
     drawn, refined = store.record(DRAWN), store.record(REFINED)
-    assert (drawn.record["prompt"], drawn.record["seed"]) == ("A cat in a hat", 7)
+    assert (drawn.record.prompt, drawn.record.seed) == ("A cat in a hat", 7)
     assert drawn.fingerprint == fingerprint({"request": "GenerateRequest", **BODY})
     assert drawn.id == Key("anyone", "of 0.1.0").id
     assert set(drawn.timings) == {"queued_ms", "denoise_ms", "total_ms"}
-    assert refined.record["source"]["id"] == str(DRAWN)
+    assert refined.record.source.id == str(DRAWN)
     for each in (drawn, refined):
         assert each.request().config.width == 128
         plain = json.loads((OLD / f"{each.id}.json").read_text())
@@ -86,7 +87,7 @@ DAMAGED = {
 @pytest.mark.parametrize("kind", [JobRecord, StoredImage])
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_what_cannot_be_read_is_named_and_hides_nothing_else(kind, content, old):
-    with pytest.raises(RecordError, match=r"^x\.json cannot be read: "):
+    with pytest.raises(RecordError, match=r" of x\.json "):
         kind.read(content, "x.json")
     (old / f"{DRAWN}.json").write_bytes(content)
     assert [image.id for image in Store(old).page(10).records] == [REFINED]

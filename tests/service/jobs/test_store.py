@@ -26,6 +26,7 @@ from service.jobs.store import (
     check_place,
     image_id,
 )
+from tests.made import image_record
 
 ID = uuid.UUID("12345678-1234-5678-1234-567812345678")
 RECORD = {"prompt": "a red ring", "seed": 3}
@@ -63,13 +64,13 @@ def folder(tmp_path):
 
 def put(store, id, png, **record):
     """Store an image that is made now."""
-    image = StoredImage(id=id, created=round(time.time(), 3), record=RECORD | record)
+    image = StoredImage(id=id, created=round(time.time(), 3), record=image_record(**RECORD | record))
     store.put(image, png)
     return image
 
 
 def job(id=ID, **changes):
-    asked = {"prompt": "a red ring", "seed": 3, "config": {}, "promoted": "", "overridden": ()}
+    asked = {"prompt": "a red ring", "seed": 3, "config": {}, "promoted": "0" * 64, "overridden": ()}
     return JobRecord(**{"id": id, "created": 1.0, "attempts": 1, "fingerprint": ""} | asked | changes)
 
 
@@ -88,7 +89,7 @@ def test_a_image_put_again_replaces_the_old_and_is_listed_once(store):
     time.sleep(0.005)
     put(store, ID, b"new", prompt="new")
     assert store.get(ID) == b"new"
-    assert [image.record["prompt"] for image in store.page(10).records] == ["new"]
+    assert [image.record.prompt for image in store.page(10).records] == ["new"]
 
 
 BAD_IDS = ["../x", f"../{ID}", f"{ID}.png", f"{ID}/..", f"x{ID}", f"{ID}\0", "", None, 7, b"x", ["x"]]
@@ -193,12 +194,14 @@ def test_a_job_is_kept_until_it_is_dropped(store):
 
 
 def test_a_folder_of_images_from_before_is_read_and_listed(tmp_path):
-    (tmp_path / f"{ID}.png").write_bytes(encode_png(Image.new("RGB", (8, 8)), _full_record()))
+    (tmp_path / f"{ID}.png").write_bytes(
+        encode_png(Image.new("RGB", (8, 8)), image_record(prompt="a red ring", seed=3))
+    )
     (tmp_path / f"{uuid.UUID(int=1)}.png").write_bytes(b"no image of ours")
     (tmp_path / "holiday.png").write_bytes(b"no image of ours")
     store = Store(tmp_path)
     assert listed(store) == [ID]
-    assert store.record(ID).record["prompt"] == "a red ring"
+    assert store.record(ID).record.prompt == "a red ring"
     assert store.get(uuid.UUID(int=1)) == b"no image of ours"
     assert listed(Store(tmp_path)) == [ID]
 
@@ -236,11 +239,6 @@ def test_a_store_that_is_away_is_unreachable_and_no_refusal(s3, monkeypatch):
     ):
         with pytest.raises(StoreUnreachable, match="the store does not"):
             act()
-
-
-def _full_record():
-    config = {"steps": 4, "guidance_scale": 5.0, "width": 8, "height": 8, "model": {"base": "nano"}}
-    return {"prompt": "a red ring", "seed": 3, "sampler": "Euler", "config": config, "version": "0"}
 
 
 SHARED = {
@@ -314,14 +312,15 @@ def test_a_read_only_disk_refuses_and_still_gives(small_disk):
 
 
 WRITER = """
-import sys, uuid
+import sys, time, uuid
 from pathlib import Path
 from service.jobs.records import StoredImage
 from service.jobs.store import Store
-store = Store(Path(sys.argv[1]))
+from sdxl_lab.record import ImageRecord
+store, record = Store(Path(sys.argv[1])), ImageRecord.read(sys.argv[2], "a test")
 for number in range(100_000):
     each = uuid.uuid4()
-    store.put(StoredImage(id=each, created=number, record={"length": 320_000}), each.bytes * 20_000)
+    store.put(StoredImage(id=each, created=round(time.time(), 3), record=record), each.bytes * 20_000)
     print(each, flush=True)
 """
 
@@ -330,7 +329,7 @@ def test_a_writer_killed_at_any_moment_leaves_no_torn_image(tmp_path):
     """What was acknowledged is there; what is listed is whole; what it was writing goes with time."""
     acknowledged = []
     for moment in range(6):
-        command = [sys.executable, "-c", WRITER, tmp_path]
+        command = [sys.executable, "-c", WRITER, tmp_path, image_record().to_json()]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
             assert writer.stdout is not None
             acknowledged += [uuid.UUID(writer.stdout.readline().strip()) for _ in range(3)]
