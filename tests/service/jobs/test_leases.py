@@ -331,7 +331,7 @@ def test_a_job_for_other_models_is_left_to_their_replicas_for_a_while(two, share
 
 def test_a_job_is_not_failed_because_the_store_does_not_answer(two, shared, promoted, monkeypatch):
     client = two[0]
-    refined = leave_behind(shared, promoted, 31, source=str(ID), strength=0.3)
+    refined = leave_behind(shared, promoted, 31, source=ID, strength=0.3)
     get = Store.get
 
     def out(self, image):
