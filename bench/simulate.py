@@ -63,7 +63,7 @@ class Scaling:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FleetOutcome:
     """The images in order of arrival, as arrays of one length, in seconds: `starts` is when the replica began an image
     and `ends` when it was done, both NaN for a refused one. `busy` is each replica's seconds of work until the last
     arrival."""
@@ -121,7 +121,7 @@ def fleet(
     policy: Policy,
     ready: Sequence[float] = (0.0,),
     played: int | None = None,
-) -> Outcome:
+) -> FleetOutcome:
     """Send arrivals, in order, round robin to the ready replicas; `ready` gives each one's first second. The replicas
     are otherwise alike, so the first `played` of many may represent all: the outcome is then only theirs. Refused
     clients do not return."""
@@ -137,7 +137,7 @@ def fleet(
         starts[mine], ends[mine] = replica.play(moments, [works[index] for index in mine.tolist()])
         busy[number], calls, rows = replica.busy, calls + replica.calls, rows + replica.rows
     kept = to < among
-    return Outcome(arrivals[kept], starts[kept], ends[kept], to[kept], busy, calls, rows)
+    return FleetOutcome(arrivals[kept], starts[kept], ends[kept], to[kept], busy, calls, rows)
 
 
 def routes(arrivals: np.ndarray, ready: Sequence[float]) -> np.ndarray:

@@ -206,7 +206,7 @@ def guide(negative: torch.Tensor, positive: torch.Tensor, scale: float, rescale:
     return guided
 
 
-class Outcome(NamedTuple):
+class StageOutcome(NamedTuple):
     """A trajectory's part of the image's record, whose fields these are."""
 
     sampler: str
@@ -319,9 +319,9 @@ class Trajectory:
         """The clean latents that the last step points to, None before the first. Any thread may ask."""
         return None if self._last is None else self._last.denoised()
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> StageOutcome:
         """What the scheduler made of the settings, and what that cost."""
-        return Outcome(
+        return StageOutcome(
             sampler=schedulers.TABLE[self.request.config.scheduler].a1111,
             scheduler=schedulers.effective(self.stages[-1].scheduler),
             unet_calls={stage.name: len(stage.timesteps) for stage in self.stages},

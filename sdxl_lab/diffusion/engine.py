@@ -1,9 +1,8 @@
 """The engine: one thread that owns the models and packs many images' steps into shared UNet calls.
 
 Images of different prompts, seeds, schedulers, step counts and guidance join and leave between any two calls; only
-the UNet and the image's size must agree. The engine knows trajectories and jobs; it knows no HTTP, no files and no
-scheduler. What it keeps of a job stands in its own `Work`, and goes when the job is over. Every method may be called
-from any thread.
+the UNet and the image's size must agree. What the engine keeps of a job stands in its own `Work`, and goes when the job
+is over. Every method may be called from any thread.
 """
 
 import bisect

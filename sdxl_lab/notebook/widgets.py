@@ -62,7 +62,7 @@ TYPED = AUTO | {"continuous_update": False}
 
 
 @dataclass(frozen=True)
-class Drawn:
+class HistoryEntry:
     """An image of the history, under the number that the panel shows."""
 
     number: int
@@ -238,12 +238,12 @@ class Panel:
 
     # --- what was drawn ----------------------------------------------------------------------------------------------
 
-    def show(self, drawn: Drawn) -> None:
+    def show(self, drawn: HistoryEntry) -> None:
         self.image.value = drawn.generated.png()
         lines = [f"#{drawn.number}: {drawn.prompt}", ", ".join(_settings(drawn)), f"config {drawn.config.short_digest}"]
         self.caption.value = "".join(_line(line, "sdxl-quiet") for line in lines)
 
-    def add_card(self, drawn: Drawn, actions: Mapping[str, Callable[[object], None]]) -> None:
+    def add_card(self, drawn: HistoryEntry, actions: Mapping[str, Callable[[object], None]]) -> None:
         """Put an image in front of the history strip; the oldest leaves when there are `SHOWN`."""
         small = drawn.image.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -265,7 +265,9 @@ class Panel:
         for old in gone:
             _close(old)
 
-    def show_comparison(self, first: Drawn, second: Drawn, different: Mapping[str, tuple[Any, Any]]) -> None:
+    def show_comparison(
+        self, first: HistoryEntry, second: HistoryEntry, different: Mapping[str, tuple[Any, Any]]
+    ) -> None:
         """Two images, the difference of their pixels where they have the same size, and the settings that differ."""
         images = [(first.image, f"A: #{first.number}"), (second.image, f"B: #{second.number}")]
         if first.image.size == second.image.size:
@@ -379,7 +381,7 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _settings(drawn: Drawn) -> list[str]:
+def _settings(drawn: HistoryEntry) -> list[str]:
     """What one wants to know of an image at a glance."""
     config = drawn.config
     guidance = f"guidance {config.guidance_scale:g}"

@@ -56,14 +56,14 @@ class GateFinding(Part):
     figures: str
 
 
-class Pair(Part):
+class PromptSeed(Part):
     """A prompt and a seed that give a golden."""
 
     prompt: str
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
-class GoldenEntry(Pair):
+class GoldenEntry(PromptSeed):
     """A golden by its file in the slot's `golden/`."""
 
     file: str
@@ -93,7 +93,7 @@ class Findings(_OfADrawing):
     clip: Annotated[str, Field(examples=["nano"])]
     metrics: Annotated[dict[str, MetricFinding], Field(examples=[{}])]
     gates: Annotated[tuple[GateFinding, ...], Field(examples=[[]])]
-    goldens: Annotated[tuple[Pair, ...], Field(examples=[[{"prompt": "A cat in a hat", "seed": 7}]])]
+    goldens: Annotated[tuple[PromptSeed, ...], Field(examples=[[{"prompt": "A cat in a hat", "seed": 7}]])]
     machine: dict[str, str] = {}
     notebook: dict[str, Any] | None = None
 

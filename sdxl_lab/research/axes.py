@@ -1,6 +1,6 @@
 """What a sweep varies and a study searches: fields of the configuration by name, their values as TOML spells them.
 
-Also what the files of both have in common: what they start from, and metrics by name. Knows no cells and no tables.
+Also what the files of both have in common: what they start from, and metrics by name.
 """
 
 import math
@@ -42,14 +42,14 @@ def _hint(near: str | None) -> str:
 # --- their values --------------------------------------------------------------------------------------------------
 
 
-def flat(table: Any, prefix: str = "") -> dict[str, Any]:
+def flattened(table: Any, prefix: str = "") -> dict[str, Any]:
     """TOML's nested tables as dotted names; a table that is a range or a whole record stays one."""
     if not isinstance(table, Mapping):
         raise SweepError(f"axes must be a table; received {table!r}. Example: [axes] {EXAMPLE}")
     found: dict[str, Any] = {}
     for name, value in table.items():
         if isinstance(value, Mapping) and not RANGE.issuperset(value):
-            found |= flat(value, f"{prefix}{name}.")
+            found |= flattened(value, f"{prefix}{name}.")
         else:
             found[prefix + name] = value
     return found
@@ -123,7 +123,7 @@ def overlaid(config: GenerationConfig, table: Any) -> GenerationConfig:
     """The configuration with a file's table of fields over it."""
     if not isinstance(table, Mapping):
         raise SweepError(f"config must be a file or a table of fields; received {table!r}. Example: config.steps = 20")
-    values = flat(table)
+    values = flattened(table)
     for name in values:
         check_axis(name)
     return config.changed(values)

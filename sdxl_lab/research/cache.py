@@ -2,7 +2,7 @@
 
 What is there under its key is never drawn again, whoever asks: a sweep that was interrupted, another sweep, a study.
 A cell is two files, `KEY.png` and `KEY.json`, each written beside its place and then renamed; the second comes last and
-holds the checksum of the first, so a cell is there whole or not at all. Knows no axes and no tables.
+holds the checksum of the first, so a cell is there whole or not at all.
 """
 
 import hashlib

@@ -28,7 +28,7 @@ from sdxl_lab.research.axes import (
     SweepError,
     base_config,
     check_axis,
-    flat,
+    flattened,
     named_metric,
     overlaid,
     read_toml,
@@ -112,8 +112,8 @@ class Sweep:
         metrics = content.get("metrics", [])
         if not isinstance(metrics, list):
             raise SweepError(f'metrics must be a list; received {metrics!r}. Example: metrics = ["clip_score"]')
-        axes = flat(content.get("axes", {}))
-        zipped = [flat(table) for table in content.get("zip", [])]
+        axes = flattened(content.get("axes", {}))
+        zipped = [flattened(table) for table in content.get("zip", [])]
         for table in (axes, *zipped):
             if "config" in table:
                 table["config"] = [path.parent / str(file) for file in spread("config", table["config"])]
@@ -132,7 +132,7 @@ def _groups(axes: Axes, zipped: Sequence[Axes]) -> list[dict[str, list[Any]]]:
     """Groups of axes that advance together: each of `axes` alone, each table of `zipped` as one."""
     groups = [{name: _axis(name, values)} for name, values in axes.items()]
     for table in zipped:
-        group = {name: _axis(name, values) for name, values in flat(table).items()}
+        group = {name: _axis(name, values) for name, values in flattened(table).items()}
         lengths = {name: len(values) for name, values in group.items()}
         if not group or len(set(lengths.values())) > 1:
             raise SweepError(

@@ -28,7 +28,7 @@ from sdxl_lab.research.axes import (
     SweepError,
     base_config,
     check_axis,
-    flat,
+    flattened,
     named_metric,
     read_toml,
     spread,
@@ -194,9 +194,9 @@ class StudyPlan:
             name=str(content.get("name", path.stem)),
             config=base_config(content, path.parent),
             metric=named_metric(content["metric"], content.get("clip", "nano")),
-            space={name: _choices(name, value) for name, value in flat(content["space"]).items()},
+            space={name: _choices(name, value) for name, value in flattened(content["space"]).items()},
             pairs=tuple((prompt, seed) for seed in seeds for prompt in prompts),
-            start=tuple(flat(table) for table in content.get("start", [])),
+            start=tuple(flattened(table) for table in content.get("start", [])),
             **given,
         )
 

@@ -18,11 +18,11 @@ from service.api.problems import ClientGone, answers
 from service.api.schemas import (
     TOLD,
     Accepted,
-    Drawn,
+    DrawnImage,
     GenerateRequest,
     ImageInfo,
     ImagePage,
-    Refined,
+    RefinedImage,
     RefineRequest,
     Wanted,
 )
@@ -56,7 +56,7 @@ def _link(operation: str) -> dict[str, Any]:
     return {"operationId": operation, "parameters": {"id": "$response.body#/id"}}
 
 
-def _drawing_answers(model: type[Drawn], *kinds: str) -> dict[int | str, dict[str, Any]]:
+def _drawing_answers(model: type[DrawnImage], *kinds: str) -> dict[int | str, dict[str, Any]]:
     """What a path that draws answers, for OpenAPI."""
     binary = {form: {"schema": {"type": "string", "format": "binary"}} for form in FORMS}
     events = {EVENTS: described(STREAM, "queued", "step", "done", "error")}
@@ -97,9 +97,9 @@ def _drawing_answers(model: type[Drawn], *kinds: str) -> dict[int | str, dict[st
 
 @router.post(
     "/generate",
-    response_model=Drawn,
+    response_model=DrawnImage,
     response_model_exclude_defaults=True,
-    responses=_drawing_answers(Drawn),
+    responses=_drawing_answers(DrawnImage),
 )
 async def generate(asked: GenerateRequest, request: Request, negotiated: Asked) -> Any:
     """Draw one image from a prompt."""
@@ -109,14 +109,14 @@ async def generate(asked: GenerateRequest, request: Request, negotiated: Asked) 
         slot = jobs.deployment.slot
         return ImageRequest(asked.over(slot.config, slot.limits), asked.prompt, _seed(asked.seed, negotiated))
 
-    return await _answer(request, negotiated, await _submitted(jobs, negotiated, asked, made), Drawn)
+    return await _answer(request, negotiated, await _submitted(jobs, negotiated, asked, made), DrawnImage)
 
 
 @router.post(
     "/refine",
-    response_model=Refined,
+    response_model=RefinedImage,
     response_model_exclude_defaults=True,
-    responses=_drawing_answers(Refined, "unknown-image", "still-drawing"),
+    responses=_drawing_answers(RefinedImage, "unknown-image", "still-drawing"),
 )
 async def refine(asked: RefineRequest, request: Request, negotiated: Asked) -> Any:
     """Go over a stored image again with the refiner."""
@@ -130,7 +130,7 @@ async def refine(asked: RefineRequest, request: Request, negotiated: Asked) -> A
         prompt = source.record.prompt if asked.prompt is None else asked.prompt
         return ImageRequest(config, prompt, _seed(asked.seed, negotiated), source)
 
-    return await _answer(request, negotiated, await _submitted(jobs, negotiated, asked, made), Refined)
+    return await _answer(request, negotiated, await _submitted(jobs, negotiated, asked, made), RefinedImage)
 
 
 def _seed(asked: int | None, negotiated: Negotiated) -> int:
@@ -159,7 +159,9 @@ async def _submitted(
     return await jobs.submit(request, terms)
 
 
-async def _answer(request: Request, negotiated: Negotiated, job: Job[Stored], shape: type[Drawn]) -> Response | Drawn:
+async def _answer(
+    request: Request, negotiated: Negotiated, job: Job[Stored], shape: type[DrawnImage]
+) -> Response | DrawnImage:
     """Wait for the job, and answer in the form that was negotiated."""
     jobs: JobManager = request.app.state.jobs
     prefix = request.scope.get("root_path", "")

@@ -24,7 +24,7 @@ from service.api.openai_schemas import (
     ImagesAnswer,
     ImagesRequest,
     Model,
-    Models,
+    ModelList,
     answers,
     check_model,
     error_of,
@@ -103,10 +103,10 @@ async def generations(asked: ImagesRequest, request: Request, idempotency_key: I
     return Response(answer.model_dump_json(exclude_none=True), headers=ids, media_type="application/json")
 
 
-@router.get("/models", response_model=Models, responses=answers())
-async def models(request: Request) -> Models:
+@router.get("/models", response_model=ModelList, responses=answers())
+async def models(request: Request) -> ModelList:
     """The slot that is served. Its name and `auto` mean it."""
-    return Models(data=[_model(request.app.state.jobs)])
+    return ModelList(data=[_model(request.app.state.jobs)])
 
 
 @router.get("/models/{name}", response_model=Model, responses=answers("model-not-found"))

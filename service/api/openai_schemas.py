@@ -1,6 +1,6 @@
 """The OpenAI images API on the wire: what its clients send, and what they understand, errors too.
 
-Knows the shapes; `service/api/openai.py` draws. `QUALITIES`, `REFUSED` and `CODES` are code and documentation.
+The routes are in `service/api/openai.py`. `QUALITIES`, `REFUSED` and `CODES` are code and documentation.
 """
 
 import json
@@ -229,7 +229,7 @@ class Model(BaseModel):
     owned_by: Literal["sdxl-lab"] = "sdxl-lab"
 
 
-class Models(BaseModel):
+class ModelList(BaseModel):
     """All models there are: one."""
 
     object: Literal["list"] = "list"

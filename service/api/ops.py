@@ -57,6 +57,6 @@ async def readyz(request: Request) -> dict[str, Any]:
     responses={200: {"content": {"text/plain": {"example": "sdxl_queue_depth 0.0"}}}},
 )
 async def metrics(request: Request) -> Response:
-    """What Prometheus is told."""
+    """The metrics, in the format of Prometheus."""
     content, media_type = request.app.state.telemetry.exposition(request.headers.get("accept", ""))
     return Response(content, headers={"Content-Type": media_type})

@@ -1,7 +1,7 @@
 """What goes over the wire: requests with strict types, and answers.
 
 What may be asked of an image, its types, bounds, words and examples come from the declaration of `GenerationConfig`;
-here stand what else a request has, and how it goes over a promoted configuration. Knows no HTTP and no engine.
+here stand what else a request has, and how it goes over a promoted configuration.
 """
 
 from collections.abc import Mapping
@@ -163,7 +163,7 @@ DRAWN = {
 }
 
 
-class Drawn(BaseModel):
+class DrawnImage(BaseModel):
     """An image that is drawn and stored. `config` is the promoted digest; `overridden` names what differs from it."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [DRAWN]})
@@ -184,7 +184,7 @@ class Drawn(BaseModel):
         return cls(**_answer(image, prefix))
 
 
-class Refined(Drawn):
+class RefinedImage(DrawnImage):
     """A refined image, and the id of the one it comes from."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [DRAWN | {"source": EXAMPLES["id"]}]})

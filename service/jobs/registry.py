@@ -50,7 +50,7 @@ class Stored(NamedTuple):
 
 
 @dataclass(eq=False)
-class Entry:
+class RegisteredJob:
     """A job that is drawn here. `leased`: its record is written, and held by this replica."""
 
     job: Job[Stored]
@@ -105,7 +105,7 @@ class Registry:
         self.observers: list[Callable[[Job[Stored]], object]] = []
         self.elsewhere: dict[uuid.UUID, Elsewhere] = {}
         self.ended: dict[uuid.UUID, Ended] = {}
-        self._entries: dict[uuid.UUID, Entry] = {}
+        self._entries: dict[uuid.UUID, RegisteredJob] = {}
         self._locks: WeakValueDictionary[uuid.UUID, asyncio.Lock] = WeakValueDictionary()
 
     @property
@@ -148,7 +148,7 @@ class Registry:
         engine = self.deployment.ready_engine()
         job, drawn = self.new(request, record.id, durable)
         engine.submit(job)
-        entry = self._enter(Entry(job, record, drawn, leased=False))
+        entry = self._enter(RegisteredJob(job, record, drawn, leased=False))
         accepted = asyncio.get_running_loop().create_future()
         entry.task = asyncio.create_task(self._follow(entry, version, accepted))
         refused = await asyncio.shield(accepted)
@@ -174,11 +174,11 @@ class Registry:
             await asyncio.to_thread(self._settle, record.id, Stopping())
             raise
         self.elsewhere.pop(record.id, None)
-        entry = self._enter(Entry(job, record, drawn, leased=True))
+        entry = self._enter(RegisteredJob(job, record, drawn, leased=True))
         entry.task = asyncio.create_task(self._follow(entry, version))
         return job
 
-    def _enter(self, entry: Entry) -> Entry:
+    def _enter(self, entry: RegisteredJob) -> RegisteredJob:
         entry.job.committing = True  # until its task has begun
         self._entries[entry.job.id] = entry
         self.ended.pop(entry.job.id, None)
@@ -189,7 +189,7 @@ class Registry:
     # --- from the engine to the store ------------------------------------------------------------------------------
 
     async def _follow(
-        self, entry: Entry, version: Version | None, accepted: "asyncio.Future[Exception | None] | None" = None
+        self, entry: RegisteredJob, version: Version | None, accepted: "asyncio.Future[Exception | None] | None" = None
     ) -> None:
         """From the acceptance to the end, whatever it is."""
         job = entry.job
@@ -222,7 +222,7 @@ class Registry:
             self._forget()
 
     async def _outcome(
-        self, entry: Entry, version: Version | None, accepted: "asyncio.Future[Exception | None] | None"
+        self, entry: RegisteredJob, version: Version | None, accepted: "asyncio.Future[Exception | None] | None"
     ) -> Stored | Exception:
         job = entry.job
         if job.durable and not entry.leased:
@@ -243,7 +243,7 @@ class Registry:
             return Stopping()
         return await self._store(entry, job.image)
 
-    async def _store(self, entry: Entry, image: GeneratedImage) -> Stored:
+    async def _store(self, entry: RegisteredJob, image: GeneratedImage) -> Stored:
         """Store it, and where the store does not answer, try again for a while: it took long to draw."""
         ends = time.monotonic() + OUTAGE
         while True:
@@ -256,7 +256,7 @@ class Registry:
                 raise entry.job.cancel_reason
             await asyncio.sleep(RETRY)
 
-    def _store_once(self, entry: Entry, image: GeneratedImage) -> Stored:
+    def _store_once(self, entry: RegisteredJob, image: GeneratedImage) -> Stored:
         """Store it, unless it was cancelled from another replica, or another replica claimed it and was faster."""
         if entry.job.durable and self.leases.shared:
             renewal = self.leases.renew(entry.job.id, JobState.STORING)
@@ -346,13 +346,13 @@ class Registry:
             entry.job.fail(Stopping())  # its store does not answer; what is written in the end is found under its id
 
 
-def _abandon(entry: Entry) -> None:
+def _abandon(entry: RegisteredJob) -> None:
     entry.job.cancel(Stopping())
     if entry.task is not None and not entry.job.committing:
         entry.task.cancel()  # the engine may be stuck: nobody waits for it
 
 
-async def _wait_for(entries: Iterable[Entry], seconds: float) -> None:
+async def _wait_for(entries: Iterable[RegisteredJob], seconds: float) -> None:
     tasks = [entry.task for entry in entries if entry.task is not None]
     if tasks:
         await asyncio.wait(tasks, timeout=seconds)

@@ -10,7 +10,7 @@ from sdxl_lab.config import GenerationConfig
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import ImageRequest
 from sdxl_lab.notebook.form import controls, values_of
-from sdxl_lab.notebook.widgets import SHOWN, Drawn, Panel
+from sdxl_lab.notebook.widgets import SHOWN, HistoryEntry, Panel
 from tests.made import image_record
 
 JOB = ImageRequest(GenerationConfig(), 'a <b>"cat"</b>', 7)
@@ -23,8 +23,8 @@ def panel() -> Iterator[Panel]:
     panel.close()
 
 
-def drawn(number: int, width: int = 64) -> Drawn:
-    return Drawn(
+def drawn(number: int, width: int = 64) -> HistoryEntry:
+    return HistoryEntry(
         number, JOB, GeneratedImage(Image.new("RGB", (width, 64), (number, 0, 0)), image_record(), {"total_ms": 1.0})
     )
 
