@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from recipes.nano.fit import fit
+from recipes.nano.fit import autocast, fit
 from recipes.nano.scenes import caption, sample_scene
 from recipes.nano.vae import images_of
 from recipes.nano.words import contradiction, ids
@@ -80,7 +80,7 @@ def train(
         chosen = [rng.randrange(len(scenes)) for _ in range(BATCH)]
         said = [caption(scenes[i], rng if rng.random() < 0.35 else None) for i in chosen]
         wrong = [contradiction(scenes[i], rng) for i in chosen]
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             seen = towers.clip.vision_model(normalised(images[chosen])).pooler_output
             seen = F.normalize(towers.clip.visual_projection(seen).float(), dim=-1)
             texts = [

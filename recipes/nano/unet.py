@@ -21,7 +21,7 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from recipes.nano.clip import WIDTH
-from recipes.nano.fit import fit, generator
+from recipes.nano.fit import autocast, fit, generator
 from recipes.nano.scenes import Scene, caption, render, sample_scene
 from recipes.nano.vae import encode
 from recipes.nano.words import ids
@@ -193,7 +193,7 @@ def train_base(
         texts = [caption(pool.scenes[i], rng if rng.random() < 0.4 else None) for i in chosen.tolist()]
         texts = ["" if rng.random() < DROPPED * 0.3 else text for text in texts]
         kept = (torch.rand(size, generator=draw) > DROPPED * 0.7).float()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             hidden, pooled = _embed(base, tokenizers, texts)
             added = {"text_embeds": pooled * kept[:, None], "time_ids": pool.time_ids[chosen]}
             out = base.unet(
@@ -244,7 +244,7 @@ def train_refiner(
         noisy, noise = _noised(pool.latents[chosen], t, draw)
         texts = [caption(pool.scenes[i], rng if rng.random() < 0.4 else None) for i in chosen.tolist()]
         kept = (torch.rand(BATCH, generator=draw) > DROPPED).float()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             with torch.no_grad():
                 text = text_encoder_2(ids(tokenizer_2, texts), output_hidden_states=True)
             added = {"text_embeds": text.text_embeds * kept[:, None], "time_ids": pool.time_ids[chosen]}

@@ -421,7 +421,8 @@ def behind(app):
 @pytest.fixture(params=["taken off by the proxy", "told to the service"])
 def prefixed(request, slot, tmp_path):
     told = request.param == "told to the service"
-    settings = Settings(slot=slot, store=tmp_path / "images", root_path=PREFIX if told else "")
+    prefix = {"root_path": PREFIX} if told else {}
+    settings = Settings(slot=slot, store=tmp_path / "images", **prefix)
     with serving(settings, *([] if told else [behind])) as live:
         yield f"http://127.0.0.1:{live.port}{PREFIX}/"
 
