@@ -24,8 +24,8 @@ def generator(step: int, seed: int = 0) -> torch.Generator:
 
 
 def autocast() -> torch.autocast:
-    """bfloat16 where the processor has AVX-512 or more. With AVX2 only, a bfloat16 convolution takes more than ten times
-    as long as one in float32."""
+    """bfloat16 where the processor has AVX-512 or more. With AVX2 only, a bfloat16 convolution takes more than ten
+    times as long as one in float32."""
     slow = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
     return torch.autocast("cpu", torch.bfloat16, enabled=not slow)
 
