@@ -29,10 +29,10 @@ def test_notebook_slot_service_and_the_served_png_give_the_same_pixels() -> None
     slot = load_slot(run / "slot")
     assert {read_record(path).digest for path in (notebook, served, again)} == {slot.digest}
     golden = slot.goldens[0].path
-    gates = {gate["gate"]: gate["passed"] for gate in slot.evidence["gates"]}
+    gates = {gate.gate: gate.passed for gate in slot.evidence.gates}
     assert list(gates.values()) == [True, True]
     assert all("unet_rows: at most 50" in name or "sharpness: at most 25 % worse" in name for name in gates)
-    assert slot.evidence["replaces"] == load_slot(ROOT / "service" / "promoted" / "nano").digest
+    assert slot.evidence.replaces == load_slot(ROOT / "service" / "promoted" / "nano").digest
     assert "refused: more work than they allow" in done.stdout
     for path in (served, again):
         assert max_difference(open_image(path), open_image(notebook)) == 0, path
