@@ -7,7 +7,8 @@ PY := $(BIN)/python
 # Files of tests side by side; a file's tests share what they have trained or started.
 ABREAST = --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
-export PYTHONPATH := $(CURDIR)
+LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --generate-hashes --no-header --no-emit-index-url \
+  --python-version 3.11 --python-platform x86_64-unknown-linux-gnu
 
 .DEFAULT_GOAL := help
 .PHONY: help demo lab serve check format test test-fast notebooks bench images lock train clean system
@@ -58,22 +59,22 @@ images: .venv/.installed system ## The documentation's images, tables and graphs
 	$(PY) -m sdxl_lab sweep studies/nano_final.toml
 	$(PY) -m studies.nano_report
 
-lock: .venv/.installed ## requirements.lock anew from requirements.txt, with the hash of every package
-	$(BIN)/uv pip compile requirements.txt --quiet --generate-hashes --no-header --no-emit-index-url \
-	  --python-version 3.11 --python-platform x86_64-unknown-linux-gnu --output-file requirements.lock
+lock: .venv/.installed ## locks/ anew from pyproject.toml, with the hash of every package
+	$(LOCK) --extra service --output-file locks/service.lock
+	$(LOCK) --extra service --extra lab --output-file locks/lab.lock
 
-train: .venv/.installed system ## Train nano, the miniature SDXL, from nothing; resumes
+train: .venv/.installed system ## Train nano, the miniature SDXL, from scratch; resumes
 	$(PY) -m recipes.nano
 
 clean: ## Remove .venv and caches; never runs/ or images/
 	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/.installed: requirements.txt requirements-dev.txt
+.venv/.installed: pyproject.toml
 	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) is missing. Install Python 3.11, or name yours: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@echo "Installing Python packages into .venv (once; some minutes)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[service,lab,dev]'
 	@touch $@
 
 # OpenCV, which watermarks images, needs libGL and GLib; the browser tests need Chromium, those of replicas nginx.

@@ -1,4 +1,4 @@
-"""`python -m bench [NAME ...]`: run the benchmarks; each prints a table and leaves JSON and a plot."""
+"""`python -m bench [NAME ...]`: run the benchmarks. Each prints a table and writes JSON and a plot."""
 
 import argparse
 from collections.abc import Callable
@@ -40,12 +40,12 @@ def main(arguments: list[str] | None = None) -> None:
         default = getattr(Size, field)
         parser.add_argument(f"--{field}", type=kind, default=default, help=f"default {default}")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the results go")
-    asked = vars(parser.parse_args(arguments))
-    names = asked.pop("names")
+    options = vars(parser.parse_args(arguments))
+    names = options.pop("names")
     for unknown in set(names) - set(BENCHMARKS):
         parser.error(f"NAME must be one of {', '.join(BENCHMARKS)}; received {unknown!r}. Example: throughput")
     for name in names or BENCHMARKS:
-        BENCHMARKS[name](Size(**asked))
+        BENCHMARKS[name](Size(**options))
 
 
 if __name__ == "__main__":

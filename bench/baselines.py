@@ -1,7 +1,7 @@
-"""What people use instead: diffusers' pipeline by itself, and three ways to serve it.
+"""The baselines: diffusers' pipeline by itself, and three ways to serve it.
 
-`python -m bench.baselines locked|inline|litserve --port N` starts one of the servers; all answer `POST /generate` with
-a PNG and build the asked scheduler from the pristine config, as we do.
+`python -m bench.baselines locked|inline|litserve --port N` starts one of the servers. All answer `POST /generate` with
+a PNG, and build the requested scheduler from the pristine config, as the engine does.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from fastapi import FastAPI, Response
 from pydantic import BaseModel
 
 from sdxl_lab.diffusion import schedulers
-from sdxl_lab.diffusion.models import folder_of
+from sdxl_lab.diffusion.inventory import folder_of
 
 
-class Asked(BaseModel):
+class PipelineRequest(BaseModel):
     """A request, with the fields that the benchmarks vary."""
 
     prompt: str
@@ -48,18 +48,18 @@ class Pipeline:
         logging.getLogger("diffusers.configuration_utils").setLevel(logging.ERROR)  # fields that a scheduler ignores
         self.pristine = dict(self.pipe.scheduler.config)
 
-    def draw(self, batch: Sequence[Asked], output_type: str = "pil") -> Any:
-        """Images of one setting; the first request's counts for all."""
+    def draw(self, batch: Sequence[PipelineRequest], output_type: str = "pil") -> Any:
+        """Images of one setting, that of the first request."""
         first = batch[0]
         self.pipe.scheduler = schedulers.build(first.scheduler, self.pristine, seed=first.seed)
         return self.pipe(
-            [asked.prompt for asked in batch],
+            [request.prompt for request in batch],
             num_inference_steps=first.steps,
             guidance_scale=first.guidance_scale,
             width=first.width,
             height=first.height,
             output_type=output_type,
-            generator=[torch.Generator("cpu").manual_seed(asked.seed) for asked in batch],
+            generator=[torch.Generator("cpu").manual_seed(request.seed) for request in batch],
         ).images
 
 
@@ -84,9 +84,9 @@ def locked(model: str) -> FastAPI:
     app, pipeline, lock = _app(), Pipeline(model), threading.Lock()
 
     @app.post("/generate")
-    def generate(asked: Asked) -> Response:
+    def generate(request: PipelineRequest) -> Response:
         with lock:
-            return Response(png(pipeline.draw([asked])[0]), media_type="image/png")
+            return Response(png(pipeline.draw([request])[0]), media_type="image/png")
 
     return app
 
@@ -96,8 +96,8 @@ def inline(model: str) -> FastAPI:
     app, pipeline = _app(), Pipeline(model)
 
     @app.post("/generate")
-    async def generate(asked: Asked) -> Response:
-        return Response(png(pipeline.draw([asked])[0]), media_type="image/png")
+    async def generate(request: PipelineRequest) -> Response:
+        return Response(png(pipeline.draw([request])[0]), media_type="image/png")
 
     return app
 
@@ -112,23 +112,23 @@ class Batched(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self.pipeline = Pipeline(self.model)
 
-    def decode_request(self, request: dict[str, Any]) -> Asked:
-        return Asked(**request)
+    def decode_request(self, request: dict[str, Any]) -> PipelineRequest:
+        return PipelineRequest(**request)
 
-    def batch(self, inputs: list[Asked]) -> list[Asked]:
+    def batch(self, inputs: list[PipelineRequest]) -> list[PipelineRequest]:
         return inputs
 
-    def predict(self, batch: list[Asked] | Asked) -> list[bytes]:
-        asked = batch if isinstance(batch, list) else [batch]
+    def predict(self, batch: list[PipelineRequest] | PipelineRequest) -> list[bytes]:
+        requests = batch if isinstance(batch, list) else [batch]
         groups: dict[tuple[object, ...], list[int]] = {}
-        for index, one in enumerate(asked):
+        for index, one in enumerate(requests):
             settings = (one.steps, one.guidance_scale, one.scheduler, one.width, one.height)
             groups.setdefault(settings, []).append(index)
         drawn: dict[int, bytes] = {}
         for indices in groups.values():
-            images = self.pipeline.draw([asked[index] for index in indices])
+            images = self.pipeline.draw([requests[index] for index in indices])
             drawn |= {index: png(image) for index, image in zip(indices, images, strict=True)}
-        return [drawn[index] for index in range(len(asked))]
+        return [drawn[index] for index in range(len(requests))]
 
     def unbatch(self, output: list[bytes]) -> list[bytes]:
         return output
@@ -142,15 +142,15 @@ def main() -> None:
     parser.add_argument("kind", choices=["locked", "inline", "litserve"])
     parser.add_argument("--model", default="nano")
     parser.add_argument("--port", type=int, required=True)
-    asked = parser.parse_args()
-    if asked.kind == "litserve":
+    options = parser.parse_args()
+    if options.kind == "litserve":
         server = litserve.LitServer(
-            Batched(asked.model), accelerator="cpu", devices=1, workers_per_device=1, timeout=600
+            Batched(options.model), accelerator="cpu", devices=1, workers_per_device=1, timeout=600
         )
-        server.run("127.0.0.1", asked.port, log_level="warning", generate_client_file=False)
+        server.run("127.0.0.1", options.port, log_level="warning", generate_client_file=False)
     else:
-        app = (locked if asked.kind == "locked" else inline)(asked.model)
-        uvicorn.run(app, host="127.0.0.1", port=asked.port, log_level="warning")
+        app = (locked if options.kind == "locked" else inline)(options.model)
+        uvicorn.run(app, host="127.0.0.1", port=options.port, log_level="warning")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Clients of one server or of several: one request, many at once, and the server's own metrics."""
+"""Clients of one server or several: one request, many at once, and the server's metrics."""
 
 import http.client
 import json
@@ -31,7 +31,7 @@ def request(
     headers: Mapping[str, str] | None = None,
     timeout: float = 600,
 ) -> Answer:
-    """Ask a server of this machine, over a connection of its own."""
+    """Send one request to a server on this machine, over a new connection."""
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)) as connection:
         sent = None if body is None else json.dumps(body)
         connection.request(method, path, sent, {"Content-Type": "application/json", **(headers or {})})
@@ -40,7 +40,7 @@ def request(
 
 
 def post(port: int, body: Body) -> float:
-    """Ask for one image; the seconds until the answer."""
+    """Request one image. Returns the seconds until the answer."""
     began = time.monotonic()
     answer = request(port, "POST", "/generate", body)
     if answer.status != 200:
@@ -49,7 +49,7 @@ def post(port: int, body: Body) -> float:
 
 
 def rate(ports: Sequence[int], bodies: Sequence[Body]) -> float:
-    """Images a second with all of them asked for at once, round robin."""
+    """Images a second when all are requested at once, round robin."""
     began = time.monotonic()
     with ThreadPoolExecutor(len(bodies)) as pool:
         list(pool.map(lambda index: post(ports[index % len(ports)], bodies[index]), range(len(bodies))))
@@ -57,7 +57,7 @@ def rate(ports: Sequence[int], bodies: Sequence[Body]) -> float:
 
 
 def metrics(port: int, *names: str) -> list[float]:
-    """Metrics of one moment, each the sum over its labels."""
+    """Metrics at one moment, each summed over its labels."""
     text = request(port, "GET", "/metrics", timeout=60).content.decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return [sum(sample.value for sample in samples if sample.name == name) for name in names]

@@ -1,4 +1,4 @@
-"""Does the CLIP score track what is in the image? Held against the scene check that shares no code with it."""
+"""Does the CLIP score track what is in the image? Compared with a scene check that shares no code with it."""
 
 import random
 from collections.abc import Sequence
@@ -12,22 +12,23 @@ from scipy.stats import mannwhitneyu, spearmanr
 from bench.measure import Report
 from bench.settings import Size, config_of
 from recipes.nano.evaluate import held_out_scenes, verdict
-from recipes.nano.judge import Verdict
+from recipes.nano.judge import SceneVerdict
 from recipes.nano.scenes import COLOURS, NOUNS, RELATIONS, Scene, caption, render
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.metrics import Metric, clip_score
 from sdxl_lab.evaluation.statistics import interval
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import ImageRequest
+from sdxl_lab.record import ImageRecord
 
 GUIDANCE = (1.0, 3.0, 6.0)
 PARTS = ("right", "colour", "noun", "relation")
-Verdicts = Sequence[Sequence[Verdict]]
+Verdicts = Sequence[Sequence[SceneVerdict]]
 RENDERINGS = 200
 
 
 def main(size: Size) -> None:
-    """Captions on renderings, where the truth is known; then images of good and bad settings, as in a study."""
+    """Captions of renderings, whose truth is known, then images of good and bad settings, as in a study."""
     clip = clip_score("nano" if size.model == "nano" else str(Path(size.model, "clip")))
     scenes = held_out_scenes(max(RENDERINGS, size.images), seed=41)
     drawn = scenes[: size.images]
@@ -63,7 +64,7 @@ def _steps(size: Size) -> tuple[int, ...]:
 
 
 def _draw(size: Size, scenes: Sequence[Scene], settings: Sequence[tuple[int, float]]) -> list[list[GeneratedImage]]:
-    """A row a setting, an image a scene; the same scene has the same seed in all."""
+    """One row for each setting, one image for each scene, which has the same seed in every row."""
     config = config_of(size)
     with Engine.load(config) as engine:
         jobs = [
@@ -77,7 +78,7 @@ def _draw(size: Size, scenes: Sequence[Scene], settings: Sequence[tuple[int, flo
 
 
 def _wrong(scene: Scene, part: str, rng: random.Random) -> Scene:
-    """The scene with one part of it another."""
+    """The scene with one part changed."""
 
     def other(choices: Sequence[str], *than: str) -> str:
         return rng.choice([choice for choice in choices if choice not in than])
@@ -95,44 +96,49 @@ def _wrong(scene: Scene, part: str, rng: random.Random) -> Scene:
 
 
 def _wins(clip: Metric, scenes: Sequence[Scene], part: str) -> list[float]:
-    """Scene by scene whether the true caption of a rendering scores above one that is wrong in `part`."""
+    """For each scene, whether the true caption of its rendering scores above one that is wrong in `part`."""
     rng = random.Random(7)
-    told = [scene for scene in scenes if part != "relation" or scene.relation]
-    images = [render(scene) for scene in told]
+    relevant = [scene for scene in scenes if part != "relation" or scene.relation]
+    images = [render(scene) for scene in relevant]
     true, false = (
-        clip([GeneratedImage(image, {"prompt": text}, {}) for image, text in zip(images, texts, strict=True)])
-        for texts in ([caption(scene) for scene in told], [caption(_wrong(scene, part, rng)) for scene in told])
+        clip(
+            [
+                GeneratedImage(image, ImageRecord.model_construct(prompt=text), {})
+                for image, text in zip(images, texts, strict=True)
+            ]
+        )
+        for texts in ([caption(scene) for scene in relevant], [caption(_wrong(scene, part, rng)) for scene in relevant])
     )
     return [float(value) for value in true > false]
 
 
-def _held_to(verdicts: Verdicts, scenes: Sequence[Scene], part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Which images hold to `part`, (settings, scenes told of), and the scenes' places."""
-    told = np.array([i for i, scene in enumerate(scenes) if part != "relation" or scene.relation])
-    return np.array([[getattr(row[index], part) for index in told] for row in verdicts]), told
+def _right_in(verdicts: Verdicts, scenes: Sequence[Scene], part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Which images are right in `part`, (settings, relevant scenes), and the indices of these scenes."""
+    relevant = np.array([i for i, scene in enumerate(scenes) if part != "relation" or scene.relation])
+    return np.array([[getattr(row[index], part) for index in relevant] for row in verdicts]), relevant
 
 
 def _auc(scores: np.ndarray, held: np.ndarray) -> float | None:
-    """How often an image that holds scores above one that does not (Mann and Whitney's U); None without both."""
+    """How often a right image scores above a wrong one (Mann and Whitney's U); None without both."""
     if not 0 < held.sum() < held.size:
         return None
     return float(mannwhitneyu(scores[held], scores[~held]).statistic / (held.sum() * (~held).sum()))
 
 
 def _area(scores: np.ndarray, verdicts: Verdicts, scenes: Sequence[Scene], part: str) -> list[float]:
-    """Of any two images, with the interval from 500 resamples of the scenes."""
-    held, told = _held_to(verdicts, scenes, part)
+    """The AUC over any two images, with the interval from 500 resamples of the scenes."""
+    held, relevant = _right_in(verdicts, scenes, part)
     rng = np.random.default_rng(0)
-    drawn = [rng.integers(len(told), size=len(told)) for _ in range(500)]
-    areas = [area for index in drawn if (area := _auc(scores[:, told[index]], held[:, index])) is not None]
-    whole = _auc(scores[:, told], held)
+    drawn = [rng.integers(len(relevant), size=len(relevant)) for _ in range(500)]
+    areas = [area for index in drawn if (area := _auc(scores[:, relevant[index]], held[:, index])) is not None]
+    whole = _auc(scores[:, relevant], held)
     return [] if whole is None else [whole, *np.percentile(areas, [2.5, 97.5]).tolist()]
 
 
 def _area_within(scores: np.ndarray, verdicts: Verdicts, scenes: Sequence[Scene], part: str) -> list[float]:
-    """Of two images of one prompt and seed under different settings, with the interval over prompts."""
-    held, told = _held_to(verdicts, scenes, part)
-    areas = [_auc(scores[:, index], held[:, place]) for place, index in enumerate(told)]
+    """The AUC over two images of one prompt and seed under different settings, with the interval over prompts."""
+    held, relevant = _right_in(verdicts, scenes, part)
+    areas = [_auc(scores[:, index], held[:, place]) for place, index in enumerate(relevant)]
     return _interval([area for area in areas if area is not None])
 
 

@@ -1,6 +1,6 @@
-"""Three replicas of the service behind nginx, on one object store: all real processes, on the loopback interface.
+"""Three replicas of the service behind nginx, on one object store: real processes on the loopback interface.
 
-Every process is ended by its process id. `python -m bench replicas` draws with it, and breaks it.
+Every process is ended by its process id. `python -m bench replicas` draws with the cluster and breaks it.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ from bench.servers import end, free_port, service, service_environment, start, u
 from sdxl_lab.config import GenerationConfig
 
 REPLICAS = 3
-LEASE = 5  # seconds: a replica that is killed is missed soon
+LEASE = 5  # seconds; short, so that a killed replica is noticed soon
 BUCKET = "images"
 
-# A request that could not be sent goes to the next replica. A POST that was sent is never sent again by nginx, which
-# cannot know that it has a key: its client gets a 502, knows, and repeats it.
+# A request that could not be sent goes to the next replica. nginx never repeats a POST that was sent, since it does not
+# know idempotency keys: the client gets a 502 and repeats it.
 NGINX = """
 daemon off;
 master_process off;
@@ -75,13 +75,13 @@ class Replica:
         until(lambda: request(self.port, "GET", "/readyz").status == 200, self.process, self.log)
 
     def stop(self, number: signal.Signals) -> None:
-        """SIGKILL: at once; SIGTERM: when it has drained."""
+        """Stop it at once with SIGKILL, or after it has drained with SIGTERM."""
         if self.process is not None:
             self.process.send_signal(number)
             self.process.wait(60)
 
-    def said(self) -> list[dict[str, Any]]:
-        """Its log, over all its lives."""
+    def log_lines(self) -> list[dict[str, Any]]:
+        """The lines of its log, over all restarts."""
         lines = []
         for line in self.log.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):
@@ -89,15 +89,15 @@ class Replica:
         return [line for line in lines if isinstance(line, dict)]
 
 
-class Line:
-    """A TCP line to the store that can be cut: what is open is aborted, what is new is refused."""
+class StoreLink:
+    """A TCP link to the store that can be cut: open connections are aborted, new ones refused."""
 
     def __init__(self, to: int) -> None:
         self.to, self.port = to, free_port()
         self._loop = asyncio.new_event_loop()
         self._ends: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
-        self._thread = threading.Thread(target=self._loop.run_forever, name="line", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
         self._thread.start()
         self.mend()
 
@@ -124,7 +124,7 @@ class Line:
             self._server.close()
         for writer in list(self._ends):
             writer.transport.abort()
-        await asyncio.sleep(0.05)  # for those that carry to see it
+        await asyncio.sleep(0.05)  # so that the carrying tasks notice
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._ends.add(writer)
@@ -151,50 +151,52 @@ class Line:
 
 
 class Cluster:
-    """What runs. `ports` are those that clients ask in turns: nginx's, or, where there is no nginx, the replicas'."""
+    """The running processes. Clients use `ports` in turns: nginx's, or without nginx those of the replicas."""
 
-    def __init__(self, replicas: list[Replica], moto: subprocess.Popen[bytes], line: Line, front: int | None) -> None:
-        self.replicas, self.moto, self.line, self.front = replicas, moto, line, front
+    def __init__(
+        self, replicas: list[Replica], moto: subprocess.Popen[bytes], link: StoreLink, front: int | None
+    ) -> None:
+        self.replicas, self.moto, self.link, self.front = replicas, moto, link, front
         self.ports = [front] if front is not None else [replica.port for replica in replicas]
 
     @contextmanager
     def outage(self, stalls: bool) -> Iterator[None]:
-        """Nobody reaches the store: it `stalls`, and answers later what it was asked, or the line to it is cut."""
+        """Make the store unreachable: it `stalls` and answers later, or the link to it is cut."""
         if stalls:
             self.moto.send_signal(signal.SIGSTOP)
         else:
-            self.line.cut()
+            self.link.cut()
         try:
             yield
         finally:
             if stalls:
                 self.moto.send_signal(signal.SIGCONT)
             else:
-                self.line.mend()
+                self.link.mend()
 
-    def promised(self) -> list[str]:
-        """Names of the promises that the store still has."""
-        listed = request(self.line.to, "GET", f"/{BUCKET}?list-type=2&prefix=lab/jobs/").content.decode()
+    def job_records(self) -> list[str]:
+        """The names of the job records that the store still has."""
+        listed = request(self.link.to, "GET", f"/{BUCKET}?list-type=2&prefix=lab/jobs/").content.decode()
         return [part.partition("<")[0] for part in listed.split("<Key>")[1:]]
 
 
 @contextmanager
 def cluster(config: GenerationConfig) -> Iterator[Cluster]:
-    """Three replicas with one thread each, ready; moto as S3, which keeps all in memory; nginx in front."""
+    """Three ready replicas with one thread each, moto as an S3 store in memory, and nginx in front."""
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(scratch)
         port = free_port()
         moto = start([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], folder / "moto")
         stack.callback(end, moto)
         until(lambda: request(port, "PUT", f"/{BUCKET}").status == 200, moto, folder / "moto")
-        line = Line(port)
-        stack.callback(line.close)
+        link = StoreLink(port)
+        stack.callback(link.close)
         ours = service_environment(config, folder) | {
             "OMP_NUM_THREADS": "1",
             "SDXL_LOG_LEVEL": "info",
             "SDXL_STORE": f"s3://{BUCKET}/lab",
             "SDXL_LEASE": str(LEASE),
-            "AWS_ENDPOINT": f"http://127.0.0.1:{line.port}",
+            "AWS_ENDPOINT": f"http://127.0.0.1:{link.port}",
             "AWS_REGION": "us-east-1",
             "AWS_ACCESS_KEY_ID": "any",
             "AWS_SECRET_ACCESS_KEY": "any",
@@ -203,7 +205,7 @@ def cluster(config: GenerationConfig) -> Iterator[Cluster]:
         for replica in running:
             stack.callback(replica.stop, signal.SIGKILL)
             replica.start()
-        made = Cluster(running, moto, line, _front(stack, running, folder))
+        made = Cluster(running, moto, link, _front(stack, running, folder))
         for replica in running:
             replica.wait_until_ready()
         yield made
@@ -212,7 +214,7 @@ def cluster(config: GenerationConfig) -> Iterator[Cluster]:
 def _front(stack: ExitStack, replicas: list[Replica], folder: Path) -> int | None:
     nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if nginx is None:
-        print("nginx is missing (make system installs it): clients ask the replicas in turns themselves")
+        print("nginx is missing (make system installs it): clients use the replicas in turns")
         return None
     port = free_port()
     servers = "\n".join(f"    server 127.0.0.1:{replica.port} max_fails=1 fail_timeout=1s;" for replica in replicas)

@@ -1,7 +1,7 @@
-"""What one SDXL image costs on which GPU: arithmetic on assumptions, not measured. Prints Markdown.
+"""The cost of one SDXL image on several GPUs: arithmetic on assumptions, not measured. Prints Markdown.
 
 Counted: parameters and FLOPs (torch's FlopCounterMode on the real configurations without weights).
-Assumed: what share of its peak a GPU reaches, what it costs, what a batch needs beside the weights.
+Assumed: the share of its peak that a GPU reaches, its price, and the memory of a batch beside the weights.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ HALF = 2  # bytes a weight, in bfloat16 or float16
 A_ROW, DECODING, CONTEXT = 0.7, 3.0, 1.0
 
 STEPS, HANDOVER, GUIDED_ROWS = 30, 0.8, 2  # service/promoted/sdxl: 24 steps of the base, 6 of the refiner
-UTILISATION = 0.40  # of the dense peak, assumed for all; bench/README.md has 0.87 of a matrix product's rate on a CPU
+UTILISATION = 0.40  # of the dense peak, assumed for all; on a CPU, bench/README.md has 0.87 of a matrix product's rate
 BUSY = 0.5  # of the paid time in which an image is being drawn
 PRICES_OF = "November 2026"
 
@@ -64,7 +64,7 @@ def rows_that_fit(gpu: Gpu) -> int:
 
 
 def table() -> str:
-    """The assumptions, the memory and the cost, as docs/deploy.md has them."""
+    """The assumptions, the memory and the cost, for docs/deploy.md."""
     sizes = ", ".join(f"{name} {billions:.3f} B" for name, billions in PARAMETERS.items())
     lines = [
         f"- Weights: {sizes}; at {HALF} bytes each {weights_gb():.1f} GB.",

@@ -1,4 +1,4 @@
-"""What the engine itself costs and gives: overhead, parity, cancel, a grid of mixed settings, growth."""
+"""The engine itself: parity, overhead, a grid of mixed settings, runtime options, cancelling, growth."""
 
 import itertools
 import resource
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.baselines import Asked, Pipeline
+from bench.baselines import Pipeline, PipelineRequest
+from bench.isolated import isolated
 from bench.measure import Report, alternate, ratios
-from bench.rooms import room
 from bench.settings import FLOAT32, PROMPTS, Size, config_of
 from sdxl_lab.config import SCHEDULERS, GenerationConfig
 from sdxl_lab.diffusion.engine import Engine, Work
-from sdxl_lab.diffusion.models import Models, load
+from sdxl_lab.diffusion.models import Models, Prompt, load
 from sdxl_lab.errors import Cancelled
 from sdxl_lab.images import max_difference
 from sdxl_lab.job import ImageRequest, Job
@@ -30,24 +30,26 @@ def seconds(work: Callable[[], object]) -> float:
     return time.monotonic() - began
 
 
-def draw_all(engine: Engine, asked: list[ImageRequest]) -> list[Image.Image]:
-    return [job.result().image for job in [engine.submit(request) for request in asked]]
+def draw_all(engine: Engine, requests: list[ImageRequest]) -> list[Image.Image]:
+    return [job.result().image for job in [engine.submit(request) for request in requests]]
 
 
-def all_at_once(engine: Engine, asked: list[ImageRequest]) -> float:
+def all_at_once(engine: Engine, requests: list[ImageRequest]) -> float:
     """Seconds."""
-    return seconds(lambda: draw_all(engine, asked))
+    return seconds(lambda: draw_all(engine, requests))
 
 
-def one_by_one(pipeline: Pipeline, bodies: list[Asked]) -> float:
+def one_by_one(pipeline: Pipeline, bodies: list[PipelineRequest]) -> float:
     """Seconds."""
     return seconds(lambda: [pipeline.draw([body]) for body in bodies])
 
 
-def asked_of(request: ImageRequest) -> Asked:
-    """The same image, asked of a pipeline."""
+def pipeline_request(request: ImageRequest) -> PipelineRequest:
+    """The same request for a pipeline."""
     names = ("steps", "guidance_scale", "scheduler", "width", "height")
-    return Asked(prompt=request.prompt, seed=request.seed, **{name: getattr(request.config, name) for name in names})
+    return PipelineRequest(
+        prompt=request.prompt, seed=request.seed, **{name: getattr(request.config, name) for name in names}
+    )
 
 
 class Unrounded(Engine):
@@ -65,16 +67,16 @@ class Unrounded(Engine):
 
 
 def parity(size: Size) -> None:
-    """The largest difference on [0, 1] from the pipeline's image, every scheduler, all in one mixed batch."""
+    """The largest difference on [0, 1] from the pipeline's images, for every scheduler, all in one mixed batch."""
     config, pipeline = config_of(size, steps=min(size.steps, 20)), Pipeline(size.model)
-    asked = [ImageRequest(config.with_(scheduler=name), PROMPTS[i % 4], i) for i, name in enumerate(SCHEDULERS)]
+    requests = [ImageRequest(config.with_(scheduler=name), PROMPTS[i % 4], i) for i, name in enumerate(SCHEDULERS)]
     differences = []
     with Unrounded.load(config, FLOAT32) as engine:
-        jobs = [engine.submit(request) for request in asked]
-        for request, job in zip(asked, jobs, strict=True):
+        jobs = [engine.submit(request) for request in requests]
+        for request, job in zip(requests, jobs, strict=True):
             job.result()
             mine = engine.models.decode(engine.latents[job])[0]
-            theirs = pipeline.draw([asked_of(request)], output_type="np")[0]
+            theirs = pipeline.draw([pipeline_request(request)], output_type="np")[0]
             differences.append(float(np.abs(mine - theirs).max()))
     worst = SCHEDULERS[int(np.argmax(differences))]
     Report(
@@ -87,9 +89,9 @@ def parity(size: Size) -> None:
 
 
 def overhead(size: Size) -> None:
-    """A 25-step image alone against the bare sum of its model calls, made in a row."""
+    """An image of 25 steps alone, against its bare model calls in a row."""
     config = config_of(size, steps=25)
-    with room(load, config.model, FLOAT32) as models, room(Engine.load, config, FLOAT32) as engine:
+    with isolated(load, config.model, FLOAT32) as models, isolated(Engine.load, config, FLOAT32) as engine:
         measured = alternate(
             {"bare calls": lambda: models(_bare, config), "engine": lambda: engine(_whole, config)}, 2 * size.rounds
         )
@@ -109,7 +111,7 @@ def _bare(models: Models, config: GenerationConfig) -> float:
     ids = torch.tensor([[config.height, config.width, 0.0, 0.0, config.height, config.width]] * 2)
 
     def calls() -> None:
-        text = models.base.embed(PROMPTS[0]), models.base.embed_negative(None)
+        text = models.base.embed(Prompt(PROMPTS[0])), models.base.embed(Prompt(None))
         hidden, pooled = (torch.cat([part[index] for part in text]) for index in range(2))
         added = {"text_embeds": pooled, "time_ids": ids}
         for _ in range(config.steps):
@@ -139,12 +141,12 @@ def grid(size: Size) -> None:
             ImageRequest(config.with_(**each), PROMPTS[0], cell[3]) for each, cell in zip(changes, cells, strict=True)
         ]
 
-    bodies = [asked_of(request) for request in requests(None)]
+    bodies = [pipeline_request(request) for request in requests(None)]
     low = FLOAT32.with_(dtype="bfloat16")
     with (
-        room(Pipeline, size.model) as pipeline,
-        room(Engine.load, config, FLOAT32) as plain,
-        room(Engine.load, config, low) as half,
+        isolated(Pipeline, size.model) as pipeline,
+        isolated(Engine.load, config, FLOAT32) as plain,
+        isolated(Engine.load, config, low) as half,
     ):
         measured = alternate(
             {
@@ -179,19 +181,21 @@ RUNTIMES: dict[str, dict[str, Any]] = {
 
 
 def runtime(size: Size) -> None:
-    """What each option of `RuntimeProfile` brings at saturation, and how far it moves the pixels."""
+    """The gain of each option of `RuntimeProfile` at saturation, and how far it moves the pixels."""
     config = config_of(size)
-    asked = [ImageRequest(config, PROMPTS[seed % 4], seed) for seed in range(size.images)]
+    requests = [ImageRequest(config, PROMPTS[seed % 4], seed) for seed in range(size.images)]
     with ExitStack() as stack:
-        rooms = {"as it is": stack.enter_context(room(Engine.load, config, FLOAT32))}
+        engines = {"as it is": stack.enter_context(isolated(Engine.load, config, FLOAT32))}
         for name, options in RUNTIMES.items():
-            rooms[name] = stack.enter_context(room(Engine.load, config, FLOAT32.with_(**options)))
-        trials = {name: (lambda ask=ask: len(asked) / ask(all_at_once, asked)) for name, ask in rooms.items()}
-        rates = alternate(trials, size.rounds)
-        plain = rooms["as it is"](draw_all, asked[:8])
+            engines[name] = stack.enter_context(isolated(Engine.load, config, FLOAT32.with_(**options)))
+        measurements = {
+            name: (lambda run=run: len(requests) / run(all_at_once, requests)) for name, run in engines.items()
+        }
+        rates = alternate(measurements, size.rounds)
+        plain = engines["as it is"](draw_all, requests[:8])
         lines = {f"{name} / as it is": ratios(rates[name], rates["as it is"]) for name in RUNTIMES}
         for name in RUNTIMES:
-            moved = [max_difference(a, b) for a, b in zip(rooms[name](draw_all, asked[:8]), plain, strict=True)]
+            moved = [max_difference(a, b) for a, b in zip(engines[name](draw_all, requests[:8]), plain, strict=True)]
             lines[f"{name}: largest difference of 255"] = [255 * value for value in moved]
     aims = {"bfloat16: largest difference of 255": "2"}
     Report(
@@ -204,7 +208,7 @@ def runtime(size: Size) -> None:
 
 
 def cancel(size: Size) -> None:
-    """UNet calls between `cancel()` and the rows being free."""
+    """The number of UNet calls from `cancel()` until the rows are free."""
     config = config_of(size, steps=50)
     ticks = []
     with Engine.load(config, FLOAT32) as engine:
@@ -224,13 +228,13 @@ def cancel(size: Size) -> None:
 
 
 def growth(size: Size) -> None:
-    """How the time of a UNet call grows with rows, that of an image with steps and area; memory."""
+    """The time of a UNet call by rows, the time of an image by steps and area, and memory."""
     lines: dict[str, list[float]] = {}
     config = config_of(size)
     with Engine.load(config, FLOAT32) as engine:
         for count in (1, 2, 4, 8, 16):
-            asked = [ImageRequest(config.with_(steps=6), PROMPTS[0], seed) for seed in range(count)]
-            measured = [all_at_once(engine, asked) for _ in range(size.rounds + 1)]
+            requests = [ImageRequest(config.with_(steps=6), PROMPTS[0], seed) for seed in range(count)]
+            measured = [all_at_once(engine, requests) for _ in range(size.rounds + 1)]
             label = f"{2 * count} rows: ms a row and step"
             lines[label] = [1000 * value / (12 * count) for value in measured[1:]]
         for steps in (5, 10, 20, 40):

@@ -1,8 +1,8 @@
-"""One, two and three replicas of the service behind round robin, on two cores, and what the simulation says of them.
+"""One, two and three replicas of the service behind round robin on two cores, measured and simulated.
 
-Every replica is a process with a core of its own as far as there are cores. The costs that `simulate.py` needs are
-fitted from UNet calls that a replica counts itself (`/metrics`); then images are asked for at random moments, and
-what they took is held against the simulation of the very same moments.
+Every replica is a process with its own core as far as there are cores. The costs for `simulate.py` are fitted from the
+UNet calls that a replica counts (`/metrics`). Then images are requested at random moments, and their times are compared
+with a simulation of the same moments.
 """
 
 import itertools
@@ -21,10 +21,10 @@ from bench.clients import metrics, post, rate
 from bench.measure import Report, alternate, ratios
 from bench.servers import server
 from bench.settings import Size, body, config_of
-from bench.simulate import Cost, Rule, Work, capacity, fleet, poisson
+from bench.simulate import Cost, Policy, Work, capacity, fleet, poisson
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.denoising import DenoiserName, Trajectory
-from sdxl_lab.diffusion.models import Embedding, load
+from sdxl_lab.diffusion.models import Denoiser, Embedding, Prompt, load
 from sdxl_lab.job import ImageRequest
 
 ROWS = 16  # the service's own default
@@ -35,7 +35,7 @@ AT_ONCE = (1, 2, 4, 8)
 
 @contextmanager
 def pinned(cores: Sequence[int]) -> Iterator[None]:
-    """What is started by this thread stays on these cores."""
+    """Processes started by this thread stay on these cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -49,8 +49,8 @@ def replica(config: GenerationConfig, cores: Sequence[int], threads: int, rows: 
     """The service on these cores; yields its port."""
     with ExitStack() as stack:
         with pinned(cores):
-            told = {"SDXL_MAX_ROWS": str(rows), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-            port = stack.enter_context(server("service", config, **told))
+            environment = {"SDXL_MAX_ROWS": str(rows), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+            port = stack.enter_context(server("service", config, **environment))
         yield port
 
 
@@ -58,9 +58,9 @@ def work_of(config: GenerationConfig) -> Work:
     """The rows of each of an image's UNet calls, from the engine's own trajectory."""
     models = load(config.model, RuntimeProfile(device="cpu"))
 
-    def embed(name: DenoiserName, prompt: str | None, negative: bool) -> Embedding:
-        denoiser = getattr(models, name)
-        return denoiser.embed_negative(prompt) if negative else denoiser.embed(prompt)
+    def embed(name: DenoiserName, prompt: Prompt) -> Embedding:
+        denoiser: Denoiser = getattr(models, name)
+        return denoiser.embed(prompt)
 
     trajectory = Trajectory(models, ImageRequest(config, "a red circle", 0), embed)
     rows = [1 + guides for stage in trajectory.stages for guides in stage.guides]
@@ -68,12 +68,12 @@ def work_of(config: GenerationConfig) -> Work:
 
 
 def ticks(port: int) -> np.ndarray:
-    """UNet calls, their rows and their seconds, as the service counted them."""
+    """UNet calls, their rows and their seconds, as the service counts them."""
     return np.array(metrics(port, "sdxl_tick_seconds_count", "sdxl_tick_rows_sum", "sdxl_tick_seconds_sum"))
 
 
 def calibrate(port: int, size: Size, costs: dict[int, list[tuple[float, ...]]]) -> float:
-    """A few images at once, for each of `AT_ONCE`: adds what was seen to `costs`."""
+    """Draw a few images at once, for each of `AT_ONCE`, and add the costs to `costs`."""
     for count in AT_ONCE:
         before, began = ticks(port), time.monotonic()
         rate([port], [body(size, size.steps, seed) for seed in range(count)])
@@ -83,9 +83,9 @@ def calibrate(port: int, size: Size, costs: dict[int, list[tuple[float, ...]]]) 
     return sum(len(each) for each in costs.values())
 
 
-def fitted(costs: dict[int, list[tuple[float, ...]]]) -> Cost:
-    """Lines through the medians: a call's seconds over its rows, and what a batch took apart from its calls over its
-    images. Neither slope nor intercept is let below zero."""
+def fit_costs(costs: dict[int, list[tuple[float, ...]]]) -> Cost:
+    """Lines through the medians: seconds of a call by rows, and seconds of a batch outside its calls by images. Slopes
+    and intercepts are at least zero."""
     middles = {count: np.median(np.array(seen), axis=0) for count, seen in costs.items()}
     row, call = np.polyfit([m[0] for m in middles.values()], [m[1] for m in middles.values()], 1)
     image, beside = np.polyfit(list(middles), [m[2] for m in middles.values()], 1)
@@ -101,17 +101,17 @@ def ask_at(ports: Sequence[int], moments: np.ndarray, size: Size) -> np.ndarray:
         return time.monotonic() - began - float(moments[index])
 
     with ThreadPoolExecutor(100) as pool:
-        asked = []
+        answers = []
         for index, moment in enumerate(moments):
             time.sleep(max(0.0, began + float(moment) - time.monotonic()))
-            asked.append(pool.submit(ask, index))
-        return np.array([each.result() for each in asked])
+            answers.append(pool.submit(ask, index))
+        return np.array([each.result() for each in answers])
 
 
 def main(size: Size) -> None:
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
-        print("\nfleet: not measured, since replicas are to be held apart and this process may use one core only")
+        print("\nfleet: not measured, since replicas need separate cores and this process may use only one")
         return
     config = config_of(size)
     guided, sparing = work_of(config), work_of(config.with_(guidance_interval=INTERVAL))
@@ -122,8 +122,8 @@ def main(size: Size) -> None:
         third, threaded = start(config, cores, 1), start(config, cores, 2)
         interval = start(config.with_(guidance_interval=INTERVAL), cores[:1], 1)
         single = start(config, cores[:1], 1, rows=2)
-        asked = [body(size, size.steps, seed) for seed in range(2 * size.images)]
-        trials = {
+        bodies = [body(size, size.steps, seed) for seed in range(2 * size.images)]
+        measurements = {
             "1 replica, 1 thread on 1 core": [first],
             "1 replica, 2 threads on 2 cores": [threaded],
             "2 replicas, a thread and a core each": [first, second],
@@ -134,24 +134,24 @@ def main(size: Size) -> None:
         costs: dict[int, list[tuple[float, ...]]] = {}
         rates = alternate(
             {"": lambda: calibrate(first, size, costs)}
-            | {name: (lambda ports=ports: rate(ports, asked)) for name, ports in trials.items()},
+            | {name: (lambda ports=ports: rate(ports, bodies)) for name, ports in measurements.items()},
             size.rounds,
         )
         del rates[""]
         costs = {count: seen[1:] for count, seen in costs.items()}
-        cost = fitted(costs)
-        ended = against(rates, cost, guided, sparing, len(asked))
+        cost = fit_costs(costs)
+        ended = against(rates, cost, guided, sparing, len(bodies))
         felt: dict[str, list[float]] = {}
         for replicas in (1, 2):
-            felt |= foretold([first, second][:replicas], size, cost, guided)
-    loads = "; ".join(", ".join(f"{each:.1f}" for each in told) for told in (loads_before, os.getloadavg()))
+            felt |= predicted_latencies([first, second][:replicas], size, cost, guided)
+    loads = "; ".join(", ".join(f"{each:.1f}" for each in load) for load in (loads_before, os.getloadavg()))
     show(size, {"fleet": ended, "fleet-costs": calibration(costs, cost), "fleet-latency": felt}, loads)
 
 
 TITLES = {
-    "fleet": "Replicas of the service at saturation, and what the simulation says of them",
-    "fleet-costs": "What a replica on one core spends",
-    "fleet-latency": "Images asked for at random moments, and the simulation of the same moments",
+    "fleet": "Replicas of the service at saturation, measured and simulated",
+    "fleet-costs": "Costs of a replica on one core",
+    "fleet-latency": "Images requested at random moments, and a simulation of the same moments",
 }
 
 
@@ -166,7 +166,7 @@ def show(size: Size, parts: dict[str, dict[str, list[float]]], loads: str) -> No
 
 
 def left_in(folder: Path) -> dict[str, list[float]]:
-    """What this benchmark measured, if its results are there."""
+    """The results of this benchmark, if there are any."""
     values: dict[str, list[float]] = {}
     for name in TITLES:
         path = folder / f"{name}.json"
@@ -184,7 +184,7 @@ def calibration(costs: dict[int, list[tuple[float, ...]]], cost: Cost) -> dict[s
 def against(
     rates: dict[str, list[float]], cost: Cost, guided: Work, sparing: Work, count: int
 ) -> dict[str, list[float]]:
-    """Images a second at saturation, what more replicas bring, and the simulation of the same images at once."""
+    """Images a second at saturation, the gain from more replicas, and a simulation of the same images at once."""
     one, threads, two, three, interval, single = rates.values()
     lines = {f"{name}: images a second": values for name, values in rates.items()}
     lines |= {
@@ -199,14 +199,14 @@ def against(
         ("interval", interval, sparing, ROWS),
         ("one image at a time", single, guided, 2),
     ):
-        ends = fleet(np.zeros(count), [work] * count, cost, Rule(rows)).ends
+        ends = fleet(np.zeros(count), [work] * count, cost, Policy(rows)).ends
         lines[f"saturation, {name}: predicted / measured"] = [count / float(ends.max()) / each for each in measured]
     return lines
 
 
-def foretold(ports: Sequence[int], size: Size, cost: Cost, work: Work) -> dict[str, list[float]]:
-    """Seconds until the image for arrivals at random moments, beside the simulation of the same moments."""
-    most = len(ports) * capacity(work, cost, Rule(ROWS))
+def predicted_latencies(ports: Sequence[int], size: Size, cost: Cost, work: Work) -> dict[str, list[float]]:
+    """Seconds until the image for arrivals at random moments, measured and simulated."""
+    most = len(ports) * capacity(work, cost, Policy(ROWS))
     lines: dict[str, list[float]] = {}
     seen: dict[str, list[np.ndarray]] = {"measured": [], "predicted": []}
     for number in range(size.rounds):
@@ -214,7 +214,7 @@ def foretold(ports: Sequence[int], size: Size, cost: Cost, work: Work) -> dict[s
             moments = poisson(share * most, 3 * size.images, 100 * number + int(100 * share))
             both = {
                 "measured": ask_at(ports, moments, size),
-                "predicted": fleet(moments, [work] * len(moments), cost, Rule(ROWS), [0.0] * len(ports)).latencies,
+                "predicted": fleet(moments, [work] * len(moments), cost, Policy(ROWS), [0.0] * len(ports)).latencies,
             }
             name = f"{len(ports)} replica{'s' * (len(ports) > 1)}, {100 * share:.0f} %"
             for kind, found in both.items():

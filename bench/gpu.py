@@ -1,4 +1,4 @@
-"""SDXL itself on a GPU: seconds an image at 1024 px and the share of the bound. Needs CUDA and the weights.
+"""SDXL on a GPU: seconds an image at 1024 px, and the share of the bound. Needs CUDA and the weights.
 
 The bound: 6.76 TFLOP a UNet row at 1024x1024, two rows a guided step, and 10.47 TFLOP a VAE decode.
 """
@@ -33,8 +33,8 @@ def main(size: Size) -> None:
         with Engine.load(config, profile) as engine:
             for steps in (20, 30):
                 for count in (1, 8):
-                    asked = [ImageRequest(config.with_(steps=steps), PROMPTS[0], seed) for seed in range(count)]
-                    took = [all_at_once(engine, asked) / count for _ in range(size.rounds + 1)][1:]
+                    requests = [ImageRequest(config.with_(steps=steps), PROMPTS[0], seed) for seed in range(count)]
+                    took = [all_at_once(engine, requests) / count for _ in range(size.rounds + 1)][1:]
                     name = f"{'compiled, ' if compiled else ''}{steps} steps, {count} at once"
                     lines[f"{name}: s an image"] = took
                     lines[f"{name}: share of the bound"] = [(2 * BASE_ROW * steps + DECODE) / s / product for s in took]

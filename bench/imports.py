@@ -1,4 +1,4 @@
-"""Seconds until a module is imported, in a new interpreter each time: what a command and a new replica wait for."""
+"""Seconds to import a module in a new interpreter, for which a command and a new replica wait."""
 
 import platform
 import subprocess
@@ -6,7 +6,7 @@ import sys
 import time
 from functools import partial
 
-from bench.measure import Report, Trial, alternate, ratios
+from bench.measure import Measurement, Report, alternate, ratios
 from bench.settings import Size
 
 MODULES = ("sdxl_lab.config", "service.app", "sdxl_lab.diffusion.engine", "diffusers")
@@ -19,8 +19,8 @@ def imported(module: str) -> float:
 
 
 def main(size: Size) -> None:
-    trials: dict[str, Trial] = {f"import {module}": partial(imported, module) for module in MODULES}
-    lines = alternate(trials, size.rounds)
+    measurements: dict[str, Measurement] = {f"import {module}": partial(imported, module) for module in MODULES}
+    lines = alternate(measurements, size.rounds)
     whole = lines[f"import {MODULES[-1]}"]
     lines |= {f"{module} / {MODULES[-1]}": ratios(lines[f"import {module}"], whole) for module in MODULES[:2]}
     python = f"Python {platform.python_version()}"

@@ -1,4 +1,4 @@
-"""Rounds, medians, reports, plots: what every benchmark here does with its figures. Knows nothing of images."""
+"""Rounds, medians, reports and plots for every benchmark."""
 
 import json
 import os
@@ -21,30 +21,30 @@ from sdxl_lab.research.plots import COLOURS, STYLE
 from sdxl_lab.research.sheet import INK
 
 RESULTS = Path(__file__).parent / "results"
-Trial = Callable[[], float]
+Measurement = Callable[[], float]
 
 
-def alternate(trials: Mapping[str, Trial], rounds: int) -> dict[str, list[float]]:
-    """Each trial once a round, in turns, so that a slow minute of the machine hits all alike; the first round, which
-    warms caches, is not counted."""
-    measured: dict[str, list[float]] = {name: [] for name in trials}
+def alternate(measurements: Mapping[str, Measurement], rounds: int) -> dict[str, list[float]]:
+    """Each measurement once a round, in turns, so that a slow minute of the machine affects all alike. The first round
+    warms caches and is not counted."""
+    measured: dict[str, list[float]] = {name: [] for name in measurements}
     for number in range(rounds + 1):
-        for name, trial in trials.items():
-            value = trial()
+        for name, measure in measurements.items():
+            value = measure()
             if number:
                 measured[name].append(value)
     return measured
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """Round by round: both numbers of a ratio come from the same minutes."""
+    """Ratios round by round, so that both numbers come from the same minutes."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured: a line is a label and its value in every round; `aims` says what was hoped for, `wrong` what
-    broke its word, and `more` is kept with the rest for a plot."""
+    """The values of a benchmark: a line is a label and its value in every round. `aims` are the targets, `wrong` lists
+    violations, and `more` is kept with the rest for a plot."""
 
     name: str
     title: str
@@ -55,8 +55,8 @@ class Report:
     more: Mapping[str, object] = field(default_factory=dict)
 
     def show(self, folder: Path) -> None:
-        """Tell, and draw each line as a bar."""
-        self.tell(folder)
+        """`write`, and draw each line as a bar."""
+        self.write(folder)
         labels = list(self.lines)[::-1]
         middles, lows, highs = zip(*(summary(self.lines[label]) for label in labels), strict=True)
         spread = [np.subtract(middles, lows), np.subtract(highs, middles)]
@@ -66,8 +66,8 @@ class Report:
             axes.margins(x=0.15)
             axes.grid(axis="y", visible=False)
 
-    def tell(self, folder: Path) -> None:
-        """Print the table and what went wrong, and keep both as JSON."""
+    def write(self, folder: Path) -> None:
+        """Print the table and what went wrong, and write both as JSON."""
         print(f"\n{self.title}\n{self.conditions}")
         print(f"{'':44} {'median':>10} {'lowest':>10} {'highest':>10}")
         for label, values in self.lines.items():
@@ -89,14 +89,14 @@ class Report:
 
 
 def figures(folder: Path = RESULTS) -> str:
-    """Every report in a folder as Markdown: the part "figures" of README.md."""
+    """Every report in a folder as Markdown, for the part "figures" of README.md."""
     parts = []
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
-        if "values" not in report:  # `scaling` has a section of its own
+        if "values" not in report:  # `scaling` has its own section
             continue
-        told = textwrap.fill(f"**{path.stem}**: {report['title']}. Conditions: {report['conditions']}.", 120)
-        rows = [told, "", "| figure | median | lowest to highest | aim |", "| --- | --- | --- | --- |"]
+        heading = textwrap.fill(f"**{path.stem}**: {report['title']}. Conditions: {report['conditions']}.", 120)
+        rows = [heading, "", "| figure | median | lowest to highest | aim |", "| --- | --- | --- | --- |"]
         for label, values in report["values"].items():
             middle, low, high = map(shown, summary(values))
             spread = f"{low} to {high}" if len(values) > 1 else ""
@@ -118,7 +118,7 @@ def shown(value: float) -> str:
 def plot(
     path: Path, title: str, size: tuple[float, float], rows: int = 1, columns: int = 1
 ) -> Iterator[tuple[Axes, ...]]:
-    """Axes of a figure of `size` inches to paint on, row by row, in the lab's own style; then it is saved."""
+    """The axes of a figure of `size` inches, row by row, in the lab's style. The figure is saved at the end."""
     with mpl.rc_context(STYLE | {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8}):
         figure = Figure(figsize=size, dpi=110, layout="constrained")
         yield tuple(figure.subplots(rows, columns, squeeze=False).flat)

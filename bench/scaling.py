@@ -1,7 +1,7 @@
-"""From one replica to a thousand, on paper: latency against load, what batching and the guidance interval change, when
-the autoscaler should fire and what happens until the new replica is ready.
+"""One to a thousand replicas, simulated: latency against load, the effect of batching and of the guidance interval, the
+autoscaler's target, and the time until a new replica is ready.
 
-Nothing here is measured but what `fleet` left; an H100's costs are computed from `cost.BASE_ROW` and published times.
+Only the results of `fleet` are measured. An H100's costs are computed from `cost.BASE_ROW` and published times.
 """
 
 import json
@@ -19,11 +19,11 @@ from bench.measure import RESULTS
 from bench.scaling_plot import paint
 from bench.servers import ROOT
 from bench.settings import Size, config_of
-from bench.simulate import Cost, Rule, Scaling, Work, called_for, capacity, fleet, mixed, poisson
+from bench.simulate import Cost, Policy, Scaling, Work, called_for, capacity, fleet, mixed, poisson
 
 REPLICAS = (1, 2, 3, 10, 100, 1000)
 LOADS = tuple(tenth / 10 for tenth in range(1, 13))
-SLOW = 2.0  # times the time of an image alone: where its p99 passes it, there are too few replicas
+SLOW = 2.0  # times the time of an image alone: a p99 above it means too few replicas
 EAGER, COMPILED = PUBLISHED.values()  # seconds of 30 steps
 STEPS = 30
 RATE = (2 * STEPS * BASE_ROW + DECODE) / COMPILED  # TFLOP/s that an H100 reached
@@ -32,38 +32,38 @@ STARTUPS = (60, 180, 600)
 RUNS = 5  # of the same load step, other moments
 AT = 900.0  # when the load steps up
 
-# A call costs 34 ms whatever its rows: what is left of the published eager time. Or next to nothing, as compiled.
+# Eager, a call costs 34 ms besides its rows: the rest of the published time. Compiled, it costs almost nothing.
 MACHINES = {
     "H100, eager": Cost((EAGER - DECODE / RATE) / STEPS - 2 * BASE_ROW / RATE, BASE_ROW / RATE, DECODE / RATE),
     "H100, compiled": Cost(0.0, BASE_ROW / RATE, DECODE / RATE),
 }
-RULES = {
-    "one at a time": Rule(2),
-    "static batches": Rule(ROWS, together=True),
-    "steps": Rule(ROWS),
+POLICIES = {
+    "one at a time": Policy(2),
+    "static batches": Policy(ROWS, together=True),
+    "steps": Policy(ROWS),
 }
 
 
-def point(work: Work, cost: Cost, rule: Rule, rate: float, replicas: int, count: int) -> dict[str, float]:
-    """One load: `rate` images a second and replica, `count` images in all or a little more."""
+def point(work: Work, cost: Cost, policy: Policy, rate: float, replicas: int, count: int) -> dict[str, float]:
+    """One load: `rate` images a second and replica, at least `count` images in all."""
     played = min(replicas, math.ceil(count / EACH))
     count = max(count, EACH * replicas)
     moments = poisson(rate * replicas, count, replicas)
-    out = fleet(moments, [work] * count, cost, rule, [0.0] * replicas, played)
+    out = fleet(moments, [work] * count, cost, policy, [0.0] * replicas, played)
     settled, horizon = out.settled(), float(moments[-1])
     return {
         "rate": rate,
         "p50": float(np.median(settled)),
         "p99": float(np.quantile(settled, 0.99)),
         "busy": float(out.busy.mean() / horizon),
-        "rows": out.rows / max(1, out.calls) / rule.rows,
+        "rows": out.rows / max(1, out.calls) / policy.rows,
         "refused": float(out.refused.mean()),
     }
 
 
 def target(points: list[dict[str, float]], alone: float) -> float:
-    """Images a second and replica at which p99 passes `SLOW` times the time of one alone, between two loads in
-    proportion; 0 if it is above from the first on."""
+    """Images a second and replica at which p99 reaches `SLOW` times the time of one alone, interpolated between loads;
+    0 if it is above from the first load."""
     before: dict[str, float] = {"rate": 0.0, "p99": alone}
     for each in points:
         if each["p99"] > SLOW * alone:
@@ -74,9 +74,9 @@ def target(points: list[dict[str, float]], alone: float) -> float:
 
 
 def fleets(cost: Cost, work: Work, count: int) -> dict[str, Any]:
-    """Latency against load for every number of replicas, and the target that follows."""
-    most, alone = capacity(work, cost, RULES["steps"]), cost.alone(work)
-    points = {str(n): [point(work, cost, RULES["steps"], load * most, n, count) for load in LOADS] for n in REPLICAS}
+    """Latency against load for every number of replicas, and the resulting target."""
+    most, alone = capacity(work, cost, POLICIES["steps"]), cost.alone(work)
+    points = {str(n): [point(work, cost, POLICIES["steps"], load * most, n, count) for load in LOADS] for n in REPLICAS}
     return {
         "alone": alone,
         "capacity": most,
@@ -86,22 +86,23 @@ def fleets(cost: Cost, work: Work, count: int) -> dict[str, Any]:
 
 
 def ways(cost: Cost, works: dict[str, Work], count: int) -> dict[str, list[dict[str, float]]]:
-    """One replica under each rule, at the same images a second, up to 1.2 times what the best of them draws."""
-    most = max(capacity(work, cost, rule) for work in works.values() for rule in RULES.values())
-    cases = {name: (works["guidance throughout"], rule) for name, rule in RULES.items()}
-    cases["steps, interval"] = (works["interval"], RULES["steps"])
+    """One replica under each policy, at the same rates, up to 1.2 times the best capacity."""
+    most = max(capacity(work, cost, policy) for work in works.values() for policy in POLICIES.values())
+    cases = {name: (works["guidance throughout"], policy) for name, policy in POLICIES.items()}
+    cases["steps, interval"] = (works["interval"], POLICIES["steps"])
     return {
-        name: [point(work, cost, rule, load * most, 1, count) for load in LOADS] for name, (work, rule) in cases.items()
+        name: [point(work, cost, policy, load * most, 1, count) for load in LOADS]
+        for name, (work, policy) in cases.items()
     }
 
 
 def steps_of_many(cost: Cost, count: int) -> dict[str, dict[str, float]]:
-    """One replica at 70 % of its capacity, images of 10, 30 and 50 steps mixed: seconds by rule."""
+    """One replica at 70 % of its capacity, with images of 10, 30 and 50 steps: seconds by policy."""
     works = mixed((10, 30, 50), count, 1)
-    rate = 0.7 * capacity(((2, STEPS),), cost, RULES["steps"])
+    rate = 0.7 * capacity(((2, STEPS),), cost, POLICIES["steps"])
     found = {}
-    for name, rule in RULES.items():
-        out = fleet(poisson(rate, count, 1), works, cost, rule)
+    for name, policy in POLICIES.items():
+        out = fleet(poisson(rate, count, 1), works, cost, policy)
         short = np.array([work == ((2, 10),) for work in works])
         short[: count // 10] = False
         settled = out.latencies[short & ~out.refused]
@@ -115,11 +116,11 @@ def steps_of_many(cost: Cost, count: int) -> dict[str, dict[str, float]]:
 
 def step_up(work: Work, cost: Cost, scaling: Scaling, seed: int) -> dict[str, Any]:
     """The load of one replica goes from 50 to 150 % of its capacity at `AT`; the autoscaler calls for more."""
-    most = capacity(work, cost, RULES["steps"])
+    most = capacity(work, cost, POLICIES["steps"])
     calm, busy = (poisson(share * most, 20_000, seed + number) for number, share in enumerate((0.5, 1.5)))
     arrivals = np.concatenate([calm[calm < AT], AT + busy[busy < 3 * AT]])
     ready = called_for(arrivals, scaling, scaling.wanted(int(0.5 * most * scaling.window)))
-    out = fleet(arrivals, [work] * len(arrivals), cost, RULES["steps"], ready)
+    out = fleet(arrivals, [work] * len(arrivals), cost, POLICIES["steps"], ready)
     after = arrivals >= AT
     slow = ~(out.latencies <= SLOW * cost.alone(work))  # the refused, too
     share = np.convolve(slow, np.ones(50) / 50)[: len(slow)]  # of the last 50
@@ -150,7 +151,7 @@ def main(size: Size) -> None:
         found["ways"][name] = ways(cost, works, count)
         found["mixed"][name] = steps_of_many(cost, count)
     cost, work = MACHINES["H100, eager"], works["interval"]
-    capable, prompt = capacity(work, cost, RULES["steps"]), found["fleets"]["H100, eager, interval"]["target"]["3"]
+    capable, prompt = capacity(work, cost, POLICIES["steps"]), found["fleets"]["H100, eager, interval"]["target"]["3"]
     traces = {}
     cases = [
         (aim, window, 300, startup)
@@ -187,7 +188,7 @@ def measured(folder: Path) -> dict[str, Cost]:
 
 
 def _rounded(value: Any) -> Any:
-    """Four digits: more were noise."""
+    """Round to four digits, since more are noise."""
     if isinstance(value, dict):
         return {key: _rounded(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -204,13 +205,13 @@ def _show(found: dict[str, Any]) -> None:
         targets = "".join(f"{value:9.3f}" for value in each["target"].values())
         say(f"{name:44}{each['alone']:9.3f}{each['capacity']:9.3f}{targets}")
     say(f"\n{'one replica, p50 / p99 s at images a second':44}")
-    for machine, rules in found["ways"].items():
-        for name, points in rules.items():
+    for machine, policies in found["ways"].items():
+        for name, points in policies.items():
             cells = "  ".join(f"{p['rate']:.2f}: {p['p50']:.1f}/{p['p99']:.1f}" for p in points[1::2])
             say(f"{machine}, {name:20} {cells}")
     say("\nmixed steps (10, 30, 50) at 70 %")
-    for machine, rules in found["mixed"].items():
-        for name, each in rules.items():
+    for machine, policies in found["mixed"].items():
+        for name, each in policies.items():
             say(f"{machine}, {name:20} " + "  ".join(f"{key} {value:.3g}" for key, value in each.items()))
     say("\n50 to 150 % of one replica, medians of the runs")
     for name, runs in found["steps"].items():

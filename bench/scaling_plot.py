@@ -1,4 +1,4 @@
-"""The plot of `scaling`: six panels, in the colours and marks of the lab's own."""
+"""The plot of `scaling`: six panels, in the lab's colours and marks."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,14 +17,14 @@ MINUTE = 60.0
 def paint(
     path: Path, found: Mapping[str, Any], traces: Mapping[int, Any], fleet: Mapping[str, Sequence[float]]
 ) -> None:
-    """`found` is what `scaling.main` computed, `traces` the load step by start-up time, `fleet` what was measured."""
+    """`found` are the results of `scaling.main`, `traces` the load step by start-up time, `fleet` the measurements."""
     with plot(path, "", (13, 7.6), rows=2, columns=3) as (a, b, c, d, e, f):
         _replicas(a, found["fleets"]["H100, eager, guidance throughout"])
         _ways(b, found["ways"]["H100, eager"], "one H100, a call costs 34 ms and 24 ms a row")
         _ways(c, found["ways"]["H100, compiled"], "one H100, a call costs 24 ms a row and no more")
         _use(d, found["fleets"]["H100, eager, guidance throughout"])
         _step(e, traces)
-        _foretold(f, fleet)
+        _predicted(f, fleet)
 
 
 def _replicas(ax: Axes, fleets: Mapping[str, Any]) -> None:
@@ -43,8 +43,8 @@ def _replicas(ax: Axes, fleets: Mapping[str, Any]) -> None:
     ax.legend(title="replicas", ncols=2)
 
 
-def _ways(ax: Axes, rules: Mapping[str, Any], title: str) -> None:
-    for (name, points), colour, mark in zip(rules.items(), COLOURS, MARKS, strict=False):
+def _ways(ax: Axes, policies: Mapping[str, Any], title: str) -> None:
+    for (name, points), colour, mark in zip(policies.items(), COLOURS, MARKS, strict=False):
         x = [point["rate"] for point in points]
         ax.plot(x, [point["p99"] for point in points], f"-{mark}", color=colour, lw=1.4, ms=4, label=name)
         ax.plot(x, [point["p50"] for point in points], "--", color=colour, lw=1)
@@ -89,7 +89,7 @@ def _step(ax: Axes, traces: Mapping[int, Any]) -> None:
     ax.legend(title="until a replica is ready")
 
 
-def _foretold(ax: Axes, fleet: Mapping[str, Sequence[float]]) -> None:
+def _predicted(ax: Axes, fleet: Mapping[str, Sequence[float]]) -> None:
     ax.set(title="nano, measured and simulated", xlabel="seconds measured", ylabel="seconds simulated")
     if not any(label.endswith("s measured") for label in fleet):
         ax.annotate("`fleet` was not run", (0.5, 0.5), xycoords="axes fraction", ha="center", color=FAINT)

@@ -1,4 +1,4 @@
-"""Servers as processes of their own on the loopback interface, each ended by its process id."""
+"""Servers as separate processes on the loopback interface, each ended by its process id."""
 
 import http.client
 import os
@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bench.clients import request
+from bench.settings import LIMITS
 from sdxl_lab.config import GenerationConfig
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 @contextmanager
 def server(kind: str, config: GenerationConfig, **environment: str) -> Iterator[int]:
-    """Start "service", "locked", "inline" or "litserve" with the configuration's model; yields its port when it has
+    """Start "service", "locked", "inline" or "litserve" with the configuration's model. Yields its port after it has
     drawn a first image."""
     port = free_port()
     with tempfile.TemporaryDirectory() as scratch:
@@ -31,7 +32,7 @@ def server(kind: str, config: GenerationConfig, **environment: str) -> Iterator[
         else:
             command = [sys.executable, "-m", "bench.baselines", kind, "--model", config.model.base, "--port", str(port)]
         process = start(command, log, environment)
-        first = {"prompt": "a red circle", "seed": 0, "steps": config.limits.steps[0]}
+        first = {"prompt": "a red circle", "seed": 0, "steps": LIMITS.steps[0]}
         first |= {"guidance_scale": config.guidance_scale, "width": config.width, "height": config.height}
         try:
             until(lambda: request(port, "POST", "/generate", first).status == 200, process, log)
@@ -41,15 +42,16 @@ def server(kind: str, config: GenerationConfig, **environment: str) -> Iterator[
 
 
 def service(port: int) -> list[str]:
-    """The command that starts ours."""
+    """The command that starts our service."""
     return [sys.executable, "-m", "service", "--port", str(port)]
 
 
 def service_environment(config: GenerationConfig, folder: Path) -> dict[str, str]:
-    """Our service with this configuration in a slot without goldens, and all that it writes in `folder`."""
+    """The environment of our service: this configuration in a slot without goldens, all its files in `folder`."""
     slot = folder / "slot"
     slot.mkdir()
     (slot / "config.toml").write_text(config.to_toml())
+    (slot / "serving.toml").write_text(LIMITS.to_toml())
     return {
         "SDXL_CONFIG": str(slot),
         "SDXL_ATTEST": "off",
@@ -65,7 +67,7 @@ def free_port() -> int:
 
 
 def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """A process in a group of its own whose output is added to `log`."""
+    """Start a process in a group of its own. Its output is appended to `log`."""
     ours = {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     with log.open("ab") as output:
         return subprocess.Popen(
@@ -79,19 +81,20 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | No
 
 
 def until(holds: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until it `holds`, as long as the process runs. Raises RuntimeError with the end of its log."""
+    """Wait until `holds()` is true. Raises RuntimeError with the end of the log if the process ends or never gets
+    there."""
     ends = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < ends:
         with suppress(OSError, http.client.HTTPException):
             if holds():
                 return
         time.sleep(0.1)
-    said = log.read_text(errors="replace")[-2000:]
-    raise RuntimeError(f"the server {'does not come up' if process.poll() is None else 'ended'}: {said}")
+    output = log.read_text(errors="replace")[-2000:]
+    raise RuntimeError(f"the server {'does not come up' if process.poll() is None else 'ended'}: {output}")
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Its whole group, since LitServe has workers that outlive their parent."""
+    """End the whole process group, since LitServe's workers outlive their parent."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signum)

@@ -1,4 +1,4 @@
-"""What a client feels under load: a short image among long ones, and whether the server still answers at all."""
+"""The service under load, as a client sees it: a short image among long ones, and `/healthz`."""
 
 import statistics
 import threading
@@ -16,7 +16,7 @@ from sdxl_lab.job import ImageRequest
 
 
 def latency(size: Size) -> None:
-    """An image of 8 steps, asked for while eight of 50 steps run: seconds until it is done; for the engine also until
+    """An image of 8 steps requested while eight of 50 steps run: seconds until it is done; for the engine also until
     its first step."""
     long, short = size.steps * 5 // 2, max(1, size.steps * 2 // 5)
     config = config_of(size)
@@ -69,8 +69,8 @@ def _short_among_long(port: int, size: Size, long: int, short: int) -> float:
 
 
 def health(size: Size) -> None:
-    """Milliseconds until `/healthz` answers while 16 images are drawn: our service against (c), the pipeline inside
-    `async def`. A hundred questions; a server that cannot answer while it draws is asked as often as it answers."""
+    """Milliseconds until `/healthz` answers while 16 images are drawn: the service against (c), the pipeline inside
+    `async def`. At most a hundred requests a round; a server that blocks gets fewer."""
     config = config_of(size)
     found = {}
     for kind, name in (("inline", "(c) pipeline inside async def"), ("service", "service")):

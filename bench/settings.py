@@ -1,4 +1,4 @@
-"""What all benchmarks ask for: how large they are, the prompts, the configuration, the bodies of requests."""
+"""Sizes, prompts, configurations and request bodies that the benchmarks share."""
 
 import random
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import RESULTS
-from sdxl_lab.config import GenerationConfig, Limits, RuntimeProfile
+from sdxl_lab.config import GenerationConfig, RuntimeProfile, ServingLimits
 
 PROMPTS = (
     "a red circle left of a blue star on a white background",
@@ -22,7 +22,7 @@ Body = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Size:
-    """`side` in pixels; `rounds` are counted ones; `minutes` are those of the soak. `folder` takes the results."""
+    """`side` is in pixels, `rounds` without the first, `minutes` for the soak. Results go to `folder`."""
 
     model: str = "nano"
     images: int = 16
@@ -32,13 +32,12 @@ class Size:
     minutes: float = 1.0
     folder: Path = RESULTS
 
-    @property
-    def limits(self) -> Limits:
-        return Limits(steps=(1, 1000), side=(64, 1024))
+
+LIMITS = ServingLimits(steps=(1, 1000), side=(64, 1024))  # of every slot that a benchmark serves
 
 
 def config_of(size: Size, **changes: object) -> GenerationConfig:
-    start = {"limits": size.limits, "steps": size.steps, "width": size.side, "height": size.side, "guidance_scale": 3.0}
+    start = {"steps": size.steps, "width": size.side, "height": size.side, "guidance_scale": 3.0}
     return GenerationConfig.for_model(size.model, **(start | changes))
 
 
@@ -55,8 +54,7 @@ def body(size: Size, steps: int, seed: int) -> dict[str, Any]:
 
 
 def varied_body(pick: random.Random, size: Size, least: int = 1) -> dict[str, Any]:
-    """A request with settings of its own and at least so many steps: such images join and leave the batch all the
-    time."""
+    """A request with random settings and at least `least` steps. Such images join and leave the batch all the time."""
     return {
         "prompt": pick.choice(PROMPTS),
         "steps": pick.randint(least, size.steps),

@@ -1,8 +1,8 @@
-"""A fleet of replicas behind round robin, on paper: when each image would be started, done or refused.
+"""A simulated fleet of replicas behind round robin: when each image is started, done or refused.
 
-Knows numbers only: what a UNet call costs is told, and so is how many rows an image has in each of its calls. Round
-robin looks at no replica, so each replica is played alone, in leaps over calls that are alike: exact, and for 1,000
-replicas faster than an event queue that all of them share.
+The inputs are the cost of a UNet call and the rows of each image's calls. Round robin ignores the replicas' state, so
+each replica is simulated alone, in leaps over equal calls. That is exact, and for 1,000 replicas faster than an event
+queue shared by all.
 """
 
 import math
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Work = tuple[tuple[int, int], ...]  # (rows, calls) one after the other: ((2, 30),) is 30 guided steps
+Work = tuple[tuple[int, int], ...]  # (rows, calls) in order: ((2, 30),) is 30 guided steps
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds: of a UNet call whatever its rows, of each row in it, of an image's decode and the rest that keeps the
-    engine, and of what an image takes beside the engine."""
+    """Seconds of a UNet call without its rows, of each row, of an image's decode and other work in the engine, and of
+    an image's work outside the engine."""
 
     call: float
     row: float
@@ -27,29 +27,29 @@ class Cost:
     beside: float = 0.0
 
     def alone(self, work: Work) -> float:
-        """Seconds of an image that has a replica to itself."""
+        """Seconds of an image alone on a replica."""
         return sum(calls * (self.call + self.row * rows) for rows, calls in work) + self.image + self.beside
 
 
 @dataclass(frozen=True)
-class Rule:
-    """How a replica takes images in: at most `rows` at a time by the most that each has in a call, one always;
-    `queue` may wait, the next is refused. `together`: none joins until all under way are done (a static batch), and
-    all are answered with the last."""
+class Policy:
+    """How a replica batches. Images join while the sum of their widest calls is at most `rows`; one image always joins.
+    `queue` images may wait, and further ones are refused. With `together` no image joins until all running ones are
+    done (a static batch), and all are answered with the last."""
 
     rows: int
     queue: int = 100
     together: bool = False
 
     def at_once(self, work: Work) -> int:
-        """How many such images are under way at most."""
+        """The largest number of such images that run at once."""
         return max(1, self.rows // _width(work))
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """dstack's autoscaler for `metric: rps`, as its `RPSAutoscaler` has it, asked every `look` seconds; a replica is
-    ready `startup` seconds after it was called for. Seconds; `target` in requests a second and replica."""
+    """dstack's autoscaler for `metric: rps` (its `RPSAutoscaler`), evaluated every `look` seconds. A new replica is
+    ready after `startup` seconds. Times are in seconds, `target` in requests a second and replica."""
 
     target: float
     window: int = 60
@@ -63,10 +63,10 @@ class Scaling:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of the images, in the order in which they arrived. Arrays of one length, seconds: `starts` is when
-    the replica took it in, `ends` when it was done, both NaN for a refused one. `busy` is each replica's seconds of
-    work until the last arrival."""
+class FleetOutcome:
+    """The images in order of arrival, as arrays of one length, in seconds: `starts` is when the replica began an image
+    and `ends` when it was done, both NaN for a refused one. `busy` is each replica's seconds of work until the last
+    arrival."""
 
     arrivals: np.ndarray
     starts: np.ndarray
@@ -82,7 +82,7 @@ class Outcome:
 
     @property
     def waits(self) -> np.ndarray:
-        """Seconds until taken in."""
+        """Seconds in the queue."""
         return self.starts - self.arrivals
 
     @property
@@ -94,7 +94,7 @@ class Outcome:
         return int(((self.arrivals <= moment) & (self.ends > moment)).sum())
 
     def settled(self, warm: float = 0.1) -> np.ndarray:
-        """Seconds of the images that were drawn, without the first share of arrivals, which find an idle fleet."""
+        """Latencies of the images drawn, without the first share of arrivals, which meet an idle fleet."""
         taken = self.latencies[int(warm * len(self.latencies)) :]
         return taken[~np.isnan(taken)]
 
@@ -103,10 +103,10 @@ def _width(work: Work) -> int:
     return max(rows for rows, _ in work)
 
 
-def capacity(work: Work, cost: Cost, rule: Rule) -> float:
-    """Images a second of one replica that always has enough of them."""
+def capacity(work: Work, cost: Cost, policy: Policy) -> float:
+    """Images a second of one saturated replica."""
     calls, rows = sum(count for _, count in work), sum(count * many for many, count in work)
-    return 1 / (calls * cost.call / rule.at_once(work) + rows * cost.row + cost.image)
+    return 1 / (calls * cost.call / policy.at_once(work) + rows * cost.row + cost.image)
 
 
 def poisson(rate: float, count: int, seed: int) -> np.ndarray:
@@ -118,13 +118,13 @@ def fleet(
     arrivals: np.ndarray,
     works: Sequence[Work],
     cost: Cost,
-    rule: Rule,
+    policy: Policy,
     ready: Sequence[float] = (0.0,),
     played: int | None = None,
-) -> Outcome:
-    """Send arrivals, in order, round robin to the replicas that are ready: from `ready` on, in seconds, for each. Other
-    than that no replica differs, so that the first `played` of many stand for all: the outcome is then theirs alone.
-    Clients that are refused do not come back."""
+) -> FleetOutcome:
+    """Send arrivals, in order, round robin to the ready replicas; `ready` gives each one's first second. The replicas
+    are otherwise alike, so the first `played` of many may represent all: the outcome is then only theirs. Refused
+    clients do not return."""
     to = routes(arrivals, ready)
     among = len(ready) if played is None else min(played, len(ready))
     starts, ends = (np.full(len(arrivals), np.nan) for _ in range(2))
@@ -133,11 +133,11 @@ def fleet(
     for number in range(among):
         mine = np.flatnonzero(to == number)
         moments = arrivals[mine].tolist()
-        replica = _Replica(cost, rule, horizon)
+        replica = _Replica(cost, policy, horizon)
         starts[mine], ends[mine] = replica.play(moments, [works[index] for index in mine.tolist()])
         busy[number], calls, rows = replica.busy, calls + replica.calls, rows + replica.rows
     kept = to < among
-    return Outcome(arrivals[kept], starts[kept], ends[kept], to[kept], busy, calls, rows)
+    return FleetOutcome(arrivals[kept], starts[kept], ends[kept], to[kept], busy, calls, rows)
 
 
 def routes(arrivals: np.ndarray, ready: Sequence[float]) -> np.ndarray:
@@ -150,15 +150,15 @@ def routes(arrivals: np.ndarray, ready: Sequence[float]) -> np.ndarray:
 
 
 class _Replica:
-    """The engine's rule for one replica: in a call every image under way has one step."""
+    """One replica with the engine's batching: each call makes one step of every running image."""
 
-    def __init__(self, cost: Cost, rule: Rule, horizon: float) -> None:
-        self.cost, self.rule, self.horizon = cost, rule, horizon
+    def __init__(self, cost: Cost, policy: Policy, horizon: float) -> None:
+        self.cost, self.policy, self.horizon = cost, policy, horizon
         self.busy, self.calls, self.rows = 0.0, 0, 0
 
     def play(self, arrivals: list[float], works: list[Work]) -> tuple[list[float], list[float]]:
         """Starts and ends of the images, NaN where refused."""
-        cost, rule = self.cost, self.rule
+        cost, policy = self.cost, self.policy
         starts, ends = [math.nan] * len(arrivals), [math.nan] * len(arrivals)
         waiting: deque[int] = deque()
         running: list[list[int]] = []  # index of the image, of its stretch, the stretch's rows, calls left in it
@@ -166,11 +166,11 @@ class _Replica:
         upcoming, in_flight, now = 0, 0, 0.0
         while True:
             while upcoming < len(arrivals) and arrivals[upcoming] <= now:
-                if len(waiting) < rule.queue:
+                if len(waiting) < policy.queue:
                     waiting.append(upcoming)
                 upcoming += 1
-            open_ = not (rule.together and running)
-            while open_ and waiting and (not running or in_flight + _width(works[waiting[0]]) <= rule.rows):
+            open_ = not (policy.together and running)
+            while open_ and waiting and (not running or in_flight + _width(works[waiting[0]]) <= policy.rows):
                 index = waiting.popleft()
                 rows, calls = works[index][0]
                 running.append([index, 0, rows, calls])
@@ -184,7 +184,7 @@ class _Replica:
             rows = sum(each[2] for each in running)
             seconds = cost.call + cost.row * rows
             leap = min(each[3] for each in running)
-            if not (waiting or rule.together) and upcoming < len(arrivals):
+            if not (waiting or policy.together) and upcoming < len(arrivals):
                 leap = max(1, min(leap, math.ceil((arrivals[upcoming] - now) / seconds)))
             before, now = now, now + leap * seconds
             self.calls, self.rows = self.calls + leap, self.rows + leap * rows
@@ -199,7 +199,7 @@ class _Replica:
                         each[2], each[3] = stretches[each[1]]
             if finished:
                 running = [each for each in running if each[3]]
-                if not (rule.together and running):
+                if not (policy.together and running):
                     now += cost.image * len(finished)
                     for index in finished:
                         ends[index] = now + cost.beside
@@ -209,8 +209,8 @@ class _Replica:
 
 
 def called_for(arrivals: np.ndarray, scaling: Scaling, replicas: int = 1) -> list[float]:
-    """The moments from which each replica is ready, the first `replicas` from the beginning. Only upwards: a load that
-    falls again is not played."""
+    """The moment from which each replica is ready; the first `replicas` are ready from the beginning. Scaling down is
+    not simulated."""
     ready, scaled = [0.0] * replicas, -math.inf
     for now in np.arange(scaling.look, arrivals[-1], scaling.look):
         seen = int(((arrivals > now - scaling.window) & (arrivals <= now)).sum())

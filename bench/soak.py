@@ -1,6 +1,6 @@
-"""The service at saturation, with clients that behave badly: does it lose, double, leak or forget anything?
+"""The service at saturation with badly behaved clients: does it lose, double, leak or forget anything?
 
-Everything is seen from outside, over HTTP: memory from `/metrics`, images from the answers and from `/images`.
+Everything is observed over HTTP: memory from `/metrics`, images from the answers and from `/images`.
 """
 
 import http.client
@@ -25,32 +25,32 @@ from bench.settings import PROMPTS, Size, config_of, varied_body
 from sdxl_lab.research.plots import COLOURS
 
 CLIENTS = 24
-QUEUE = 12  # that wait at most: fewer than the clients, so that some are refused
-WARM = 0.1  # of the time, after which memory has to stay as it is
+QUEUE = 12  # fewer than the clients, so that some requests are refused
+WARM = 0.1  # of the time, after which memory must not grow
 OVER = ("done", "failed", "cancelled")
 
 
-class Wrong(Exception):
-    """The service broke its word."""
+class Violation(Exception):
+    """The service did not do what it promises."""
 
 
 @dataclass
 class Ledger:
-    """What all clients were told. `outcomes` counts calls; the rest are image ids."""
+    """The answers to all clients. `outcomes` counts calls; the rest are image ids."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     done: set[str] = field(default_factory=set)
-    unsettled: set[str] = field(default_factory=set)  # accepted, and how it ended was not told to the client
+    unsettled: set[str] = field(default_factory=set)  # accepted, and the client left before its end
     by_key: dict[str, str] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def tell(self, outcome: str) -> None:
+    def count(self, outcome: str) -> None:
         with self.lock:
             self.outcomes[outcome] += 1
 
-    def drawn(self, image: str, outcome: str, key: str | None = None) -> None:
-        """An image was acknowledged: under an id of its own, or under that of its key."""
+    def acknowledge(self, image: str, outcome: str, key: str | None = None) -> None:
+        """Record an acknowledged image, under an id of its own or under that of its key."""
         with self.lock:
             self.outcomes[outcome] += 1
             if key is None:
@@ -62,7 +62,7 @@ class Ledger:
 
 
 class Client:
-    """One that asks again and again, each time in one of the `WAYS`."""
+    """A client that sends requests until the end, each in one of the `WAYS`."""
 
     def __init__(self, port: int, size: Size, ledger: Ledger, number: int) -> None:
         self.port, self.size, self.ledger = port, size, ledger
@@ -73,7 +73,7 @@ class Client:
         while time.monotonic() < until:
             try:
                 self.random.choices(self.behave, list(WAYS.values()))[0]()
-            except Wrong as error:
+            except Violation as error:
                 with self.ledger.lock:
                     self.ledger.wrong.append(str(error))
             except (OSError, http.client.HTTPException) as error:
@@ -86,31 +86,31 @@ class Client:
     def ask(
         self, path: str, body: dict[str, Any] | None = None, method: str = "POST", **headers: str
     ) -> tuple[int, Any]:
-        """Status and content. One that came too early waits as it is told, within reason."""
+        """Status and content. After a 429 it waits for a moment."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        status, content, told = request(self.port, method, path, body, named)
+        status, content, answered = request(self.port, method, path, body, named)
         if status == 429:
-            if int(told["Retry-After"]) < 1:
-                raise Wrong("429 with a Retry-After below a second")
-            self.ledger.tell("refused: 429")
+            if int(answered["Retry-After"]) < 1:
+                raise Violation("429 with a Retry-After below a second")
+            self.ledger.count("refused: 429")
             time.sleep(self.random.uniform(0.05, 0.5))
         elif status >= 500:
-            raise Wrong(f"{method} {path}: {status} {content[:300]!r}")
+            raise Violation(f"{method} {path}: {status} {content[:300]!r}")
         return status, json.loads(content) if content else None
 
-    # --- ways to ask -------------------------------------------------------------------------------------------------
+    # --- the ways ----------------------------------------------------------------------------------------------------
 
     def plain(self) -> None:
         status, answer = self.ask("/generate", self.body())
         if status == 200:
-            self.ledger.drawn(answer["id"], "done")
+            self.ledger.acknowledge(answer["id"], "done")
 
     def openai(self) -> None:
-        asked = {"prompt": self.random.choice(PROMPTS), "n": 2, "response_format": "url", "quality": "low"}
-        status, answer = self.ask("/v1/images/generations", asked)
+        content = {"prompt": self.random.choice(PROMPTS), "n": 2, "response_format": "url", "quality": "low"}
+        status, answer = self.ask("/v1/images/generations", content)
         if status == 200:
             for image in answer["data"]:
-                self.ledger.drawn(image["url"].rpartition("/")[2], "done: one of two")
+                self.ledger.acknowledge(image["url"].rpartition("/")[2], "done: one of two")
 
     def repeat(self) -> None:
         """The same request under the same key, by several clients, at once or later."""
@@ -119,7 +119,7 @@ class Client:
         status, answer = self.ask("/generate", body, Idempotency_Key=key)
         if status == 200:
             again = key in self.ledger.by_key
-            self.ledger.drawn(answer["id"], "done: repeated" if again else "done: with a key", key)
+            self.ledger.acknowledge(answer["id"], "done: repeated" if again else "done: with a key", key)
 
     def later(self) -> None:
         status, answer = self.ask("/generate", self.body(), Prefer="respond-async")
@@ -134,38 +134,38 @@ class Client:
         time.sleep(self.random.expovariate(4))
         status, _ = self.ask(f"/jobs/{image}", method="DELETE")
         if status not in (204, 409):
-            raise Wrong(f"DELETE /jobs/{image}: {status}")
+            raise Violation(f"DELETE /jobs/{image}: {status}")
         state = self._wait(image, "done: too early to cancel")
         if (state == "done") != (status == 409):
-            raise Wrong(f"DELETE /jobs/{image} told {status}, but the image is {state}")
+            raise Violation(f"DELETE /jobs/{image} answered {status}, but the image is {state}")
 
     def _wait(self, image: str, outcome: str) -> str:
         while True:
-            status, told = self.ask(f"/images/{image}", method="GET")
+            status, info = self.ask(f"/images/{image}", method="GET")
             if status != 200:
-                raise Wrong(f"GET /images/{image}, which was accepted: {status}")
-            if told["state"] in OVER:
-                if told["state"] == "done":
-                    self.ledger.drawn(image, outcome)
+                raise Violation(f"GET /images/{image}, which was accepted: {status}")
+            if info["state"] in OVER:
+                if info["state"] == "done":
+                    self.ledger.acknowledge(image, outcome)
                 else:
-                    self.ledger.tell(told["state"])
-                return str(told["state"])
+                    self.ledger.count(info["state"])
+                return str(info["state"])
             time.sleep(0.2)
 
     def listen(self) -> None:
-        """Events to the end."""
+        """Follow the events to the end."""
         with self._stream() as stream:
             events = list(_events(stream))
         if not events:
             return
         if events[-1][0] != "done":
-            raise Wrong(f"a stream ended with {events[-1]}")
+            raise Violation(f"a stream ended with {events[-1]}")
         if events[0][1]["id"] != events[-1][1]["id"]:
-            raise Wrong("a stream began with one image and ended with another")
-        self.ledger.drawn(events[-1][1]["id"], "done: listened to")
+            raise Violation("a stream began with one image and ended with another")
+        self.ledger.acknowledge(events[-1][1]["id"], "done: listened to")
 
     def leave(self) -> None:
-        """Events for a moment."""
+        """Leave after an event or two."""
         with self._stream() as stream:
             events = _events(stream)
             first = next(events, None)
@@ -173,7 +173,7 @@ class Client:
                 return
             if self.random.random() < 0.5:
                 next(events, None)
-        self.ledger.tell("left")
+        self.ledger.count("left")
         with self.ledger.lock:
             self.ledger.unsettled.add(first[1]["id"])
 
@@ -190,7 +190,7 @@ WAYS = {"plain": 8, "openai": 2, "repeat": 3, "later": 2, "cancel": 2, "listen":
 
 
 def _events(sock: socket.socket) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and data of each event; none where the service refused."""
+    """Name and data of each event; nothing if the service refused."""
     name = ""
     with sock.makefile("rb") as lines:
         if b" 200 " not in lines.readline():
@@ -204,8 +204,8 @@ def _events(sock: socket.socket) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @dataclass
-class Watch:
-    """The service's own figures, every second: minutes, MiB, and milliseconds until `/healthz` answered."""
+class Monitor:
+    """The service's memory in MiB and the milliseconds until `/healthz` answered, by minute."""
 
     port: int
     memory: list[tuple[float, float]] = field(default_factory=list)
@@ -214,13 +214,13 @@ class Watch:
     def run(self, until: float, over: threading.Event) -> None:
         began, looks = time.monotonic(), 0
         while not over.is_set() and time.monotonic() < until:
-            asked = time.monotonic()
+            sent = time.monotonic()
             request(self.port, "GET", "/healthz", timeout=60)
             answered = time.monotonic()
-            self.health.append(((asked - began) / 60, 1000 * (answered - asked)))
+            self.health.append(((sent - began) / 60, 1000 * (answered - sent)))
             if looks % 5 == 0:
                 (used,) = metrics(self.port, "process_resident_memory_bytes")
-                self.memory.append(((asked - began) / 60, used / 2**20))
+                self.memory.append(((sent - began) / 60, used / 2**20))
             looks += 1
             time.sleep(0.2)
 
@@ -229,23 +229,23 @@ class Watch:
         return min(self.memory, key=lambda look: abs(look[0] - minute))[1]
 
     def growth(self) -> float:
-        """Of the median memory, from the first half after the warm-up to the second."""
+        """The growth of the median memory from the first half after the warm-up to the second."""
         warm = [mib for minute, mib in self.memory if minute >= WARM * self.memory[-1][0]]
         half = len(warm) // 2
         return statistics.median(warm[half:]) / statistics.median(warm[:half] or warm) - 1
 
 
 def soak(size: Size) -> None:
-    """`--minutes` at saturation: 24 clients that ask, repeat, cancel, listen and leave at random. Prints what became of
-    every image; what the service did wrong, if anything, stands in the last lines."""
+    """`--minutes` at saturation, with 24 clients that request, repeat, cancel, listen and leave at random. Prints the
+    outcomes of all images, and last the violations, if any."""
     config = config_of(size)
     ledger = Ledger()
     over = threading.Event()
     with server("service", config, SDXL_MAX_QUEUE=str(QUEUE), SDXL_MAX_ROWS="16") as port:
         before = set(listed(port))
         until = time.monotonic() + 60 * size.minutes
-        watch = Watch(port)
-        watching = threading.Thread(target=watch.run, args=(until, over))
+        monitor = Monitor(port)
+        watching = threading.Thread(target=monitor.run, args=(until, over))
         clients = [Client(port, size, ledger, number) for number in range(CLIENTS)]
         asking = [threading.Thread(target=client.run, args=(until,)) for client in clients]
         for thread in (watching, *asking):
@@ -256,15 +256,15 @@ def soak(size: Size) -> None:
         watching.join()
         _settle(port)
         figures = reconcile(port, ledger, before)
-    _report(size, ledger, watch, figures)
+    _report(size, ledger, monitor, figures)
 
 
 def _settle(port: int) -> None:
-    """Until nobody waits and nothing is drawn."""
+    """Wait until the queue is empty and nothing is drawn."""
     ends = time.monotonic() + 60
     while any(metrics(port, "sdxl_queue_depth", "sdxl_images_running")):
         if time.monotonic() > ends:
-            raise RuntimeError("images are being drawn that nobody asks for any more")
+            raise RuntimeError("images are still drawn although no client is left")
         time.sleep(0.1)
     time.sleep(1)  # the last ones are being stored
 
@@ -281,51 +281,50 @@ def listed(port: int) -> Iterator[str]:
 
 
 def reconcile(port: int, ledger: Ledger, before: Set[str] = frozenset()) -> dict[str, float]:
-    """Hold what clients were told against what the service has, apart from what was there `before`; what does not agree
-    goes to `ledger.wrong`."""
+    """Compare the ledger with the service's images, without those from `before`. Differences go to `ledger.wrong`."""
     stored = list(listed(port))
     images = set(stored) - before
     lost = ledger.done - images
     strangers = images - ledger.done - ledger.unsettled - set(ledger.by_key.values())
     ledger.wrong += [f"{image} was acknowledged and is not listed" for image in lost]
-    ledger.wrong += [f"{image} is stored and nobody asked for it" for image in strangers]
+    ledger.wrong += [f"{image} is stored and was never requested" for image in strangers]
     ledger.wrong += [f"{image} is listed {times} times" for image, times in Counter(stored).items() if times > 1]
     for image in random.Random(0).sample(sorted(ledger.done - lost), min(50, len(ledger.done - lost))):
         if not request(port, "GET", f"/download/{image}").content.startswith(b"\x89PNG"):
             ledger.wrong.append(f"{image} cannot be downloaded")
     left = ledger.unsettled - images
     for image in left:
-        told = request(port, "GET", f"/images/{image}").json()
-        if told.get("state") != "cancelled" and told.get("status") != 404:  # the oldest are forgotten
-            ledger.wrong.append(f"{image} was left, and is {told.get('state', told)}")
+        info = request(port, "GET", f"/images/{image}").json()
+        if info.get("state") != "cancelled" and info.get("status") != 404:  # the oldest are forgotten
+            ledger.wrong.append(f"{image} was left, and is {info.get('state', info)}")
     return {
         "acknowledged images": len(ledger.done),
         "acknowledged and lost": len(lost),
-        "stored and asked for by nobody": len(strangers),
+        "stored and never requested": len(strangers),
         "left by their client and cancelled": len(left),
         "left by their client and stored": len(ledger.unsettled & images),
     }
 
 
-def _report(size: Size, ledger: Ledger, watch: Watch, figures: dict[str, float]) -> None:
-    waits = [wait for _, wait in watch.health]
+def _report(size: Size, ledger: Ledger, monitor: Monitor, figures: dict[str, float]) -> None:
+    waits = [wait for _, wait in monitor.health]
     minutes = size.minutes
     lines: dict[str, float] = {
         **{f"calls, {outcome}": count for outcome, count in sorted(ledger.outcomes.items())},
         **figures,
-        **{f"MiB after {part * minutes:.3g} min": round(watch.at(part * minutes)) for part in (0.1, 0.5, 1)},
-        "growth of memory after the warm-up": round(watch.growth(), 4),
+        **{f"MiB after {part * minutes:.3g} min": round(monitor.at(part * minutes)) for part in (0.1, 0.5, 1)},
+        "growth of memory after the warm-up": round(monitor.growth(), 4),
         "/healthz, median ms": round(statistics.median(waits), 2),
         "/healthz, p99 ms": round(float(np.quantile(waits, 0.99, method="higher")), 2),
         "things that went wrong": len(ledger.wrong),
     }
     title = f"{minutes:g} minutes at saturation"
     conditions = f"{CLIENTS} clients, {Path(size.model).name}, {size.side} px, up to {size.steps} steps"
-    memory = [[round(minute, 3), round(mib, 1)] for minute, mib in watch.memory]
+    memory = [[round(minute, 3), round(mib, 1)] for minute, mib in monitor.memory]
     values = {label: [value] for label, value in lines.items()}
-    Report("soak", title, values, conditions, wrong=ledger.wrong, more={"memory": memory}).tell(size.folder)
+    Report("soak", title, values, conditions, wrong=ledger.wrong, more={"memory": memory}).write(size.folder)
     with plot(size.folder / "soak.png", f"{title}: {conditions}", (9, 5), rows=2) as (above, below):
-        above.plot(*zip(*watch.memory, strict=True), color=COLOURS[0])
+        above.plot(*zip(*monitor.memory, strict=True), color=COLOURS[0])
         above.set(ylabel="memory, MiB", ylim=(0, None))
-        below.plot(*zip(*watch.health, strict=True), ".", markersize=3, color=COLOURS[0])
+        below.plot(*zip(*monitor.health, strict=True), ".", markersize=3, color=COLOURS[0])
         below.set(ylabel="/healthz, ms", xlabel="minutes", yscale="log")

@@ -1,67 +1,67 @@
-"""Images a second at saturation, 16 in flight: the engine and the service against what people use instead."""
+"""Images a second at saturation, 16 in flight: the engine and the service against the baselines."""
 
 import itertools
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from bench.baselines import Asked, Pipeline
+from bench.baselines import Pipeline, PipelineRequest
 from bench.clients import rate
 from bench.engine import all_at_once, one_by_one
-from bench.measure import Report, Trial, alternate, ratios
-from bench.rooms import room
+from bench.isolated import isolated
+from bench.measure import Measurement, Report, alternate, ratios
 from bench.servers import server
 from bench.settings import FLOAT32, Body, Size, body, config_of
 from sdxl_lab.config import SCHEDULERS, GenerationConfig
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.job import ImageRequest
 
-# Taken from all that the static servers can do, too: no second-order ones, whose steps cost two calls.
+# Schedulers that the static servers can use, too; without second-order ones, whose steps cost two calls.
 MIXED = [name for name in SCHEDULERS if name not in ("heun", "kdpm2", "kdpm2_a", "dpmpp_sde", "lcm", "tcd", "pndm")]
 
 
 def bodies(size: Size, *, mixed: bool) -> Sequence[Body]:
-    """One request a client; mixed, each has steps, guidance and a scheduler of its own."""
+    """One request for each client. With `mixed` each has steps, guidance and a scheduler of its own."""
     spread = itertools.cycle(range(-size.steps // 4, size.steps // 4 + 1, max(1, size.steps // 8)))
-    asked = [body(size, size.steps, index) | {"scheduler": "euler"} for index in range(size.images)]
+    batch = [body(size, size.steps, index) | {"scheduler": "euler"} for index in range(size.images)]
     if mixed:
-        for index, each in enumerate(asked):
+        for index, each in enumerate(batch):
             each["steps"] = max(1, size.steps + next(spread))
             each["guidance_scale"] = 3.0 + index % 5
             each["scheduler"] = MIXED[index % len(MIXED)]
-    return asked
+    return batch
 
 
-def requests(config: GenerationConfig, asked: Sequence[Body]) -> list[ImageRequest]:
+def requests(config: GenerationConfig, batch: Sequence[Body]) -> list[ImageRequest]:
     names = ("steps", "guidance_scale", "scheduler", "width", "height")
-    return [ImageRequest(config.with_(**{n: each[n] for n in names}), each["prompt"], each["seed"]) for each in asked]
+    return [ImageRequest(config.with_(**{n: each[n] for n in names}), each["prompt"], each["seed"]) for each in batch]
 
 
 def measure(size: Size) -> dict[bool, dict[str, list[float]]]:
-    """Images a second of each, a value a round: with equal settings, and mixed. Whatever draws is loaded once."""
+    """Images a second of each, one value a round, with equal and with mixed settings. Models are loaded once."""
     config = config_of(size)
     with ExitStack() as stack:
-        pipeline = stack.enter_context(room(Pipeline, size.model))
+        pipeline = stack.enter_context(isolated(Pipeline, size.model))
         engines = {
-            dtype: stack.enter_context(room(Engine.load, config, FLOAT32.with_(dtype=dtype)))
+            dtype: stack.enter_context(isolated(Engine.load, config, FLOAT32.with_(dtype=dtype)))
             for dtype in ("float32", "bfloat16")
         }
         ports = {kind: stack.enter_context(server(kind, config)) for kind in ("locked", "litserve")}
         ports["service"] = stack.enter_context(server("service", config, SDXL_MAX_ROWS="32"))
 
-        def trials(asked: Sequence[Body]) -> dict[str, Trial]:
-            count, drawn = len(asked), requests(config, asked)
-            alone = [Asked(**each) for each in asked]
+        def measurements(batch: Sequence[Body]) -> dict[str, Measurement]:
+            count, drawn = len(batch), requests(config, batch)
+            alone = [PipelineRequest(**each) for each in batch]
             return {
                 "(a) pipeline, one at a time": lambda: count / pipeline(one_by_one, alone),
-                "(b) FastAPI, pipeline behind a lock": lambda: rate([ports["locked"]], asked),
-                "(d) LitServe, dynamic batching": lambda: rate([ports["litserve"]], asked),
+                "(b) FastAPI, pipeline behind a lock": lambda: rate([ports["locked"]], batch),
+                "(d) LitServe, dynamic batching": lambda: rate([ports["litserve"]], batch),
                 "engine, float32": lambda: count / engines["float32"](all_at_once, drawn),
                 "engine, bfloat16 UNet": lambda: count / engines["bfloat16"](all_at_once, drawn),
-                "service, float32": lambda: rate([ports["service"]], asked),
+                "service, float32": lambda: rate([ports["service"]], batch),
             }
 
-        return {mixed: alternate(trials(bodies(size, mixed=mixed)), size.rounds) for mixed in (False, True)}
+        return {mixed: alternate(measurements(bodies(size, mixed=mixed)), size.rounds) for mixed in (False, True)}
 
 
 def main(size: Size) -> None:

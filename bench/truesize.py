@@ -1,6 +1,6 @@
-"""SDXL's real UNet on this CPU: the engine's guided step as a share of the bfloat16 matrix products the machine makes.
+"""SDXL's real UNet on this CPU: the speed of the engine's guided step as a share of a bfloat16 matrix product's.
 
-Batching buys nothing here: the machine is busy with one image.
+Batching gains nothing here, since one image saturates the machine.
 """
 
 import time
@@ -15,7 +15,7 @@ from bench.measure import Report, alternate, ratios
 from bench.settings import Size
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import Denoiser, Embedding, load
+from sdxl_lab.diffusion.models import Denoiser, Embedding, Prompt, load
 from sdxl_lab.job import ImageRequest
 
 # stable-diffusion-xl-base-1.0/unet/config.json
@@ -36,10 +36,10 @@ SDXL_UNET = {
 
 
 class TextlessDenoiser(Denoiser):
-    """Random embeddings of the true widths stand for the two text encoders (0.8 B parameters more)."""
+    """Random embeddings of the true widths replace the two text encoders (another 0.8 B parameters)."""
 
-    def embed(self, prompt: str) -> Embedding:
-        draw = torch.Generator().manual_seed(len(prompt))
+    def _encoded(self, prompt: Prompt) -> Embedding:
+        draw = torch.Generator().manual_seed(len(prompt.text or ""))
         return Embedding(torch.randn(1, 77, 2048, generator=draw), torch.randn(1, 1280, generator=draw))
 
 
@@ -72,14 +72,14 @@ def main(size: Size) -> None:
     base = TextlessDenoiser(unet, (), (), nano.base.scheduler_config, zero_negative=True, aesthetic=False)
     models = replace(nano, base=base, refiner=None, dtype=torch.bfloat16)
     side = 2 * size.side
-    config = GenerationConfig(width=side, height=side, steps=1, limits=size.limits)
+    config = GenerationConfig(width=side, height=side, steps=1)
     took = {}
     with Engine(models, RuntimeProfile(device="cpu", dtype="bfloat16"), {}) as engine:
         for count in (1, 2):
-            asked = [ImageRequest(config, "a cat", seed) for seed in range(count)]
+            requests = [ImageRequest(config, "a cat", seed) for seed in range(count)]
 
-            def step(asked: list[ImageRequest] = asked) -> float:
-                draw_all(engine, asked)
+            def step(requests: list[ImageRequest] = requests) -> float:
+                draw_all(engine, requests)
                 return engine.stats().seconds
 
             took[count] = step

@@ -1,8 +1,9 @@
-"""The parts of the documentation that the code knows better: `python -m docs.generated` writes them anew.
+"""The parts of the documentation that come from the code: `python -m docs.generated` writes them.
 
-A page marks such a part with `<!-- generated: NAME -->` and `<!-- end -->`; `PARTS` says what comes between.
+A page marks such a part with `<!-- generated: NAME -->` and `<!-- end -->`; `PARTS` makes its content.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -10,20 +11,23 @@ import grimp
 import networkx
 
 from bench import cost, measure
-from service.api.problems import TABLE as PROBLEMS
+from sdxl_lab.config import GenerationConfig, ServingLimits
+from sdxl_lab.declaration import Declared, Setting, Table
+from sdxl_lab.job import OVER, TRANSITIONS, JobState
+from service.api.problems import ENTRIES
 from service.app import create_app
 from service.settings import TABLE as SETTINGS
 from service.settings import Settings, default
 
 ROOT = Path(__file__).parents[1]
 PAGES = (*(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md")
-# Close together, so that the words keep their size where a page scales the graph to its width.
+# Compact, so that the text stays readable when a page scales the graph to its width.
 COMPACT = '%%{init: {"flowchart": {"nodeSpacing": 18, "rankSpacing": 32, "padding": 8}}}%%'
 PART = re.compile(r"<!-- generated: ([\w ]+) -->\n.*?<!-- end -->", re.S)
 
 
 def imports() -> networkx.DiGraph:
-    """What each room of the library and each module of the service imports, but what it has at second hand."""
+    """The imports of each room of the library and each module of the service, without indirect ones."""
     code = grimp.build_graph("sdxl_lab", "service", cache_dir=None)
     graph = networkx.DiGraph()
     for module in code.modules:
@@ -40,7 +44,7 @@ def _shown(module: str) -> str:
 
 
 def diagram(package: str) -> str:
-    """The modules of a package and what of others they import, in mermaid's notation."""
+    """The modules of a package and their imports, in mermaid's notation."""
     edges = sorted(edge for edge in imports().edges if edge[0].startswith(package))
     lines = (f"  {user} --> {used}".replace(f"{package}.", "") for user, used in edges)
     return "\n".join(["```mermaid", COMPACT, "flowchart LR", *lines, "```"])
@@ -64,8 +68,8 @@ def calls() -> str:
 
 
 def errors() -> str:
-    """Every error of the service by status, with the end of its `type` and whether a Retry-After comes along."""
-    entries = sorted(PROBLEMS.values(), key=lambda entry: (entry.status, entry.kind))
+    """Every error of the service by status, with the end of its `type` and its Retry-After."""
+    entries = sorted(ENTRIES, key=lambda entry: (entry.status, entry.kind))
     return table(
         ("status", "`type`: `urn:sdxl-lab:...`", "what it says", "`Retry-After`"),
         *(
@@ -83,7 +87,50 @@ def settings() -> str:
     )
 
 
+def configuration() -> str:
+    """Every setting of an image, as `GenerationConfig` declares it."""
+    return table(
+        ("setting", "label", "what it does", "rule", "unit", "default", "option of `generate`", "source"),
+        *(
+            (f"`{s.name}`", s.label, s.help, _rule(s), s.unit, _default(s), _option(s), s.source)
+            for s in GenerationConfig.settings().values()
+        ),
+    )
+
+
+def limits() -> str:
+    """Every limit of a slot, as `ServingLimits` declares it."""
+    rows = ((f"`{s.name}`", s.help, _rule(s), s.unit, _default(s)) for s in ServingLimits.settings().values())
+    return table(("limit", "meaning", "rule", "unit", "default for nano"), *rows)
+
+
+def _rule(setting: Setting) -> str:
+    words = "the settings below" if isinstance(setting.kind, Table) else setting.kind.words
+    return f"{words}{', or left out' if setting.optional else ''}"
+
+
+def _default(setting: Setting) -> str:
+    if setting.default is None:
+        return "left out"
+    plain = setting.default.to_dict() if isinstance(setting.default, Declared) else setting.default
+    return f"`{json.dumps(plain)}`"
+
+
+def _option(setting: Setting) -> str:
+    return f"`--{setting.option}`" if setting.option else "`--model`" if setting.name == "model" else ""
+
+
+def job_states() -> str:
+    """The table of a job's legal transitions, as a state diagram."""
+    ends = (f"  {state} --> [*]" for state in JobState if state in OVER)
+    moves = (f"  {state} --> {after}" for state in JobState for after in JobState if after in TRANSITIONS[state])
+    return "\n".join(["```mermaid", "stateDiagram-v2", f"  [*] --> {JobState.ACCEPTED}", *moves, *ends, "```"])
+
+
 PARTS = {
+    "job states": job_states,
+    "configuration": configuration,
+    "limits": limits,
     "imports sdxl_lab": lambda: diagram("sdxl_lab"),
     "imports service": lambda: diagram("service"),
     "calls": calls,
@@ -95,7 +142,7 @@ PARTS = {
 
 
 def renewed(page: str) -> str:
-    """A page with its generated parts written anew; KeyError for an unknown one."""
+    """A page with its generated parts up to date. KeyError for an unknown part."""
     return PART.sub(lambda part: f"<!-- generated: {part[1]} -->\n{PARTS[part[1]]()}\n<!-- end -->", page)
 
 

@@ -1,9 +1,8 @@
 """`python docs/plan.py`: what a real `dstack server` plans for each *.dstack.yml, on loopback and with nothing to pay.
 
-Server and command line run with a throw-away home of their own, so neither the user's projects nor their clouds are
-touched; without a backend the server finds no offer, and says so where a price list would stand. The fleet is created;
-of the others only the plan is asked for, and `service.gateway.dstack.yml` is submitted, to show that it is refused
-where there is no gateway. `plan.txt` beside this file is the output.
+Server and command line run with a temporary home, so the user's projects and clouds are not touched. Without a backend
+the server finds no offer, and says so in the place of a price list. The fleet is created, the other files are planned,
+and `service.gateway.dstack.yml` is submitted, to show that it is refused without a gateway. `plan.txt` is the output.
 """
 
 import os
@@ -34,7 +33,7 @@ FILES: dict[str, tuple[str, ...]] = {
 
 @contextmanager
 def server(home: Path) -> Iterator[dict[str, str]]:
-    """A dstack server whose whole state is in `home`; gives the environment in which the command line finds it."""
+    """A dstack server with its whole state in `home`. Yields the environment in which the command line finds it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("DSTACK_", "AWS_"))}
     environment |= {"HOME": str(home), "DSTACK_SERVER_DIR": str(home / "server"), "DSTACK_DEFAULT_CREDS_DISABLED": "1"}
     environment |= dict.fromkeys(CALLER, "none") | {"COLUMNS": "100", "NO_COLOR": "1"}
@@ -72,15 +71,15 @@ def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path, seconds: floa
 
 
 def plan(name: str, options: tuple[str, ...], environment: dict[str, str]) -> str:
-    """What `dstack apply` prints for one file, with `n` for an answer where it asks."""
+    """The output of `dstack apply` for one file; it is answered `n` where it asks."""
     command = ["dstack", "apply", *options, "-f", name]
     done = subprocess.run(
         [str(DSTACK), *command[1:]],
         cwd=ROOT, env=environment,
         input="n\n", text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
-    said = "\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines())
-    return f"$ {' '.join(command)}\n{said}\n[exit status {done.returncode}]\n"
+    output = "\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines())
+    return f"$ {' '.join(command)}\n{output}\n[exit status {done.returncode}]\n"
 
 
 def main() -> str:

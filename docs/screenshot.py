@@ -1,6 +1,6 @@
-"""Make docs/playground.png anew: `.venv/bin/python docs/screenshot.py`, a minute on two cores, with Chromium.
+"""Draw docs/playground.png again: `.venv/bin/python docs/screenshot.py`, a minute on two cores, with Chromium.
 
-The images in it are nano's, drawn through the page. The font is the page's own choice: Inter where it is installed.
+The images in it are nano's, drawn through the page. The page's font is Inter where it is installed.
 """
 
 import io
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def draw_all(page: Page) -> bytes:
-    """The gallery through the API, all at once; the last image through the page, one setting over the promoted."""
+    """The gallery through the API, all at once; the last image through the page, with one setting changed."""
     *others, last = PROMPTS
     for seed, prompt in enumerate(others, 3):
         page.request.post("generate", data={"prompt": prompt, "seed": seed}, headers={"Prefer": "respond-async"})

@@ -16,15 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdxl_lab import __version__
-from sdxl_lab.config import MAX_SEED, SCHEDULERS, ConfigError, GenerationConfig, RefinerConfig
+from sdxl_lab.config import MAX_SEED, ConfigError, GenerationConfig
+from sdxl_lab.declaration import Choice, Kind, Pair, Setting, Switch, Table, Text
 from sdxl_lab.notebook.runner import NotebookError
+from sdxl_lab.version import __version__
 
 STOPPED = 130  # what a shell expects of a program ended by Ctrl-C
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m sdxl_lab", description=__doc__.splitlines()[0])
+    called = "sdxl-lab" if Path(sys.argv[0]).stem == "sdxl-lab" else "python -m sdxl_lab"
+    top = argparse.ArgumentParser(prog=called, description=__doc__.splitlines()[0])
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -36,18 +38,7 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument("--config", type=Path, metavar="FILE", help="take the settings from this config.toml")
     start.add_argument("--model", help="nano (default), sdxl, a folder or a hub id")
     generate.add_argument("--seed", type=int, help=f"0 to {MAX_SEED}; random where none is given")
-    generate.add_argument("--negative-prompt", help="what to keep out of the image")
-    generate.add_argument("--steps", type=int, help="steps of base and refiner together")
-    generate.add_argument("--scheduler", metavar="NAME", help=", ".join(SCHEDULERS))
-    generate.add_argument("--guidance-scale", type=float, help="CFG scale; 1 or less: no guidance")
-    generate.add_argument("--width", type=int, help="pixels, a multiple of 8")
-    generate.add_argument("--height", type=int, help="pixels, a multiple of 8")
-    generate.add_argument(
-        "--refiner",
-        action=argparse.BooleanOptionalAction,
-        help="hand the last steps to the refiner (at 0.8, or where the configuration says)",
-    )
-    generate.add_argument("--watermark", action=argparse.BooleanOptionalAction, help="write the invisible watermark")
+    _add_settings(generate)
     generate.set_defaults(run=_generate)
 
     show = commands.add_parser("show", help="print the record inside a PNG")
@@ -80,6 +71,10 @@ def parser() -> argparse.ArgumentParser:
     diff.add_argument("slot", type=Path, help="the slot's folder")
     diff.add_argument("candidate", type=Path, help="a config.toml, an image, or another slot")
     diff.set_defaults(run=_diff)
+
+    migrate = commands.add_parser("migrate", help="make what 0.1.0 wrote into what this version reads")
+    migrate.add_argument("path", type=Path, help="a slot, a configuration's TOML, or a folder of such")
+    migrate.set_defaults(run=_migrate)
 
     notebook = commands.add_parser("notebook", help="run a notebook to its end, or say why it did not get there")
     notebook.add_argument("file", type=Path, help="an .ipynb, such as notebooks/05_regression.ipynb")
@@ -117,18 +112,77 @@ def main(arguments: list[str] | None = None) -> int:
         told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
         print(f"error: {told}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sdxl_lab"):
+            raise
+        print(f"error: {error.name} is missing; the lab's packages bring it: pip install -e .[lab]", file=sys.stderr)
+        return 1
     except (ValueError, NotebookError) as error:  # ConfigError, ModelError, SlotError... are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _changes(asked: argparse.Namespace, config: GenerationConfig) -> dict[str, Any]:
-    """The options given, as changes of the configuration."""
-    names = ("negative_prompt", "steps", "scheduler", "guidance_scale", "width", "height", "watermark")
-    changes = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
-    if asked.refiner is not None:
-        changes["refiner"] = (config.refiner or RefinerConfig()) if asked.refiner else None
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    """An option for every setting of the configuration, and one for those that may be left out."""
+    group = command.add_argument_group("settings", "what is not said is as in the configuration that one starts from")
+    optional = {}
+    for setting in _options():
+        group.add_argument(f"--{setting.option}", dest=setting.name, help=_help(setting), **_form(setting.kind))
+        if setting.optional and not isinstance(setting.kind, Table):
+            optional[str(setting.option)] = setting.name
+    group.add_argument(
+        "--without",
+        action="append",
+        choices=optional,
+        metavar="SETTING",
+        help=f"leave a setting out; may be repeated: {', '.join(optional)}",
+    )
+
+
+def _options() -> list[Setting]:
+    return [setting for setting in GenerationConfig.settings().values() if setting.option]
+
+
+def _form(kind: Kind) -> dict[str, Any]:
+    """How argparse reads an option's value."""
+    match kind:
+        case Switch() | Table():
+            return {"action": argparse.BooleanOptionalAction}
+        case Pair(names=names):
+            return {"type": _reader(kind), "nargs": 2, "metavar": tuple(name.upper() for name in names)}
+        case Choice():
+            return {"metavar": "NAME"}
+    return {"type": _reader(kind), "metavar": "TEXT" if isinstance(kind, Text) else "N"}
+
+
+def _reader(kind: Kind) -> Callable[[str], Any]:
+    def read(word: str) -> Any:
+        try:
+            return kind.read(word)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be {kind.words}; received {word!r}") from error
+
+    return read
+
+
+def _help(setting: Setting) -> str:
+    """What the setting does, and what values it takes where its help does not say so already."""
+    rule = "" if isinstance(setting.kind, Switch | Table | Text) else f"; {setting.kind.words}"
+    unit = f" ({setting.unit})" if setting.unit else ""
+    return f"{setting.help}{rule}{unit}".replace("%", "%%")
+
+
+def _changes(asked: argparse.Namespace) -> dict[str, Any]:
+    """The options given, as plain changes of the configuration."""
+    given = {setting.name: getattr(asked, setting.name) for setting in _options()}
+    changes = {name: value for name, value in given.items() if value is not None}
+    options = {setting.option: setting.name for setting in _options()}
+    for option in asked.without or ():
+        name = options[option]
+        if name in changes:
+            raise ValueError(f"--without {option} leaves out a setting; received it with --{option}, too")
+        changes[name] = None
     return changes
 
 
@@ -139,17 +193,17 @@ def _generate(asked: argparse.Namespace) -> None:
         from sdxl_lab.images import read_record
 
         record = read_record(asked.like)
-        config = GenerationConfig.from_dict(record["config"])
-        prompt = prompt if prompt is not None else record["prompt"]
-        seed = seed if seed is not None else record["seed"]
-        refined = record if "source" in record else None
+        config = record.config
+        prompt = prompt if prompt is not None else record.prompt
+        seed = seed if seed is not None else record.seed
+        refined = record if record.source is not None else None
     elif asked.config:
         config = GenerationConfig.from_toml(asked.config)
     else:
         config = GenerationConfig.for_model(asked.model or "nano")
     if prompt is None:
         raise ConfigError("prompt", None, "given, or taken from an image with --like", "A cat in a hat")
-    config = config.with_(**_changes(asked, config))
+    config = config.changed(_changes(asked), none=None)
     seed = seed if seed is not None else secrets.randbelow(2**32)
 
     if asked.out.suffix.lower() != ".png":
@@ -164,17 +218,17 @@ def _generate(asked: argparse.Namespace) -> None:
             request = ImageRequest(config, prompt, seed, _source(engine, refined))
         image = _draw(engine, request)
     image.save(asked.out)
-    print(f"{asked.out}  seed {seed}  config {config.digest}  {image.timings['total_ms'] / 1000:.1f} s")
+    print(f"{asked.out}  seed {seed}  config {config.short_digest}  {image.timings['total_ms'] / 1000:.1f} s")
 
 
-def _source(engine: Any, record: dict[str, Any]) -> Any:
+def _source(engine: Any, record: Any) -> Any:
     """The image that a refined one started from, drawn again from the record inside its record."""
     from sdxl_lab.job import ImageRequest, SourceImage
 
-    parent = record["source"]
-    above = _source(engine, parent) if "source" in parent else None
-    request = ImageRequest(GenerationConfig.from_dict(parent["config"]), parent["prompt"], parent["seed"], above)
-    return SourceImage(engine.draw(request).image, record["strength"], parent)
+    parent = record.source
+    above = _source(engine, parent) if parent.source is not None else None
+    request = ImageRequest(parent.config, parent.prompt, parent.seed, above)
+    return SourceImage(engine.draw(request).image, record.strength, parent)
 
 
 def _draw(engine: Any, request: Any) -> Any:
@@ -201,7 +255,7 @@ def _show(asked: argparse.Namespace) -> None:
     print(
         a1111_parameters(record)
         if asked.parameters
-        else json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False)
+        else json.dumps(record.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
     )
 
 
@@ -209,31 +263,32 @@ def _promote(asked: argparse.Namespace) -> None:
     from sdxl_lab.evaluation.comparison import candidate_of, compare, draw
     from sdxl_lab.job import ImageRequest
     from sdxl_lab.release.diff import difference_table
-    from sdxl_lab.release.slot import clean_state, promote, read_evidence, served
+    from sdxl_lab.release.promote import clean_state, promote, read_findings
+    from sdxl_lab.release.slot import slot_config
 
     clean_state(asked.allow_dirty)
     config = candidate_of(asked.candidate)
-    before = served(asked.slot)
+    before = slot_config(asked.slot)
     if asked.evidence:
         if given := [name for name in ("plan", "prompt", "seed", "gate") if getattr(asked, name) is not None]:
             raise ValueError(f"--evidence says what was tried, and must come without --{given[0]}")
-        evidence = read_evidence(asked.evidence)
-        goldens = draw([ImageRequest(config, golden["prompt"], golden["seed"]) for golden in evidence["goldens"]])
+        findings = read_findings(asked.evidence)
+        goldens = draw([ImageRequest(config, golden.prompt, golden.seed) for golden in findings.goldens])
     else:
         found = compare(config, asked.slot, _plan(asked))
-        evidence, goldens = found.evidence(), found.goldens
-    print(difference_table(before, config, evidence))
+        findings, goldens = found.findings(), found.goldens
+    print(difference_table(before, config, findings))
     slot = promote(
         config,
         asked.slot,
         images=goldens,
         why=asked.why,
         who=asked.who,
-        evidence=evidence,
+        findings=findings,
         allow_dirty=asked.allow_dirty,
     )
     count = len(slot.goldens)
-    print(f"{slot.folder} now holds {slot.digest}, with {count} golden image{'' if count == 1 else 's'}")
+    print(f"{slot.folder} now holds {slot.config.short_digest}, with {count} golden image{'' if count == 1 else 's'}")
 
 
 def _plan(asked: argparse.Namespace) -> Any:
@@ -251,10 +306,10 @@ def _verify(asked: argparse.Namespace) -> None:
 
     found = regress(load_slot(asked.slot), metrics=False)
     for golden in found.goldens:
-        comparison = golden.comparison
-        verdict = "differs" if golden.reason else "as promoted"
-        measured = f"{comparison.measure} {comparison.difference:.4f}, allowed {comparison.tolerance:.4f}"
-        print(f"{comparison.golden.path.name}  {verdict}  {measured}")
+        verdict = "as promoted" if golden.passed else "differs"
+        measured = f"{golden.measure} {golden.difference:.4f}, allowed {golden.tolerance:.4f}"
+        similar = "" if golden.ssim is None else f", SSIM {golden.ssim:.4f}"
+        print(f"{golden.golden.path.name}  {verdict}  {measured}{similar}")
     found.check()
 
 
@@ -266,10 +321,17 @@ def _diff(asked: argparse.Namespace) -> None:
     before = load_slot(asked.slot)
     if asked.candidate.is_dir():
         other = load_slot(asked.candidate)
-        evidence = other.evidence if other.evidence and other.evidence.get("replaces") == before.digest else None
-        print(difference_table(before.config, other.config, evidence))
+        evidence = other.evidence if other.evidence and other.evidence.replaces == before.digest else None
+        print(difference_table(before.config, other.config, evidence, (before.limits, other.limits)))
     else:
         print(difference_table(before.config, candidate_of(asked.candidate)))
+
+
+def _migrate(asked: argparse.Namespace) -> None:
+    from sdxl_lab.release.migrate import migrate
+
+    for line in migrate(asked.path):
+        print(line)
 
 
 def _notebook(asked: argparse.Namespace) -> None:
@@ -340,7 +402,7 @@ def _tune(asked: argparse.Namespace) -> None:
     print(f"\nImportance of each field\n{tuned.importance.round(3).to_string()}")
     print(f"\nCandidate: {tuned.rule}")
     if tuned.candidate is not None:
-        print(f"{out / 'candidate.toml'}  config {tuned.candidate.digest}")
+        print(f"{out / 'candidate.toml'}  config {tuned.candidate.short_digest}")
 
 
 def _first() -> bool:

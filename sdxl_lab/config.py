@@ -1,21 +1,52 @@
-"""What is asked of the models, and how the machine runs them: two frozen, validated, typed records.
+"""What is asked of the models, how the machine runs them, and what a client may ask for: frozen, validated settings.
 
 `GenerationConfig` is the tuned configuration: it goes from a notebook to a slot to the service unchanged, and its
-`digest` names it everywhere. `RuntimeProfile` says how this machine runs it. Neither knows torch, files of images, or
-HTTP; a value that breaks a rule raises `ConfigError` with the rule, the value and a valid example.
+`digest` names it everywhere. `RuntimeProfile` says how a machine runs it. `ServingLimits` lie beside the configuration
+in a slot. A value that breaks a rule raises `ConfigError` with the rule, the value and a valid example. Imports no
+torch.
 """
 
-import dataclasses
-import hashlib
-import json
-import math
-import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar
 
-import tomli_w
+from pydantic import model_validator
+
+from sdxl_lab.declaration import (
+    Choice,
+    ConfigError,
+    Declared,
+    Number,
+    Pair,
+    Setting,
+    Switch,
+    Table,
+    Text,
+    Whole,
+    canonical,
+)
+
+__all__ = [
+    "FEWER_STEPS",
+    "MAX_PROMPT",
+    "MAX_SEED",
+    "MAX_STEPS",
+    "MODELS",
+    "PROMPT",
+    "SCHEDULERS",
+    "SEED",
+    "ConfigError",
+    "GenerationConfig",
+    "ModelRef",
+    "RefinerConfig",
+    "RuntimeProfile",
+    "ServingLimits",
+    "canonical",
+    "checked_prompt",
+    "checked_seed",
+    "migrated_config",
+]
 
 SCHEDULERS = (
     "euler",
@@ -48,188 +79,111 @@ FEWER_STEPS = {
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 2_000
 
+STEPS = Whole(1, MAX_STEPS)
+GUIDANCE_SCALE = Number(0, 100)
+SIDE = Whole(64, 4096, multiple=8)
+MODEL = Text(1, 500)
+REVISION = Text(1, 100)
+SCORE = Number(0, 10)
+OFFSETS = Pair(Whole(0, 8192), ("top", "left"))
+EXTENT = Pair(Whole(1, 8192), ("height", "width"))
+PODELL = "Podell et al. 2023 (arXiv 2307.01952)"
 
-class ConfigError(ValueError):
-    """A value breaks a rule of the configuration. `field`, `received` and `rule` say which."""
-
-    def __init__(self, field: str, received: object, rule: str, example: object) -> None:
-        shown = str(example) if "=" in str(example) else f"{field} = {json.dumps(example)}"
-        super().__init__(f"{field} must be {rule}; received {received!r}. Example: {shown}")
-        self.field, self.received, self.rule = field, received, rule
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One field's rule: the words, the test, a valid example, and how a plain value becomes the stored one."""
-
-    words: str
-    holds: Callable[[Any], bool]
-    example: object
-    store: Callable[[Any], object] = lambda value: value
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
-
-
-def _is_text(value: object) -> bool:
-    """Text that UTF-8 can carry and files can hold: no lone surrogates, no NUL."""
-    if not isinstance(value, str) or "\0" in value:
-        return False
-    return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in value)
+PROMPT = Setting(
+    kind=Text(1, MAX_PROMPT),
+    label="Prompt",
+    help="what to draw",
+    example="A cat in a hat",
+    source="diffusers: prompt",
+    client=True,
+).declared("prompt", str, None)
+SEED = Setting(
+    kind=Whole(0, MAX_SEED),
+    label="Seed",
+    help="which noise to start from",
+    example=7,
+    source="diffusers: generator",
+    client=True,
+).declared("seed", int, None)
 
 
-def _integer(low: int, high: int, example: int) -> Rule:
-    return Rule(f"a whole number from {low} to {high}", lambda v: _is_int(v) and low <= v <= high, example)
-
-
-def _number(low: float, high: float, example: float) -> Rule:
-    return Rule(f"a number from {low:g} to {high:g}", lambda v: _is_number(v) and low <= v <= high, example, float)
-
-
-def _side(example: int) -> Rule:
-    return Rule(
-        "a multiple of 8 from 64 to 4096 (pixels)",
-        lambda v: _is_int(v) and 64 <= v <= 4096 and v % 8 == 0,
-        example,
-    )
-
-
-def _pair(rule: Rule, example: tuple[object, object]) -> Rule:
-    def holds(value: object) -> bool:
-        return isinstance(value, tuple | list) and len(value) == 2 and all(rule.holds(v) for v in value)
-
-    return Rule(f"two values, each {rule.words}", holds, list(example), lambda v: tuple(rule.store(x) for x in v))
-
-
-def _increasing(rule: Rule) -> Rule:
-    return Rule(
-        f"{rule.words}, the first not above the second",
-        lambda v: rule.holds(v) and v[0] <= v[1],
-        rule.example,
-        rule.store,
-    )
-
-
-def _or_none(rule: Rule) -> Rule:
-    return Rule(
-        f"{rule.words}, or left out",
-        lambda v: v is None or rule.holds(v),
-        rule.example,
-        lambda v: None if v is None else rule.store(v),
-    )
-
-
-def _text(low: int, high: int, example: str) -> Rule:
-    words = f"text of {low} to {high} characters, without NUL or lone surrogates"
-    return Rule(words, lambda v: _is_text(v) and low <= len(v) <= high, example)
-
-
-def _one_of(values: tuple[str, ...]) -> Rule:
-    return Rule(f"one of {', '.join(values)}", lambda v: v in values, values[0])
-
-
-_BOOL = Rule("true or false", lambda v: isinstance(v, bool), True)
-_NAME = _text(1, 500, "nano")
-_PROMPT = _text(1, MAX_PROMPT, "A cat in a hat")
-
-
-def canonical(content: Mapping[str, Any]) -> str:
-    """JSON with sorted keys and no blanks: equal content, equal text."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
-class Record:
-    """What the records below share: rules checked at birth, plain-dict and JSON forms, `with_`."""
-
-    RULES: dict[str, Rule] = {}
-    NESTED: dict[str, type["Record"]] = {}
-
-    def __post_init__(self) -> None:
-        for name in self.RULES:
-            object.__setattr__(self, name, self.checked(name, getattr(self, name)))
-        for name, kind in self.NESTED.items():
-            value = getattr(self, name)
-            if not (isinstance(value, kind) or (value is None and name == "refiner")):
-                first, rule = next(iter(kind.RULES.items()))
-                raise ConfigError(name, value, f"a {kind.__name__}", f"{name}.{first} = {json.dumps(rule.example)}")
-
-    @classmethod
-    def checked(cls, name: str, value: object) -> Any:
-        """The value as the field `name` stores it; `ConfigError` where it breaks the field's rule."""
-        rule = cls.RULES[name]
-        if not rule.holds(value):
-            raise ConfigError(name, value, rule.words, rule.example)
-        return rule.store(value)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values only: what TOML and JSON hold. Fields that are None are left out."""
-        content: dict[str, Any] = {}
-        for item in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, item.name)
-            if isinstance(value, Record):
-                content[item.name] = value.to_dict()
-            elif value is not None:
-                content[item.name] = list(value) if isinstance(value, tuple) else value
-        return content
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`. Unknown names are refused."""
-        cls._check_names(content)
-        values: dict[str, Any] = dict(content)
-        for name, kind in cls.NESTED.items():
-            if isinstance(values.get(name), Mapping):
-                values[name] = kind.from_dict(values[name])
-        return cls(**values)
-
-    def with_(self, **changes: Any) -> Self:
-        """A copy with some fields changed; unknown names are refused."""
-        self._check_names(changes)
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
-
-    @classmethod
-    def _check_names(cls, values: Mapping[str, Any]) -> None:
-        known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        for name, value in values.items():
-            if name not in known:
-                raise ConfigError(name, value, f"a field of {cls.__name__}: {', '.join(known)}", f"{known[1]} = ...")
-
-    @property
-    def digest(self) -> str:
-        """First 12 hex digits of the sha256 of the `canonical` JSON."""
-        return hashlib.sha256(canonical(self.to_dict()).encode()).hexdigest()[:12]
-
-
-@dataclass(frozen=True)
-class ModelRef(Record):
+class ModelRef(Declared):
     """Which weights, to the revision. `base`, `refiner` and `vae` are "nano", a folder, or a hub id; a hub id takes the
     commit hash of its revision. Without `refiner` there is none; without `vae` it is the base's own."""
 
-    base: str = "nano"
-    revision: str | None = None
-    refiner: str | None = None
-    refiner_revision: str | None = None
-    vae: str | None = None
-    vae_revision: str | None = None
+    EXAMPLE: ClassVar[str] = "base"
 
-    RULES = {
-        "base": _NAME,
-        "revision": _or_none(_text(1, 100, "main")),
-        "refiner": _or_none(_NAME),
-        "refiner_revision": _or_none(_text(1, 100, "main")),
-        "vae": _or_none(_NAME),
-        "vae_revision": _or_none(_text(1, 100, "main")),
-    }
+    base: Annotated[
+        str,
+        Setting(
+            kind=MODEL,
+            label="Model",
+            help="nano, a folder in diffusers' layout, or a hub id",
+            example="nano",
+            source="diffusers: from_pretrained",
+            option=None,  # --model, which also brings what goes with the model
+        ),
+    ] = "nano"
+    revision: Annotated[
+        str | None,
+        Setting(
+            kind=REVISION,
+            label="Revision",
+            help="the commit of the model's hub id",
+            example="main",
+            source="diffusers: revision",
+        ),
+    ] = None
+    refiner: Annotated[
+        str | None,
+        Setting(
+            kind=MODEL,
+            label="Refiner's model",
+            help="the refiner's weights: nano, a folder or a hub id",
+            example="nano",
+            source=f"{PODELL}, section 2.5",
+            option="refiner-model",
+        ),
+    ] = None
+    refiner_revision: Annotated[
+        str | None,
+        Setting(
+            kind=REVISION,
+            label="Refiner's revision",
+            help="the commit of the refiner's hub id",
+            example="main",
+            source="diffusers: revision",
+        ),
+    ] = None
+    vae: Annotated[
+        str | None,
+        Setting(
+            kind=MODEL,
+            label="VAE",
+            help="the weights of another VAE than the model's own: a folder or a hub id",
+            example="nano",
+            source="diffusers: AutoencoderKL",
+        ),
+    ] = None
+    vae_revision: Annotated[
+        str | None,
+        Setting(
+            kind=REVISION,
+            label="VAE's revision",
+            help="the commit of the VAE's hub id",
+            example="main",
+            source="diffusers: revision",
+        ),
+    ] = None
 
     @classmethod
     def named(cls, name: str) -> "ModelRef":
         """ "nano", "sdxl", or a folder or hub id; a folder with `base/` and `refiner/` in it has both."""
         return MODELS.get(name) or cls(base=name, refiner=name if Path(name, "refiner").is_dir() else None)
+
+    @classmethod
+    def of(cls, value: object) -> Any:
+        return cls.named(value) if isinstance(value, str) else super().of(value)
 
 
 MODELS = {
@@ -245,82 +199,234 @@ MODELS = {
 }
 
 
-@dataclass(frozen=True)
-class RefinerConfig(Record):
-    """The ensemble of two denoisers (Podell et al. 2023, arXiv 2307.01952, section 2.5): the base makes the first
-    `handover` of the noise schedule (diffusers' `denoising_end`), the refiner the rest. The aesthetic scores condition
-    the refiner's guided and unguided row."""
+class RefinerConfig(Declared):
+    """The ensemble of two denoisers: the base makes the first `handover` of the noise schedule, the refiner the rest.
+    The aesthetic scores condition the refiner's guided and unguided row."""
 
-    handover: float = 0.8
-    aesthetic_score: float = 6.0
-    negative_aesthetic_score: float = 2.5
+    EXAMPLE: ClassVar[str] = "handover"
 
-    RULES = {
-        "handover": Rule("a number above 0 and below 1", lambda v: _is_number(v) and 0 < v < 1, 0.8, float),
-        "aesthetic_score": _number(0, 10, 6.0),
-        "negative_aesthetic_score": _number(0, 10, 2.5),
-    }
+    handover: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 1, between=True),
+            label="Hand-over",
+            help="the part of the noise schedule after which the refiner goes on",
+            example=0.8,
+            source=f"{PODELL}, section 2.5; diffusers: denoising_end",
+            step=0.05,
+        ),
+    ] = 0.8
+    aesthetic_score: Annotated[
+        float,
+        Setting(
+            kind=SCORE,
+            label="Aesthetic score",
+            help="the score that the refiner's guided row aims at",
+            example=6.0,
+            source="diffusers: aesthetic_score",
+            step=0.5,
+        ),
+    ] = 6.0
+    negative_aesthetic_score: Annotated[
+        float,
+        Setting(
+            kind=SCORE,
+            label="Negative score",
+            help="the score that the refiner's unguided row stands for",
+            example=2.5,
+            source="diffusers: negative_aesthetic_score",
+            step=0.5,
+        ),
+    ] = 2.5
 
 
-@dataclass(frozen=True)
-class Limits(Record):
-    """What a client of the service may ask for over the promoted values: inclusive ranges."""
+class GenerationConfig(Declared):
+    """All that decides an image besides its prompt, its seed and a source image.
 
-    steps: tuple[int, int] = (1, 100)
-    guidance_scale: tuple[float, float] = (0.0, 30.0)
-    side: tuple[int, int] = (128, 512)
-
-    RULES = {
-        "steps": _increasing(_pair(_integer(1, MAX_STEPS, 25), (1, 100))),
-        "guidance_scale": _increasing(_pair(_number(0, 100, 7.0), (0, 30))),
-        "side": _increasing(_pair(_side(256), (128, 512))),
-    }
-
-
-@dataclass(frozen=True)
-class GenerationConfig(Record):
-    """Everything but prompt and seed that decides an image.
-
-    `guidance_interval` (low, high) is in noise levels, sigma = sqrt((1 - alpha_bar) / alpha_bar): guidance is applied
-    inside it only (Kynkaanniemi et al. 2024, arXiv 2404.07724); left out, everywhere. `guidance_rescale` is phi of Lin
-    et al. 2023 (arXiv 2305.08891). `original_size`, `crop` and `target_size` are SDXL's micro-conditioning as (height,
-    width) or (top, left) in pixels; left out, they are those of a whole image of this size.
+    What the fields mean, their rules, units and sources stand in their declarations; docs/research.md has them as a
+    table. Sizes are in pixels, pairs are (height, width), (top, left) or (low, high).
     """
 
-    model: ModelRef = MODELS["nano"]
-    scheduler: str = "euler"
-    steps: int = 25
-    guidance_scale: float = 5.0
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple[float, float] | None = None
-    width: int = 256
-    height: int = 256
-    original_size: tuple[int, int] | None = None
-    crop: tuple[int, int] = (0, 0)
-    target_size: tuple[int, int] | None = None
-    negative_prompt: str | None = None
-    refiner: RefinerConfig | None = None
-    watermark: bool = False
-    limits: Limits = field(default_factory=Limits)
+    EXAMPLE: ClassVar[str] = "steps"
 
-    NESTED = {"model": ModelRef, "refiner": RefinerConfig, "limits": Limits}
-    RULES = {
-        "scheduler": _one_of(SCHEDULERS),
-        "steps": _integer(1, MAX_STEPS, 25),
-        "guidance_scale": _number(0, 100, 5.0),
-        "guidance_rescale": _number(0, 1, 0.7),
-        "guidance_interval": _or_none(_increasing(_pair(_number(0, 1000, 0.28), (0.28, 5.42)))),
-        "width": _side(256),
-        "height": _side(256),
-        "original_size": _or_none(_pair(_integer(1, 8192, 256), (256, 256))),
-        "crop": _pair(_integer(0, 8192, 0), (0, 0)),
-        "target_size": _or_none(_pair(_integer(1, 8192, 256), (256, 256))),
-        "negative_prompt": _or_none(_text(0, MAX_PROMPT, "blurry")),
-        "watermark": _BOOL,
-    }
+    model: Annotated[
+        ModelRef,
+        Setting(
+            kind=Table(ModelRef),
+            label="Model",
+            help="which weights",
+            example={"base": "nano"},
+            source=PODELL,
+            option=None,
+        ),
+    ] = MODELS["nano"]
+    scheduler: Annotated[
+        str,
+        Setting(
+            kind=Choice(SCHEDULERS),
+            label="Scheduler",
+            help="how the noise is taken away step by step",
+            example="euler",
+            source="diffusers: the schedulers of `sdxl_lab/diffusion/schedulers.py`",
+            client=True,
+        ),
+    ] = "euler"
+    steps: Annotated[
+        int,
+        Setting(
+            kind=STEPS,
+            label="Steps",
+            help="steps of base and refiner together",
+            example=25,
+            source="diffusers: num_inference_steps",
+            client=True,
+            limited_by="steps",
+        ),
+    ] = 25
+    guidance_scale: Annotated[
+        float,
+        Setting(
+            kind=GUIDANCE_SCALE,
+            label="Guidance scale",
+            help="how far each step follows the prompt (1 or less: no guidance)",
+            example=5.0,
+            source="Ho and Salimans 2022 (arXiv 2207.12598); diffusers: guidance_scale",
+            step=0.5,
+            client=True,
+            limited_by="guidance_scale",
+        ),
+    ] = 5.0
+    guidance_rescale: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 1),
+            label="Guidance rescale",
+            help="phi, how far guidance keeps the unguided spread of values",
+            example=0.7,
+            source="Lin et al. 2023 (arXiv 2305.08891), section 3.4; diffusers: guidance_rescale",
+            step=0.05,
+        ),
+    ] = 0.0
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        Setting(
+            kind=Pair(Number(0, 1000), increasing=True),
+            label="Guidance interval",
+            help="the noise levels between which guidance is applied (left out: all)",
+            example=(0.28, 5.42),
+            unit="sigma",
+            source="Kynkaanniemi et al. 2024 (arXiv 2404.07724)",
+            step=0.1,
+        ),
+    ] = None
+    width: Annotated[
+        int,
+        Setting(
+            kind=SIDE,
+            label="Width",
+            help="the image's width",
+            example=256,
+            unit="pixels",
+            source="diffusers: width",
+            step=8,
+            client=True,
+            limited_by="side",
+        ),
+    ] = 256
+    height: Annotated[
+        int,
+        Setting(
+            kind=SIDE,
+            label="Height",
+            help="the image's height",
+            example=256,
+            unit="pixels",
+            source="diffusers: height",
+            step=8,
+            client=True,
+            limited_by="side",
+        ),
+    ] = 256
+    original_size: Annotated[
+        tuple[int, int] | None,
+        Setting(
+            kind=EXTENT,
+            label="Original size",
+            help="the size before scaling that SDXL is told (left out: the image's own)",
+            example=(256, 256),
+            unit="pixels",
+            source=f"{PODELL}, section 2.2; diffusers: original_size",
+        ),
+    ] = None
+    crop: Annotated[
+        tuple[int, int],
+        Setting(
+            kind=OFFSETS,
+            label="Crop",
+            help="the upper left corner of the crop that SDXL is told",
+            example=(0, 0),
+            unit="pixels",
+            source=f"{PODELL}, section 2.2; diffusers: crops_coords_top_left",
+        ),
+    ] = (0, 0)
+    target_size: Annotated[
+        tuple[int, int] | None,
+        Setting(
+            kind=EXTENT,
+            label="Target size",
+            help="the size after cropping that SDXL is told (left out: the image's own)",
+            example=(256, 256),
+            unit="pixels",
+            source=f"{PODELL}, section 2.3; diffusers: target_size",
+        ),
+    ] = None
+    negative_prompt: Annotated[
+        str | None,
+        Setting(
+            kind=Text(0, MAX_PROMPT),
+            label="Negative prompt",
+            help="what to keep out of the image",
+            example="blurry",
+            source="diffusers: negative_prompt",
+            client=True,
+        ),
+    ] = None
+    clip_skip: Annotated[
+        int | None,
+        Setting(
+            kind=Whole(0, 11),  # CLIP-L, the shallowest of SDXL's text encoders, has 12 layers
+            label="Clip skip",
+            help="text encoder layers to skip before the penultimate one, but for the negative prompt (left out: none)",
+            example=1,
+            unit="layers",
+            source="diffusers: clip_skip",
+        ),
+    ] = None
+    refiner: Annotated[
+        RefinerConfig | None,
+        Setting(
+            kind=Table(RefinerConfig),
+            label="Refiner",
+            help="whether the refiner makes the last steps",
+            example={"handover": 0.8},
+            source=f"{PODELL}, section 2.5",
+            client=True,
+        ),
+    ] = None
+    watermark: Annotated[
+        bool,
+        Setting(
+            kind=Switch(),
+            label="Watermark",
+            help="write the invisible watermark into the image",
+            example=True,
+            source="invisible-watermark; diffusers: add_watermarker",
+        ),
+    ] = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    @model_validator(mode="after")
+    def _whole(self) -> "GenerationConfig":
+        """The rules over several fields."""
         most = FEWER_STEPS.get(self.scheduler, MAX_STEPS)
         if self.steps > most:
             raise ConfigError("steps", self.steps, f"at most {most} with the scheduler {self.scheduler}", most)
@@ -338,74 +444,185 @@ class GenerationConfig(Record):
                 "false below 256x256 pixels of area, where invisible-watermark cannot write its bits",
                 "width = 256, height = 256",
             )
+        return self
 
     @classmethod
     def for_model(cls, name: str, **changes: Any) -> "GenerationConfig":
         """Sound starting values for "nano", "sdxl", a folder or a hub id, with `changes` on top."""
         start: dict[str, Any] = {"model": ModelRef.named(name)}
         if name != "nano":
-            start |= {"width": 1024, "height": 1024, "limits": Limits(side=(512, 1536))}
+            start |= {"width": 1024, "height": 1024}
         return cls(**(start | changes))
 
     @classmethod
+    def from_dict(cls, content: Mapping[str, Any], source: Path | str = "PATH") -> "GenerationConfig":
+        """The inverse of `to_dict`. `ConfigError` for what breaks a rule, and for a configuration of 0.1.0, with the
+        command that migrates its `source`."""
+        if "limits" in content:
+            raise ConfigError(
+                "limits",
+                content["limits"],
+                "left out, since serving.toml beside the configuration has what a client may ask for. This is a "
+                f"configuration of 0.1.0; migrate it with `python -m sdxl_lab migrate {source}`",
+                "serving.toml with steps = [1, 100]",
+            )
+        return super().from_dict(content)
+
+    @classmethod
     def from_toml(cls, path: Path | str) -> "GenerationConfig":
-        """Read a `config.toml`; `ConfigError` if it is no TOML or breaks a rule."""
-        try:
-            content = tomllib.loads(Path(path).read_text())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(str(path), str(error), "valid TOML", "steps = 25") from error
-        return cls.from_dict(content)
-
-    def to_toml(self) -> str:
-        return tomli_w.dumps(self.to_dict())
+        """Read a `config.toml`; `ConfigError` if it is no TOML, breaks a rule, or is one of 0.1.0."""
+        return cls.from_dict(cls.read_toml(path), path)
 
 
-@dataclass(frozen=True)
-class RuntimeProfile(Record):
+class ServingLimits(Declared):
+    """What a client of the service may ask for over the promoted values: ranges, both ends included. A slot keeps them
+    in `serving.toml`, beside the configuration: they decide no image."""
+
+    EXAMPLE: ClassVar[str] = "steps"
+
+    steps: Annotated[
+        tuple[int, int],
+        Setting(
+            kind=Pair(STEPS, increasing=True),
+            label="Steps",
+            help="fewest and most steps",
+            example=(1, 100),
+        ),
+    ] = (1, 100)
+    guidance_scale: Annotated[
+        tuple[float, float],
+        Setting(
+            kind=Pair(GUIDANCE_SCALE, increasing=True),
+            label="Guidance scale",
+            help="lowest and highest guidance scale",
+            example=(0, 30),
+        ),
+    ] = (0.0, 30.0)
+    side: Annotated[
+        tuple[int, int],
+        Setting(
+            kind=Pair(SIDE, increasing=True),
+            label="Side",
+            help="shortest and longest side",
+            example=(128, 512),
+            unit="pixels",
+        ),
+    ] = (128, 512)
+
+    @classmethod
+    def for_model(cls, model: ModelRef) -> "ServingLimits":
+        """Sound limits for a model: nano's, or those of the real SDXL."""
+        return cls() if model.base == "nano" else cls(side=(512, 1536))
+
+    def narrowed(self, setting: Setting) -> Setting:
+        """A setting of the configuration with these limits in its rule."""
+        if setting.limited_by is None:
+            return setting
+        low, high = getattr(self, setting.limited_by)
+        return replace(setting, kind=replace(setting.kind, low=low, high=high))  # type: ignore[call-arg]
+
+    def check(self, asked: Mapping[str, Any], promoted: GenerationConfig) -> None:
+        """`ConfigError` for the first of the settings that is outside the limits, with the promoted value as the
+        example."""
+        for name, setting in GenerationConfig.settings().items():
+            if setting.limited_by is not None and name in asked:
+                replace(self.narrowed(setting), example=promoted.value(name)).check(asked[name])
+
+
+def migrated_config(content: Mapping[str, Any]) -> tuple[GenerationConfig, ServingLimits]:
+    """A configuration of 0.1.0, as its `config.toml` or a record holds it, parted into what decides an image and what a
+    client may ask for. Raises `ConfigError`."""
+    rest = dict(content)
+    limits = rest.pop("limits", {})
+    if not isinstance(limits, Mapping):
+        raise ConfigError("limits", limits, "a table of ranges", "limits.steps = [1, 100]")
+    return GenerationConfig.from_dict(rest), ServingLimits.from_dict(limits)
+
+
+class RuntimeProfile(Declared):
     """How this machine runs the models; recorded with every image, since it moves pixels too.
 
-    `device` "auto" is CUDA where there is one. `dtype` is the UNets'; "auto" is float32 on a CPU, float16 on CUDA.
-    Latents are float32 whatever the dtype; on a CPU so are the text encoders and the VAE. `rows` is how many UNet rows
-    share one call (a guided image takes two). `threads` is torch's, left out for all cores. `channels_last`,
-    `fuse_qkv` and `compile` change how the UNet is laid out and run; a compiled UNet is called with 1, 2, 4, 8, ...
-    rows only, so that few shapes are compiled. `bench/README.md` says what each brings.
+    Latents are float32 whatever the dtype; on a CPU so are the text encoders and the VAE. `bench/README.md` says what
+    each field brings.
     """
 
-    device: str = "auto"
-    dtype: str = "auto"
-    rows: int = 16
-    threads: int | None = None
-    channels_last: bool = False
-    fuse_qkv: bool = False
-    compile: bool = False
+    EXAMPLE: ClassVar[str] = "dtype"
 
-    RULES = {
-        "device": Rule(
-            "auto, cpu, cuda or cuda:N",
-            lambda v: (
-                isinstance(v, str) and (v in ("auto", "cpu", "cuda") or (v.startswith("cuda:") and v[5:].isdigit()))
-            ),
-            "auto",
+    device: Annotated[
+        str,
+        Setting(
+            kind=Text(pattern=r"^(auto|cpu|cuda|cuda:[0-9]+)$", meaning="auto, cpu, cuda or cuda:N"),
+            label="Device",
+            help="where the models run (auto: CUDA where there is one)",
+            example="auto",
         ),
-        "dtype": _one_of(("auto", "float32", "float16", "bfloat16")),
-        "rows": _integer(1, 4096, 16),
-        "threads": _or_none(_integer(1, 1024, 2)),
-        "channels_last": _BOOL,
-        "fuse_qkv": _BOOL,
-        "compile": _BOOL,
-    }
+    ] = "auto"
+    dtype: Annotated[
+        str,
+        Setting(
+            kind=Choice(("auto", "float32", "float16", "bfloat16")),
+            label="Data type",
+            help="the UNets' numbers (auto: float32 on a CPU, float16 on CUDA)",
+            example="auto",
+        ),
+    ] = "auto"
+    rows: Annotated[
+        int,
+        Setting(
+            kind=Whole(1, 4096),
+            label="Rows",
+            help="how many UNet rows share one call; a guided image takes two",
+            example=16,
+        ),
+    ] = 16
+    threads: Annotated[
+        int | None,
+        Setting(
+            kind=Whole(1, 1024),
+            label="Threads",
+            help="torch's threads (left out: one for each core)",
+            example=2,
+        ),
+    ] = None
+    channels_last: Annotated[
+        bool,
+        Setting(
+            kind=Switch(),
+            label="Channels last",
+            help="lay out the UNet's weights with the channels last",
+            example=True,
+        ),
+    ] = False
+    fuse_qkv: Annotated[
+        bool,
+        Setting(
+            kind=Switch(),
+            label="Fused projections",
+            help="compute an attention's query, key and value in one product",
+            example=True,
+        ),
+    ] = False
+    compile: Annotated[
+        bool,
+        Setting(
+            kind=Switch(),
+            label="Compiled",
+            help="compile the UNet, which is then called with 1, 2, 4, 8, ... rows only: few shapes are compiled",
+            example=True,
+        ),
+    ] = False
 
 
 def checked_prompt(prompt: object) -> str:
     """The prompt, if it is one: 1 to 2,000 characters."""
-    if not _PROMPT.holds(prompt):
-        shown = f"{len(prompt)} characters" if isinstance(prompt, str) and _is_text(prompt) else prompt
-        raise ConfigError("prompt", shown, _PROMPT.words, _PROMPT.example)
-    return str(prompt)
+    try:
+        return str(PROMPT.check(prompt))
+    except ConfigError as error:
+        if isinstance(prompt, str) and not 1 <= len(prompt) <= MAX_PROMPT:
+            raise PROMPT.error(f"{len(prompt)} characters") from error
+        raise
 
 
 def checked_seed(seed: object) -> int:
     """The seed, if it is one: 0 to 2^63-1."""
-    if not (_is_int(seed) and 0 <= seed <= MAX_SEED):  # type: ignore[operator]
-        raise ConfigError("seed", seed, f"a whole number from 0 to {MAX_SEED}", 7)
-    return seed  # type: ignore[return-value]
+    return int(SEED.check(seed))

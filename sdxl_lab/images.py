@@ -1,11 +1,10 @@
 """Images as files and numbers: the record inside the PNG, the watermark, the difference of two images.
 
-The record is canonical JSON with everything needed to make the image again; beside it stands the `parameters` text
-that A1111 and the tools around it read. Knows no models and no engine.
+The record is canonical JSON (`ImageRecord`); beside it stands the `parameters` text that A1111 and the tools around it
+read. Imports no torch.
 """
 
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from sdxl_lab.config import canonical
+from sdxl_lab.record import ImageRecord, RecordError
 
 RECORD_KEY = "sdxl_lab"
 # The 48 bits that Stability's reference code and diffusers' StableDiffusionXLWatermarker write.
@@ -31,7 +31,7 @@ class GeneratedImage:
     """A finished image, `timings` in milliseconds, and the record that repeats it."""
 
     image: Image.Image
-    record: Mapping[str, Any]
+    record: ImageRecord
     timings: Mapping[str, float]
 
     def png(self) -> bytes:
@@ -80,9 +80,9 @@ def read_watermark(image: Image.Image) -> list[int]:
     return [int(bit) for bit in WatermarkDecoder("bits", len(WATERMARK_BITS)).decode(bgr, "dwtDct")]
 
 
-def encode_png(image: Image.Image, record: Mapping[str, Any]) -> bytes:
+def encode_png(image: Image.Image, record: ImageRecord) -> bytes:
     info = PngInfo()
-    info.add_itxt(RECORD_KEY, canonical(record))
+    info.add_itxt(RECORD_KEY, canonical(record.to_dict()))
     info.add_itxt("parameters", a1111_parameters(record))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info, compress_level=4)
@@ -101,41 +101,39 @@ def open_image(source: Path | str | bytes) -> Image.Image:
     return image
 
 
-def read_record(source: Path | str | bytes) -> dict[str, Any]:
-    """The record of a PNG that this project wrote; `ImageError` where there is none."""
+def read_record(source: Path | str | bytes) -> ImageRecord:
+    """The record of a PNG that this project wrote, be it 0.1.0; `ImageError` where there is none."""
     text = getattr(open_image(source), "text", {}).get(RECORD_KEY)
+    name = "the image" if isinstance(source, bytes) else str(source)
     if text is None:
-        name = "the image" if isinstance(source, bytes) else str(source)
         raise ImageError(f"{name} carries no {RECORD_KEY} record; only PNGs written by SDXL Lab do")
     try:
-        record = json.loads(text)
-        if not isinstance(record, dict):
-            raise ValueError(f"it is no JSON object, but {text[:40]!r}")
-    except ValueError as error:
-        name = "the image" if isinstance(source, bytes) else str(source)
-        raise ImageError(f"the {RECORD_KEY} record of {name} is damaged: {error}") from error
-    return record
+        return ImageRecord.read(text, name)
+    except RecordError as error:
+        raise ImageError(str(error)) from error
 
 
-def a1111_parameters(record: Mapping[str, Any]) -> str:
+def a1111_parameters(record: ImageRecord) -> str:
     """The text A1111 writes into its PNGs: prompt, negative prompt, one line of settings."""
-    config = record["config"]
-    settings = {
-        "Steps": config["steps"],
-        "Sampler": record["sampler"],
-        "CFG scale": config["guidance_scale"],
-        "Seed": record["seed"],
-        "Size": f"{config['width']}x{config['height']}",
-        "Model": config["model"]["base"],
+    config = record.config
+    settings: dict[str, Any] = {
+        "Steps": config.steps,
+        "Sampler": record.sampler,
+        "CFG scale": config.guidance_scale,
+        "Seed": record.seed,
+        "Size": f"{config.width}x{config.height}",
+        "Model": config.model.base,
     }
-    if "source" in record:
-        settings["Denoising strength"] = record["strength"]
-    elif config.get("refiner"):
-        settings |= {"Refiner": config["model"]["refiner"], "Refiner switch at": config["refiner"]["handover"]}
-    settings["Version"] = f"SDXL Lab {record['version']}"
-    lines = [record["prompt"]]
-    if record.get("negative_prompt"):
-        lines.append(f"Negative prompt: {record['negative_prompt']}")
+    if record.source is not None:
+        settings["Denoising strength"] = record.strength
+    if config.clip_skip is not None:
+        settings["Clip skip"] = config.clip_skip + 2  # A1111 counts from the last layer, which is its 1
+    if record.source is None and config.refiner is not None:
+        settings |= {"Refiner": config.model.refiner, "Refiner switch at": config.refiner.handover}
+    settings["Version"] = f"SDXL Lab {record.version}"
+    lines = [record.prompt]
+    if config.negative_prompt:
+        lines.append(f"Negative prompt: {config.negative_prompt}")
     lines.append(", ".join(f"{key}: {value}" for key, value in settings.items()))
     return "\n".join(lines)
 
@@ -156,6 +154,25 @@ def max_difference(first: Image.Image, second: Image.Image) -> float:
 def mean_difference(first: Image.Image, second: Image.Image) -> float:
     """The mean absolute difference of two images' samples, on [0, 1]. Sizes must agree."""
     return float(_differences(first, second).mean()) / 255
+
+
+def ssim(first: Image.Image, second: Image.Image) -> float:
+    """The structural similarity of two images (Wang et al. 2004), with the paper's Gaussian window and constants, mean
+    over the three channels; 1 for equal images. Sizes must agree."""
+    from skimage.metrics import structural_similarity  # takes a second to import: only for those who ask for it
+
+    if first.size != second.size:
+        raise ImageError(f"images of different size cannot be compared: {first.size} and {second.size}")
+    return float(
+        structural_similarity(
+            *(np.asarray(image.convert("RGB"), dtype=np.float64) / 255 for image in (first, second)),
+            channel_axis=2,
+            data_range=1,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+    )
 
 
 def magnified_difference(first: Image.Image, second: Image.Image) -> tuple[Image.Image, float]:

@@ -25,6 +25,7 @@ from PIL import Image
 from sdxl_lab.config import ConfigError, GenerationConfig, checked_prompt, checked_seed
 from sdxl_lab.errors import Cancelled
 from sdxl_lab.images import GeneratedImage
+from sdxl_lab.record import ImageRecord
 
 log = logging.getLogger(__name__)
 Outcome = TypeVar("Outcome")
@@ -37,7 +38,7 @@ class SourceImage:
 
     image: Image.Image
     strength: float
-    record: dict[str, Any]
+    record: ImageRecord
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,11 @@ class JobState(StrEnum):
 
 WAYS = (JobState.ACCEPTED, JobState.QUEUED, JobState.RUNNING, JobState.STORING)
 OVER = frozenset({JobState.DONE, JobState.FAILED, JobState.CANCELLED})
-# The legal transitions: from a state to those that may follow. A job goes back to `queued` when the replica that drew
+# The legal transitions: from a state to those that may follow. A job goes back to `queued` when the replica that had
 # it is gone and another one claims it.
 TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
     JobState.ACCEPTED: frozenset({JobState.QUEUED, JobState.FAILED, JobState.CANCELLED}),
-    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
+    JobState.QUEUED: frozenset({JobState.QUEUED, JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
     JobState.RUNNING: frozenset({JobState.STORING, JobState.QUEUED, *OVER}),
     JobState.STORING: frozenset({JobState.QUEUED, *OVER}),
     **dict.fromkeys(OVER, frozenset()),
@@ -133,9 +134,10 @@ class Driver(Protocol):
 class Job(Generic[Outcome]):
     """An image from acceptance to its end. Any thread may call every method.
 
-    `durable`: it is drawn whoever waits, and survives a restart. `to_store`: somebody stores the image, and only then
-    the job is done; its outcome is what that one says, else the `GeneratedImage`. `committing` says that the job is
-    being written down or stored, which must not be interrupted.
+    `durable`: it is drawn whoever waits, and survives a restart. `on_drawn` is for whoever stores the image: it is
+    called, in the thread of the one that draws, when the image is drawn or could not be, and sees to the end, whose
+    outcome it chooses. Without it the outcome is the `GeneratedImage`. `committing` says that the job is being written
+    down or stored, which must not be interrupted.
     """
 
     def __init__(
@@ -144,21 +146,30 @@ class Job(Generic[Outcome]):
         id: uuid.UUID | None = None,
         *,
         durable: bool = False,
-        to_store: bool = False,
+        on_drawn: "Callable[[Job[Outcome]], object] | None" = None,
     ) -> None:
-        self.request, self.id, self.durable, self.to_store = request, id or uuid.uuid4(), durable, to_store
+        self.request, self.id, self.durable = request, id or uuid.uuid4(), durable
         self.committing = False
         self.image: GeneratedImage | None = None  # while it is stored
+        self.failure: Exception | None = None  # why it could not be drawn, until the job is ended for it
         self.first_step_seconds: float | None = None  # from the queue to the end of the first UNet call
         self._state = JobState.ACCEPTED
         self._progress = Stepped(0, 0)
         self._cancel_reason: Exception | None = None
         self._outcome: Outcome | None = None
         self._error: Exception | None = None
+        self._on_drawn = on_drawn
         self._driver: Driver | None = None
         self._queued_at = time.monotonic()
         self._changed = threading.Condition()
         self._watchers: list[Callable[[Change], object]] = []
+
+    @classmethod
+    def done(cls, request: ImageRequest, id: uuid.UUID, outcome: Outcome) -> "Job[Outcome]":
+        """The handle of an image that is there already."""
+        job = cls(request, id, durable=True)
+        job._state, job._outcome = JobState.DONE, outcome
+        return job
 
     def __repr__(self) -> str:
         return f"<Job {self.id} {self._state}>"
@@ -277,12 +288,14 @@ class Job(Generic[Outcome]):
 
     # --- for whoever draws or stores it ----------------------------------------------------------------------------
 
-    def queue(self, driver: Driver, request: ImageRequest | None = None) -> None:
-        """`driver` takes the job in hand; with a `request`, one that another replica had. Raises
-        `IllegalTransition`."""
+    def queue(self, driver: Driver) -> None:
+        """`driver` takes the job in hand, maybe from another one. Raises `IllegalTransition`, also where it has the job
+        already."""
         with self._changed:
+            if driver is self._driver:
+                raise IllegalTransition(self, JobState.QUEUED)
             self._move(JobState.QUEUED)
-            self._driver, self.request = driver, request or self.request
+            self._driver = driver
             self._progress, self.first_step_seconds = Stepped(0, 0), None
             self._queued_at = time.monotonic()
         self._tell(Moved(JobState.QUEUED))
@@ -301,26 +314,42 @@ class Job(Generic[Outcome]):
                 self.first_step_seconds = time.monotonic() - self._queued_at
         self._tell(made)
 
-    def drawn(self, image: GeneratedImage) -> None:
-        """The image is drawn: it is to be stored now, or the job is done. Without effect on a job that is over."""
-        if not self.to_store:
-            self.finish(cast(Outcome, image))
+    def deliver(self, drawn: GeneratedImage | Exception) -> None:
+        """The image, or why there is none: the job is over, or `on_drawn` ends it. Without effect on a job that is
+        over."""
+        if self._on_drawn is None:
+            if isinstance(drawn, Exception):
+                self.fail(drawn)
+            else:
+                self.finish(cast(Outcome, drawn))
             return
         with self._changed:
             if self.over:
                 return
-            self._move(JobState.STORING)
-            self.image, self._driver = image, None
-        self._tell(Moved(JobState.STORING))
+            self._driver = None
+            if isinstance(drawn, Exception):
+                self.failure = drawn
+                without_frames(drawn, noted=self._cancel_reason is None)
+            else:
+                self._move(JobState.STORING)
+                self.image = drawn
+        if self.image is not None:
+            self._tell(Moved(JobState.STORING))
+        try:
+            self._on_drawn(self)
+        except Exception as error:  # nobody is there to end it
+            self.fail(self.failure or error)
 
     def follow(self, state: JobState, driver: Driver) -> None:
         """The state of a job that runs on another replica, as the store's record has it: through all states on the
         way there, and back to the queue where another replica has claimed it."""
         with self._changed:
+            if self.over:
+                return
             self._driver = driver
-            if WAYS.index(state) < WAYS.index(self._state):
-                self._move(JobState.QUEUED)
-            passed = WAYS[WAYS.index(self._state) + 1 : WAYS.index(state) + 1]
+            back = WAYS.index(state) < WAYS.index(self._state)
+            begin = JobState.ACCEPTED if back else self._state
+            passed = WAYS[WAYS.index(begin) + 1 : WAYS.index(state) + 1]
             for each in passed:
                 self._move(each)
         for each in passed:
@@ -346,7 +375,7 @@ class Job(Generic[Outcome]):
             self._outcome, self._error = outcome, error
             if error is not None:
                 without_frames(error, noted=state is JobState.FAILED)
-            self._driver = self.image = None  # and with them the latents and the pixels
+            self._driver = self.image = self.failure = None  # and with them the latents and the pixels
             self.committing = False
             self._changed.notify_all()
         self._tell(Moved(state))

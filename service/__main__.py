@@ -31,12 +31,12 @@ def main() -> int:
     except (SettingsError, SlotError, ConfigError, OSError, OverflowError) as error:  # OverflowError: no such port
         print(f"service: {error}", file=sys.stderr)
         return 2
-    studio = app.state.studio
-    server = Server(app, studio)
+    jobs = app.state.jobs
+    server = Server(app, jobs)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    print(f"service: http://{host}:{listener.getsockname()[1]} (slot {studio.served.slot.folder.name})", flush=True)
+    print(f"service: http://{host}:{listener.getsockname()[1]} (slot {jobs.deployment.slot.folder.name})", flush=True)
     server.run(sockets=[listener])
     server.leave()
 

@@ -15,13 +15,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.routing import Match
 
-from sdxl_lab import __version__
+from sdxl_lab.version import __version__
 from service.api import images, openai, ops, page
 from service.api.problems import MEDIA_TYPE, ProblemBody
 from service.api.schemas import bounded
-from service.jobs.manager import Studio
+from service.deployment import Deployment
+from service.jobs.manager import JobManager
 from service.server.auth import Auth, describe
-from service.server.middleware import Edge, told
+from service.server.middleware import Middleware, problem_response
+from service.server.telemetry import Telemetry
 from service.settings import Settings
 
 METHODS = ("GET", "POST", "DELETE")
@@ -45,13 +47,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     Raises `SettingsError`, `SlotError` or `ConfigError`. The weights are loaded by the lifespan, in a thread.
     """
     settings = settings or Settings.from_mapping()
-    studio = Studio(settings)
+    deployment = Deployment(settings)
+    jobs = JobManager(settings, deployment)
+    telemetry = Telemetry(deployment)
+    jobs.registry.observers.append(telemetry.follow)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        studio.start()
+        jobs.start()
         yield
-        await studio.stop()
+        await jobs.stop()
 
     app = FastAPI(
         title="SDXL Lab",
@@ -60,10 +65,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         responses={"4XX": PROBLEM, "5XX": PROBLEM},
         generate_unique_id_function=lambda route: route.name,  # what OpenAPI's links name
     )
-    app.state.studio = studio
-    # From the innermost to the outermost: what the edge answers has to carry the headers of CORS as well.
+    app.state.jobs, app.state.telemetry = jobs, telemetry
+    # From the innermost to the outermost: what the middleware answers has to carry the headers of CORS as well.
     app.add_middleware(Auth, keys=settings.api_keys)
-    app.add_middleware(Edge, studio=studio)
+    app.add_middleware(Middleware, settings=settings, deployment=deployment, telemetry=telemetry)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
     app.add_exception_handler(HTTPException, _problem)
@@ -75,7 +80,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     undescribed = app.openapi
 
     def openapi() -> dict[str, Any]:
-        document = bounded(undescribed(), studio.served.slot.config.limits)
+        document = bounded(undescribed(), deployment.slot.limits)
         return describe(document) if settings.api_keys else document
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -83,11 +88,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 async def _problem(request: Request, error: Exception) -> Response:
-    """What FastAPI raises itself; all else comes to the edge."""
+    """What FastAPI raises itself; all else comes to the middleware."""
     if isinstance(error, HTTPException) and error.status_code == 405:
         # The router names only the methods of the first route of the path.
         error = HTTPException(405, headers={"Allow": ", ".join(filter(partial(_allows, request), METHODS))})
-    return told(request.scope, error)
+    return problem_response(request.scope, error)
 
 
 def _allows(request: Request, method: str) -> bool:

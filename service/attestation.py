@@ -1,6 +1,6 @@
 """Attestation: the engine that will serve draws the slot's golden images again, and they are compared.
 
-Knows slots and engines; whether a service serves without it is the studio's business.
+The comparison is `release.verify`'s. Whether a service serves without it is the deployment's business.
 """
 
 import logging
@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sdxl_lab.errors import Cancelled, EngineStopped
-from sdxl_lab.job import ImageRequest
-from sdxl_lab.release.slot import GoldenCheck, Slot, compare_golden
+from sdxl_lab.release.slot import Slot, SlotError
+from sdxl_lab.release.verify import GoldenCheck, verify
 
 if TYPE_CHECKING:
     from sdxl_lab.diffusion.engine import Engine
@@ -35,41 +34,17 @@ class Attestation:
         return {
             "attested": self.passed,
             "attested_reason": self.reason,
-            "comparisons": [
-                {
-                    "golden": each.golden.path.name,
-                    "prompt": each.golden.prompt,
-                    "seed": each.golden.seed,
-                    "measure": each.measure,
-                    "difference": round(each.difference, 6),
-                    "tolerance": round(each.tolerance, 6),
-                    "passed": each.passed,
-                    "reason": each.reason,
-                }
-                for each in self.comparisons
-            ],
+            "comparisons": [each.to_dict() for each in self.comparisons],
         }
 
 
 def attest(slot: Slot, engine: "Engine") -> Attestation:
-    """Draw every golden of `slot` and compare it. Raises `Cancelled` or `EngineStopped` where the engine is closed."""
+    """Draw the goldens of `slot` and compare them. Raises `Cancelled` or `EngineStopped` where the engine is closed."""
     began = time.monotonic()
     try:
-        goldens = slot.goldens
-    except ValueError as error:
-        return Attestation(str(error))
-    if not goldens:
-        return Attestation(f"the slot {slot.folder.name} has no golden images to compare with: promote it with some")
-    comparisons = []
-    for golden in goldens:
-        try:
-            comparisons.append(
-                compare_golden(golden, engine.draw(ImageRequest(slot.config, golden.prompt, golden.seed)))
-            )
-        except (Cancelled, EngineStopped):
-            raise
-        except Exception as error:
-            log.debug("attestation failed", exc_info=True)
-            return Attestation(f"golden {golden.path.name}: it could not be drawn and compared: {error}", comparisons)
+        comparisons = verify(slot, engine)
+    except SlotError as error:
+        log.debug("attestation failed", exc_info=True)
+        return Attestation(str(error), seconds=time.monotonic() - began)
     reasons = [each.reason for each in comparisons if each.reason is not None]
     return Attestation("; ".join(reasons) or None, comparisons, time.monotonic() - began)

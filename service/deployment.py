@@ -1,7 +1,6 @@
-"""What is served: a slot and the engine that draws it, from the loading of the weights to the last image.
+"""The deployment: a slot and the engine that draws it, from the loading of the weights to the last image.
 
-Knows why no image can be drawn now. Knows no image but the goldens, no store and no HTTP. Torch is imported by the
-thread that loads the weights.
+It says why no image can be drawn now. Torch is imported by the thread that loads the weights.
 """
 
 import asyncio
@@ -11,10 +10,10 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from sdxl_lab.config import ConfigError
 from sdxl_lab.release.slot import load_slot
-from service.api.problems import NotReady
 from service.attestation import Attestation, attest
-from service.jobs.prompt_limits import TokenCounter
+from service.jobs.prompt_limits import PromptLimits
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -23,14 +22,29 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Served:
+class NotReady(RuntimeError):
+    """No image can be drawn now: the message says why."""
+
+
+class Stopping(RuntimeError):
+    """The service stops before the image is done."""
+
+    def __init__(self, message: str = "the service stops before the image is done; ask again") -> None:
+        super().__init__(message)
+
+
+class UnknownModel(ConfigError):
+    """A client names another model than the one that is served."""
+
+
+class Deployment:
     """One slot. Raises `SlotError` or `ConfigError` at once where the slot is not what it says it is."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.slot = load_slot(settings.slot)
         self.engine: Engine | None = None
-        self.counter: TokenCounter | None = None  # comes and stays with the engine
+        self.prompt_limits: PromptLimits | None = None  # comes and stays with the engine
         self.failure: str | None = None
         self.attestation = Attestation("the golden images have not been drawn again yet")
         self.attesting = True
@@ -47,7 +61,7 @@ class Served:
             from sdxl_lab.diffusion.engine import Engine
 
             engine = Engine.load(self.slot.config, self.settings.profile, self.settings.max_queue)
-            counter = TokenCounter(engine.models.base.tokenizers)
+            limits = PromptLimits(engine.models.base.tokenizers)
         except Exception as error:
             log.error("cannot serve the slot %s: %s", self.slot.folder, error)
             log.debug("loading failed", exc_info=True)
@@ -58,7 +72,7 @@ class Served:
             if self.closing:
                 threading.Thread(target=engine.close, name="close").start()
                 return
-            self.engine, self.counter = engine, counter
+            self.engine, self.prompt_limits = engine, limits
             opened()
 
         if not on_loop(loop, here):

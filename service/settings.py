@@ -156,7 +156,7 @@ class Settings(BaseSettings):
     )
     lease: Annotated[int, _count(3, 3600)] = Field(
         default=30,
-        description="seconds that a promised image belongs to one replica unless it renews them; then another one "
+        description="seconds that a durable image belongs to one replica unless it renews them; then another one "
         "draws it",
     )
     device: Annotated[str, _profile("device")] = Field(default="auto", description="auto, cpu, cuda or cuda:N")

@@ -1,4 +1,4 @@
-"""`python -m studies.nano_report`: what the sweeps that confirm nano's study say, as Markdown and as plots."""
+"""`python -m studies.nano_report`: the sweeps that confirm nano's study, as Markdown and as plots."""
 
 import sys
 from pathlib import Path
@@ -14,8 +14,8 @@ METRICS = ("scene_right", "scene_parts", "clip_score")
 SERVED = "nano_served"
 
 
-def judged(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a configuration: its cost, its means, and how far it is from what was served, pair by pair, with the 95 %
+def differences(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each configuration: its cost, its means, and the paired difference from the served one with its 95 %
     interval over prompts."""
     pairs = ["prompt", "seed"]
     served = table[table["config"] == SERVED].set_index(pairs)
@@ -41,13 +41,13 @@ def markdown(table: pd.DataFrame) -> str:
 def main() -> None:
     table = read_table(OUT / "nano_confirm")
     for found in (table, read_table(OUT / "nano_final")):
-        print(f"{len(found) // found['config'].nunique()} pairs\n{markdown(judged(found))}\n")
+        print(f"{len(found) // found['config'].nunique()} pairs\n{markdown(differences(found))}\n")
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
     quality_against_cost(table, "config", "unet_rows", "scene_parts", "unet_rows").save(out / "nano-confirmed.png")
     shown = [SERVED, "nano_trial_16", "nano_trial_20"]
     some = table[table["prompt"].isin(table["prompt"].unique()[:4]) & table["config"].isin(shown)]
-    with ImageCache() as cells:
-        sheet = image_grid(some, cells.image, "prompt", "config", notes=["scene_parts"], side=128)
+    with ImageCache() as cache:
+        sheet = image_grid(some, cache.image, "prompt", "config", notes=["scene_parts"], side=128)
     sheet.save(out / "nano-images.png", optimize=True)
 
 

@@ -1,9 +1,9 @@
-"""A second opinion on nano's images: the recipe's judge, which knows no CLIP, as metrics for sweeps and studies."""
+"""A second opinion on nano's images, independent of CLIP: the recipe's judge as metrics for sweeps and studies."""
 
 import re
 from collections.abc import Iterator, Sequence
 
-from recipes.nano.judge import TOWARDS, Verdict, judge
+from recipes.nano.judge import TOWARDS, SceneVerdict, judge
 from sdxl_lab.evaluation.metrics import Metric
 from sdxl_lab.images import GeneratedImage
 
@@ -11,15 +11,15 @@ THING = r"an? (?:small |large )?(\w+) (\w+)"
 PROMPT = re.compile(rf"{THING}(?: ({'|'.join(TOWARDS)}) {THING})? on an? (\w+) background")
 
 
-def verdict(image: GeneratedImage) -> Verdict:
-    """What the judge says of an image whose prompt is one of nano's full sentences. Raises `ValueError` for others."""
-    said = PROMPT.fullmatch(image.record["prompt"])
-    if said is None:
+def verdict(image: GeneratedImage) -> SceneVerdict:
+    """The judge's verdict on an image whose prompt is one of nano's full sentences. Raises `ValueError` for others."""
+    parsed = PROMPT.fullmatch(image.record.prompt)
+    if parsed is None:
         raise ValueError(
-            f"the judge must have one of nano's full sentences; received {image.record['prompt']!r}. Example: "
+            f"the judge needs one of nano's full sentences; received {image.record.prompt!r}. Example: "
             "a red circle on a blue background"
         )
-    colour, noun, relation, other_colour, other_noun, background = said.groups()
+    colour, noun, relation, other_colour, other_noun, background = parsed.groups()
     things = [(colour, noun), *([(other_colour, other_noun)] if relation else [])]
     return judge(image.image, background, things, relation)
 

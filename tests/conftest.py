@@ -7,11 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_lab.config import GenerationConfig, Limits, ModelRef
+from sdxl_lab.config import GenerationConfig, ModelRef
 
 # Workers side by side, and the processes they start, share the cores: torch would take all of them for each.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is cached in the home, by the tests and by the processes that they start, goes to a folder of their own; all
+    but this project's part of it stays in reach."""
+    real = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    own = tmp_path_factory.mktemp("cache")
+    for entry in real.iterdir() if real.is_dir() else ():
+        if entry.name != "sdxl_lab":
+            (own / entry.name).symlink_to(entry)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(own))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,7 +64,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_config(tiny_model: Path) -> GenerationConfig:
     """Four steps at 64x64 with the random model."""
     model = ModelRef(base=str(tiny_model / "base"), refiner=str(tiny_model / "refiner"))
-    return GenerationConfig(model=model, steps=4, width=64, height=64, limits=Limits(side=(64, 512)))
+    return GenerationConfig(model=model, steps=4, width=64, height=64)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The benchmarks run; what they measure is for people to read."""
+"""The benchmarks run; their figures are for people to read."""
 
 import importlib.util
 import json
@@ -45,8 +45,8 @@ def test_a_benchmark_of_the_engine_leaves_its_figures(name, tiny_model, tmp_path
 
 
 @pytest.mark.slow
-def test_the_clip_score_is_held_against_the_scene_check(tiny_model, tmp_path, monkeypatch):
-    """Also where a model draws nothing right, and so leaves nothing to compare."""
+def test_the_clip_score_is_compared_with_the_scene_check(tiny_model, tmp_path, monkeypatch):
+    """Also for a model that draws nothing right, and so leaves nothing to compare."""
     monkeypatch.setattr(clip_truth, "RENDERINGS", 20)
     values = run("clip-truth", tiny_model, tmp_path)["clip-truth"]
     shares = [each for label, each in values.items() if "rank" not in label]
@@ -74,16 +74,16 @@ def test_imports_are_timed_in_an_interpreter_of_their_own(tiny_model, tmp_path, 
 
 
 @contextmanager
-def at_home(make, *arguments):
-    """A room in this process: in `overhead` they have processes of their own."""
-    tenant = make(*arguments)
-    with tenant if hasattr(tenant, "__exit__") else nullcontext():
-        yield lambda work, *more: work(tenant, *more)
+def in_this_process(make, *arguments):
+    """`isolated` in this process; `overhead` tests the real one."""
+    subject = make(*arguments)
+    with subject if hasattr(subject, "__exit__") else nullcontext():
+        yield lambda work, *more: work(subject, *more)
 
 
 @pytest.mark.slow
 def test_ratios_are_those_of_the_rates(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(throughput, "room", at_home)
+    monkeypatch.setattr(throughput, "isolated", in_this_process)
     for values in run("throughput", tiny_model, tmp_path).values():
         served, locked = values["service, float32"][0], values["(b) FastAPI, pipeline behind a lock"][0]
         assert values["service / (b)"][0] == pytest.approx(served / locked)
@@ -91,7 +91,7 @@ def test_ratios_are_those_of_the_rates(tiny_model, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_fleets_are_scaled_on_paper(tiny_model, tmp_path, capsys, monkeypatch):
+def test_fleets_are_simulated(tiny_model, tmp_path, capsys, monkeypatch):
     for name, value in {"REPLICAS": (1, 3, 10), "LOADS": (0.2, 0.6, 1.2), "RUNS": 1}.items():
         monkeypatch.setattr(scaling, name, value)
     (tmp_path / "fleet-costs.json").write_text(
@@ -117,9 +117,11 @@ def test_the_published_times_of_an_h100_come_out_of_its_computed_costs():
 
 def test_costs_are_fitted_from_what_a_replica_counts():
     cost = Cost(call=0.02, row=0.005, image=0.04, beside=0.03)
-    told = lambda k: (2.0 * k, cost.call + cost.row * 2 * k, cost.image * k + cost.beside)  # noqa: E731
+    costs = lambda k: (2.0 * k, cost.call + cost.row * 2 * k, cost.image * k + cost.beside)  # noqa: E731
     slow_minute = (2.0, 9.9, 9.9)
-    seen = fleet.fitted({k: [told(k), told(k), told(k)] for k in (2, 4, 8)} | {1: [told(1), slow_minute, told(1)]})
+    seen = fleet.fit_costs(
+        {k: [costs(k), costs(k), costs(k)] for k in (2, 4, 8)} | {1: [costs(1), slow_minute, costs(1)]}
+    )
     assert vars(seen) == pytest.approx(vars(cost))
 
 
@@ -138,7 +140,7 @@ def test_what_is_started_while_pinned_stays_there_and_the_test_does_not():
     assert os.sched_getaffinity(0) == before
 
 
-def test_trials_alternate_and_the_first_round_does_not_count():
+def test_measurements_alternate_and_the_first_round_does_not_count():
     calls = []
     measured = alternate({name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}, 2)
     assert calls == ["a", "b"] * 3
@@ -152,8 +154,8 @@ def test_a_report_prints_the_median_the_spread_and_the_aim(tmp_path, capsys):
 
 
 def test_the_readme_names_every_benchmark():
-    told = (Path(bench.__file__).parent / "README.md").read_text()
-    assert re.findall(r"^\| `([\w-]+)` \|", told, re.M) == list(bench.BENCHMARKS)
+    page = (Path(bench.__file__).parent / "README.md").read_text()
+    assert re.findall(r"^\| `([\w-]+)` \|", page, re.M) == list(bench.BENCHMARKS)
 
 
 def test_an_unknown_benchmark_is_refused(capsys):
@@ -178,7 +180,7 @@ def test_a_short_soak_loses_and_doubles_nothing(tiny_model, tmp_path, capsys, mo
     assert report["wrong"] == []
     values = {label: value for label, (value,) in report["values"].items()}
     assert values["acknowledged images"] > 0
-    assert values["acknowledged and lost"] == values["stored and asked for by nobody"] == 0
+    assert values["acknowledged and lost"] == values["stored and never requested"] == 0
     with Image.open(tmp_path / "soak.png") as plot:
         assert plot.width > 500
     assert "/healthz, p99 ms" in capsys.readouterr().out
@@ -194,18 +196,18 @@ def test_a_soak_sees_what_is_lost_doubled_or_left(monkeypatch):
     monkeypatch.setattr(soak, "request", lambda port, method, path: Answer(200, answers[path], Message()))
     ledger = soak.Ledger(unsettled=set(states))
     for image in ("a", "lost", "a"):
-        ledger.drawn(image, "done")
-    ledger.drawn("of a key", "done", "key")
-    ledger.drawn("of a key", "done", "key")
+        ledger.acknowledge(image, "done")
+    ledger.acknowledge("of a key", "done", "key")
+    ledger.acknowledge("of a key", "done", "key")
     assert ledger.wrong == ["two answers have the id a"]
     figures = soak.reconcile(0, ledger, {"before"})
     assert ledger.wrong[1:] == [
         "lost was acknowledged and is not listed",
-        "stranger is stored and nobody asked for it",
+        "stranger is stored and was never requested",
         "a is listed 2 times",
         "of a key cannot be downloaded",
         "left was left, and is running",
     ]
-    assert figures["acknowledged and lost"] == figures["stored and asked for by nobody"] == 1
-    ledger.drawn("another", "done", "key")
+    assert figures["acknowledged and lost"] == figures["stored and never requested"] == 1
+    ledger.acknowledge("another", "done", "key")
     assert "the key key stands for another and of a key" in ledger.wrong

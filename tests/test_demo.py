@@ -1,4 +1,4 @@
-"""`make demo`, as a user runs it: the round trip from a notebook over a slot and the service to the same pixels."""
+"""`make demo`, as a user runs it: a notebook, a promotion and the service give the same pixels."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from sdxl_lab.images import max_difference, open_image, read_record
 from sdxl_lab.release.slot import load_slot
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("notebook/golden", "served-generate", "served-generate-again")
+NAMES = ("notebook/refined", "served-generate", "served-generate-again")
 
 
 @pytest.mark.slow
@@ -27,9 +27,15 @@ def test_notebook_slot_service_and_the_served_png_give_the_same_pixels() -> None
     run = ROOT / "runs" / "demo"
     notebook, served, again = (run / f"{name}.png" for name in NAMES)
     slot = load_slot(run / "slot")
-    assert {read_record(path)["digest"] for path in (notebook, served, again)} == {slot.digest}
+    assert {read_record(path).digest for path in (notebook, served, again)} == {slot.digest}
     golden = slot.goldens[0].path
-    for path in (notebook, served, again):
-        assert max_difference(open_image(path), open_image(golden)) == 0, path
+    gates = {gate.gate: gate.passed for gate in slot.evidence.gates}
+    assert list(gates.values()) == [True, True]
+    assert all("unet_rows: at most 50" in name or "sharpness: at most 25 % worse" in name for name in gates)
+    assert slot.evidence.replaces == load_slot(ROOT / "service" / "promoted" / "nano").digest
+    assert "refused: more work than they allow" in done.stdout
+    for path in (served, again):
+        assert max_difference(open_image(path), open_image(notebook)) == 0, path
+    assert max_difference(open_image(golden), open_image(notebook)) <= 1 / 255
     after = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert after.stdout == before.stdout

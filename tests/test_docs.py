@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sdxl_lab.images import open_image
+from sdxl_lab.release.slot import load_slot
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,9 +24,11 @@ PAGES = {
         *(f"docs/{page}.md" for page in ("research", "client", "operate", "deploy", "architecture")),
     )
 }
-BLOCKS = [block for page in PAGES.values() for block in re.findall(r"```(\w+)\n(.*?)```", page, re.S)]
+# A block "sh" is of commands that succeed, a block "sh refused" of those that must fail with a reason.
+BLOCKS = [block for page in PAGES.values() for block in re.findall(r"```([\w ]+)\n(.*?)```", page, re.S)]
 READ = PAGES | {"bench/README.md": (ROOT / "bench" / "README.md").read_text()}  # whose commands are measurements
-COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.strip().splitlines()]
+COMMANDS = [line for language, block in BLOCKS if language.startswith("sh") for line in block.strip().splitlines()]
+REFUSED = [line for language, block in BLOCKS if language == "sh refused" for line in block.strip().splitlines()]
 SNIPPETS = [block for language, block in BLOCKS if language == "python"]
 PORT = "127.0.0.1:8000"
 SERVED = [snippet for snippet in SNIPPETS if PORT in snippet]  # they ask the service
@@ -39,9 +43,9 @@ ELSEWHERE = {
     "make test-fast": "a part of make test",
     "make notebooks": "notebooks/, one by one, through sdxl_lab/notebook/runner.py",
     "make bench": "test_bench.py",
-    "make train": "lab/test_recipe.py, with --tiny",
+    "make train": "recipes/test_recipe.py, with --tiny",
     "accelerate launch --multi_gpu --num_processes 2 -m sdxl_lab sweep studies/first_sweep.toml": (
-        "lab/test_sweep.py, on the random model"
+        "lab/research/test_sweep.py, on the random model"
     ),
     **{
         f"dstack apply -f {path.name}": "test_dstack.py, dstack's parser and server: applying takes a GPU"
@@ -52,10 +56,15 @@ ELSEWHERE = {
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """The tree as a user has it, with `.venv/bin/python` this interpreter, and `runs/` of its own."""
-    for path in ROOT.iterdir():
-        if path.name not in (".venv", "runs", "images", ".git"):
-            (tmp_path / path.name).symlink_to(path)
+    """The tree as a user has it: clean, since `promote` asks for that, with `.venv/bin/python` this interpreter."""
+    ours = ["ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in git(ROOT, *ours).splitlines():
+        if (ROOT / name).is_file():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", "--all")
+    git(tmp_path, "-c", "user.name=docs", "-c", "user.email=docs@localhost", "commit", "--quiet", "--message", "copy")
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
@@ -63,8 +72,12 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
 def test_every_command_is_executed_somewhere() -> None:
-    ours = [line for line in COMMANDS if line.startswith((".venv/bin/python -m ", "curl "))]
+    ours = [line for line in COMMANDS if line.startswith((".venv/bin/python -m ", "curl ", "cp "))]
     assert sorted(set(COMMANDS) - set(ours)) == sorted(ELSEWHERE)
 
 
@@ -96,13 +109,21 @@ def test_every_make_target_of_the_readme_exists() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # some twenty commands, most of which load torch
 def test_the_command_lines_run_in_order(clone: Path) -> None:
-    for line in COMMANDS:
-        if line.startswith(".venv/bin/python"):
-            done = subprocess.run(shlex.split(line), cwd=clone, capture_output=True, text=True, check=False)
+    """The README's first promotion is refused by its gates, and the second passes them."""
+    commands = [line for line in COMMANDS if line.startswith((".venv/bin/python", "cp "))]
+    for line in commands:
+        done = subprocess.run(shlex.split(line), cwd=clone, capture_output=True, text=True, check=False)
+        if line in REFUSED:
+            assert (done.returncode, "failed: clip_score: at most 1 worse" in done.stderr) == (1, True), done.stderr
+        else:
             assert done.returncode == 0, f"{line}\n{done.stderr}"
-    images, folders = {"cat.png", "house.png", "again.png"}, {"cells", "sweeps", "studies", "first"}
+    assert REFUSED
+    images = {"cat.png", "house.png", "again.png", "eight.png"}
+    folders = {"cache", "sweeps", "studies", "first", ".replaced"}
     assert {path.name for path in (clone / "runs").iterdir()} == images | folders
+    assert load_slot(clone / "runs" / "first").config.steps == 8
 
 
 @pytest.mark.slow
@@ -158,7 +179,7 @@ def test_what_asks_the_service_is_answered(clone: Path) -> None:
 
 def test_the_map_is_the_tree() -> None:
     """Each line of the map names something that exists, and every room is on it."""
-    tree = README.split("```text\n")[1].split("```")[0]
+    tree = README.split("## Map\n\n```text\n")[1].split("```")[0]
     folder = Path()
     named = set()
     for line in tree.strip().splitlines():

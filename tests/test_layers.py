@@ -50,6 +50,11 @@ FORBIDDEN = [
     ("service/__init__.py", "from sdxl_lab import cli"),
     ("service/__init__.py", "import sdxl_lab.evaluation.metrics"),
     ("service/__init__.py", "import bench"),
+    ("service/jobs/registry.py", "import service.api.problems"),
+    ("service/jobs/leases.py", "import service.server.logging"),
+    ("service/deployment.py", "from service.api import schemas"),
+    ("service/api/images.py", "import service.server.middleware"),
+    ("service/jobs/registry.py", "import service.jobs.manager"),
     ("sdxl_lab/cli.py", "import recipes.nano"),
 ]
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from dstack._internal.proxy.gateway.schemas.stats import Stat
 
-from bench.simulate import Cost, Rule, Scaling, called_for, capacity, fleet, mixed, poisson, routes
+from bench.simulate import Cost, Policy, Scaling, called_for, capacity, fleet, mixed, poisson, routes
 from sdxl_lab.diffusion.latency import LatencyModel, Workload, forecast
 
-ALONE = Rule(rows=2, queue=10**9)
+ALONE = Policy(rows=2, queue=10**9)
 COST = Cost(call=0.03, row=0.02, image=0.04, beside=0.01)
 GUIDED, INTERVAL = ((2, 30),), ((1, 5), (2, 22), (1, 3))
 
@@ -34,7 +34,7 @@ def test_one_image_at_a_time_waits_as_pollaczek_and_khinchine_say(load, steps):
 def test_exponential_times_wait_as_m_m_1():
     draw = np.random.default_rng(3)
     works = [((1, 1 + int(calls)),) for calls in draw.exponential(1000, 40_000)]
-    out = fleet(poisson(0.5, len(works), 4), works, Cost(call=0.001, row=0.0), Rule(rows=1, queue=10**9))
+    out = fleet(poisson(0.5, len(works), 4), works, Cost(call=0.001, row=0.0), Policy(rows=1, queue=10**9))
     assert out.waits[1000:].mean() == pytest.approx(0.5 / 0.5, rel=0.05)
 
 
@@ -49,7 +49,7 @@ def test_behind_round_robin_arrivals_become_even_and_nobody_waits():
     assert waits[2] < 0.01
 
 
-def naive(arrivals, works, cost, rule):
+def naive(arrivals, works, cost, policy):
     """Every call by itself, with the rows of every call in a list. Ends, NaN where refused."""
     ends, waiting, running, now, upcoming = [math.nan] * len(works), deque(), {}, 0.0, 0
     plans = [[rows for rows, calls in work for _ in range(calls)] for work in works]
@@ -58,13 +58,13 @@ def naive(arrivals, works, cost, rule):
         if not waiting and not running:
             now = max(now, arrivals[upcoming])
         while upcoming < len(works) and arrivals[upcoming] <= now:
-            if len(waiting) < rule.queue:
+            if len(waiting) < policy.queue:
                 waiting.append(upcoming)
             upcoming += 1
-        joined = not (rule.together and running)
+        joined = not (policy.together and running)
         while waiting and joined:
             width = sum(max(plans[index]) for index in [*running, waiting[0]])
-            if running and width > rule.rows:
+            if running and width > policy.rows:
                 break
             running[waiting.popleft()] = 0
         live = [index for index in running if running[index] < len(plans[index])]
@@ -72,7 +72,7 @@ def naive(arrivals, works, cost, rule):
         for index in live:
             running[index] += 1
         answered = [index for index in running if running[index] == len(plans[index])]
-        if answered and not (rule.together and len(answered) < len(running)):
+        if answered and not (policy.together and len(answered) < len(running)):
             now += cost.image * len(answered)
             for index in answered:
                 ends[index] = now + cost.beside
@@ -85,10 +85,10 @@ def naive(arrivals, works, cost, rule):
 def test_leaps_change_nothing(load, together):
     draw = random.Random(6)
     works = [draw.choice([GUIDED, INTERVAL, ((1, 7),), ((2, 12),)]) for _ in range(300)]
-    rule = Rule(rows=9, queue=4, together=together)
-    arrivals = poisson(load * capacity(GUIDED, COST, rule), len(works), 7)
-    out = fleet(arrivals, works, COST, rule)
-    np.testing.assert_allclose(out.ends, naive(arrivals.tolist(), works, COST, rule), rtol=1e-9)
+    policy = Policy(rows=9, queue=4, together=together)
+    arrivals = poisson(load * capacity(GUIDED, COST, policy), len(works), 7)
+    out = fleet(arrivals, works, COST, policy)
+    np.testing.assert_allclose(out.ends, naive(arrivals.tolist(), works, COST, policy), rtol=1e-9)
     assert out.refused.any() or load < 1
 
 
@@ -100,7 +100,7 @@ def test_images_that_arrive_at_once_end_when_the_engine_forecasts():
     steps = [10, 30, 20, 25, 5, 15, 40, 35, 12, 9, 28, 31]
     loads = [Workload("base", 2, each) for each in steps]
     spans = forecast([], loads, 16, pace)
-    out = fleet(np.zeros(len(steps)), [((2, each),) for each in steps], COST, Rule(rows=16))
+    out = fleet(np.zeros(len(steps)), [((2, each),) for each in steps], COST, Policy(rows=16))
     np.testing.assert_allclose(out.starts, [span.start for span in spans])
     np.testing.assert_allclose(out.ends, [span.end + COST.beside for span in spans])
 
@@ -108,31 +108,31 @@ def test_images_that_arrive_at_once_end_when_the_engine_forecasts():
 @pytest.mark.parametrize("replicas", [1, 3])
 @pytest.mark.parametrize("together", [False, True], ids=["steps", "static batches"])
 def test_what_arrived_is_done_refused_or_still_there(replicas, together):
-    rule = Rule(rows=8, queue=5, together=together)
-    rate = 1.2 * replicas * capacity(INTERVAL, COST, rule)
-    out = fleet(poisson(rate, 4000, 8), [INTERVAL] * 4000, COST, rule, [0.0] * replicas)
+    policy = Policy(rows=8, queue=5, together=together)
+    rate = 1.2 * replicas * capacity(INTERVAL, COST, policy)
+    out = fleet(poisson(rate, 4000, 8), [INTERVAL] * 4000, COST, policy, [0.0] * replicas)
     assert 0.1 < out.refused.mean() < 0.25
     for moment in np.linspace(0, out.arrivals[-1] + 1, 50):
         arrived = int((out.arrivals <= moment).sum())
         refused = int((out.refused & (out.arrivals <= moment)).sum())
         assert arrived == int((out.ends <= moment).sum()) + refused + out.in_system(moment)
-        assert out.in_system(moment) <= replicas * (rule.at_once(INTERVAL) + rule.queue + 1)
+        assert out.in_system(moment) <= replicas * (policy.at_once(INTERVAL) + policy.queue + 1)
     assert out.rows == (~out.refused).sum() * 52
     assert np.ptp(np.bincount(out.replicas)) <= 1
 
 
 @pytest.mark.parametrize("work", [GUIDED, INTERVAL], ids=["guided", "interval"])
-@pytest.mark.parametrize("rule", [Rule(2), Rule(16), Rule(16, together=True)], ids=["one", "steps", "static"])
-def test_an_overloaded_replica_draws_as_much_as_its_capacity(rule, work):
-    expected = capacity(work, COST, rule)
-    out = fleet(poisson(2 * expected, 3000, 9), [work] * 3000, COST, rule)
+@pytest.mark.parametrize("policy", [Policy(2), Policy(16), Policy(16, together=True)], ids=["one", "steps", "static"])
+def test_an_overloaded_replica_draws_as_much_as_its_capacity(policy, work):
+    expected = capacity(work, COST, policy)
+    out = fleet(poisson(2 * expected, 3000, 9), [work] * 3000, COST, policy)
     done = out.ends[~out.refused]
     assert len(done) / done.max() == pytest.approx(expected, rel=0.02)
     assert out.busy[0] / out.arrivals[-1] > 0.98
 
 
 def test_a_image_alone_takes_its_own_time():
-    out = fleet(np.array([5.0]), [INTERVAL], COST, Rule(16))
+    out = fleet(np.array([5.0]), [INTERVAL], COST, Policy(16))
     assert out.latencies[0] == pytest.approx(COST.alone(INTERVAL)) == pytest.approx(30 * 0.03 + 52 * 0.02 + 0.05)
 
 
@@ -153,7 +153,7 @@ def dstacks_own():
 
 
 def test_some_of_many_replicas_fare_as_they_do_among_all():
-    given = poisson(9.0, 500, 11), [GUIDED] * 500, COST, Rule(16), [0.0] * 20
+    given = poisson(9.0, 500, 11), [GUIDED] * 500, COST, Policy(16), [0.0] * 20
     every, some = fleet(*given), fleet(*given, played=3)
     np.testing.assert_array_equal(some.ends, every.ends[every.replicas < 3])
     assert len(some.ends) == 75

@@ -1,4 +1,4 @@
-"""The files in `studies/` are what the library takes, and the second opinion says what the judge says."""
+"""The files in `studies/` can be read, and the second opinion is the judge's."""
 
 import random
 from pathlib import Path
@@ -10,6 +10,7 @@ from sdxl_lab.images import GeneratedImage
 from sdxl_lab.research.sweep import Sweep
 from sdxl_lab.research.tune import StudyPlan
 from studies.scenes import scene_parts, scene_right
+from tests.made import image_record
 
 FILES = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
 
@@ -36,12 +37,12 @@ def test_a_true_prompt_is_right_and_a_false_one_is_partly_right() -> None:
         prompt = caption(scene)
         other = "black" if scene.background != "black" else "white"
         false = prompt.replace(f"{scene.background} background", f"{other} background").replace("an black", "a black")
-        images = [GeneratedImage(render(scene), {"prompt": text}, {}) for text in (prompt, false)]
+        images = [GeneratedImage(render(scene), image_record(prompt=text), {}) for text in (prompt, false)]
         assert scene_right(images).tolist() == [1, 0]
         assert scene_parts(images).tolist() == [1, 0.8]
 
 
 def test_other_sentences_are_refused() -> None:
-    image = GeneratedImage(render(sample_scene(random.Random(1))), {"prompt": "a cat in a hat"}, {})
+    image = GeneratedImage(render(sample_scene(random.Random(1))), image_record(prompt="a cat in a hat"), {})
     with pytest.raises(ValueError, match="one of nano's full sentences; received 'a cat in a hat'"):
         scene_right([image])

@@ -1,7 +1,7 @@
 """`python -m recipes.nano`: train the whole miniature, stage by stage, and write its folders.
 
-Every stage keeps its checkpoints under `--work` and resumes from them; a finished stage is not repeated. To train on
-from the weights that are shipped, without anyone's checkpoints, pass `--continue-from-shipped`.
+Every stage keeps its checkpoints under `--work` and resumes from them; a finished stage is not repeated.
+`--continue-from-shipped` trains on from the shipped weights, without checkpoints.
 """
 
 import argparse
@@ -19,8 +19,8 @@ NANO = Path(__file__).parents[2] / "sdxl_lab" / "nano"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How many steps each stage trains, on how many scenes. `README.md` says what made the shipped weights."""
+class TrainingPlan:
+    """The training steps and the scenes of each stage. nano's README says what made the shipped weights."""
 
     vae: int = 4900
     clip: int = 800
@@ -34,7 +34,7 @@ class Plan:
     scenes_refiner: int = 3_000
 
 
-TINY = Plan(2, 2, 2, 2, 2, 16, 16, 16, 16, 16)  # for the test that the recipe runs from end to end
+TINY = TrainingPlan(2, 2, 2, 2, 2, 16, 16, 16, 16, 16)  # for the test that the recipe runs from end to end
 
 
 def start_base(towers: clip.Towers, shipped: Path | None, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]) -> unet.Base:
@@ -49,8 +49,10 @@ def start_base(towers: clip.Towers, shipped: Path | None, tokenizers: tuple[CLIP
     )
 
 
-def train(work: Path, target: Path, plan: Plan, *, shipped: Path | None = None, until: str | None = None) -> None:
-    """All stages in order; `until` names the last to run. Each writes its folders below `target` when it is done."""
+def train(
+    work: Path, target: Path, plan: TrainingPlan, *, shipped: Path | None = None, until: str | None = None
+) -> None:
+    """Run all stages in order, up to `until`. Each writes its folders below `target` when it is done."""
     tokenizers = words.train_tokenizers()
     save_pipeline_files(target, tokenizers)
     if shipped is None:
@@ -103,11 +105,11 @@ def main(arguments: list[str] | None = None) -> None:
         "--continue-from-shipped", action="store_true", help="start from the shipped weights; the VAE stays"
     )
     parser.add_argument("--tiny", action="store_true", help="two steps a stage: does it run?")
-    for field, steps in Plan().__dict__.items():
+    for field, steps in TrainingPlan().__dict__.items():
         parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=None, help=f"default {steps}")
     asked = parser.parse_args(arguments)
-    given = {name: getattr(asked, name) for name in Plan().__dict__ if getattr(asked, name) is not None}
-    plan = replace(TINY if asked.tiny else Plan(), **given)
+    given = {name: getattr(asked, name) for name in TrainingPlan().__dict__ if getattr(asked, name) is not None}
+    plan = replace(TINY if asked.tiny else TrainingPlan(), **given)
     shipped = NANO if asked.continue_from_shipped else None
     train(asked.work, asked.target, plan, shipped=shipped, until=asked.until)
 

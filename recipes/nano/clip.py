@@ -1,8 +1,8 @@
 """nano's CLIP: two text encoders and an image encoder trained by contrast (Radford et al. 2021, arXiv 2103.00020).
 
-The image encoder and the second text encoder become the `CLIPModel` that judges images. Both text encoders go on
-to learn with the UNet. Besides the other captions of the batch, every image is contrasted with a caption that is
-wrong in one thing (Yuksekgonul et al. 2023, arXiv 2210.01936): without such, contrast hardly learns left from right.
+The image encoder and the second text encoder become the `CLIPModel` that scores images. Both text encoders learn
+further with the UNet. Besides the batch's other captions, every image is contrasted with a caption that is wrong in one
+part (Yuksekgonul et al. 2023, arXiv 2210.01936); without these, left and right are hardly learnt.
 """
 
 import random
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from recipes.nano.fit import fit
+from recipes.nano.fit import autocast, fit
 from recipes.nano.scenes import caption, sample_scene
 from recipes.nano.vae import images_of
 from recipes.nano.words import contradiction, ids
@@ -21,7 +21,7 @@ from recipes.nano.words import contradiction, ids
 SIDE = 96
 WIDTH = 64
 BATCH = 128
-# What transformers' CLIPImageProcessor does by default with an image's channels.
+# The defaults of transformers' CLIPImageProcessor for an image's channels.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -80,7 +80,7 @@ def train(
         chosen = [rng.randrange(len(scenes)) for _ in range(BATCH)]
         said = [caption(scenes[i], rng if rng.random() < 0.35 else None) for i in chosen]
         wrong = [contradiction(scenes[i], rng) for i in chosen]
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             seen = towers.clip.vision_model(normalised(images[chosen])).pooler_output
             seen = F.normalize(towers.clip.visual_projection(seen).float(), dim=-1)
             texts = [

@@ -1,4 +1,4 @@
-"""`python -m recipes.nano.evaluate`: what nano can do, in figures, on prompts it was never trained on.
+"""`python -m recipes.nano.evaluate`: nano's figures on prompts that it was never trained on.
 
 Images are judged by `judge`, which shares no code with the renderer, and by nano's CLIP. Writes `figures.json` and
 contact sheets.
@@ -24,14 +24,14 @@ from recipes.nano.scenes import COLOURS, NOUNS, SHAPES, THINGS, Scene, Thing, ca
 from recipes.nano.words import ids
 from sdxl_lab.config import GenerationConfig, RefinerConfig
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import NANO
+from sdxl_lab.diffusion.inventory import NANO
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import ImageRequest
 from sdxl_lab.research.plots import grid
 
 
 class Clip:
-    """nano's CLIP as the judge of images."""
+    """nano's CLIP, which scores images."""
 
     def __init__(self, folder: Path) -> None:
         self.model = CLIPModel.from_pretrained(folder, variant="fp16", dtype=torch.float32).eval()
@@ -69,8 +69,8 @@ def draw(engine: Engine, config: GenerationConfig, prompts: Sequence[str], first
     return [job.result() for job in jobs]
 
 
-def verdict(image: GeneratedImage, scene: Scene) -> judge.Verdict:
-    """The image held to the scene that its prompt tells of."""
+def verdict(image: GeneratedImage, scene: Scene) -> judge.SceneVerdict:
+    """The judge's verdict on an image of `scene`."""
     things = [(thing.colour, thing.noun) for thing in scene.things]
     return judge.judge(image.image, scene.background, things, scene.relation)
 

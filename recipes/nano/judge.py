@@ -1,9 +1,9 @@
-"""What is in an image? An independent check of what a small model drew, by classical image analysis.
+"""An independent check of an image's content, by classical image analysis.
 
-It knows ten colour names, and fourteen nouns by their silhouettes alone: eight from geometry, six from the small
-drawings in `SKETCHES`. It knows plain backgrounds that may shade from top to bottom, and that a thing darkens the
-ground around it. It does not know how scenes are drawn, sampled or worded, nothing of models, hats or sizes in words,
-and it looks at no detail inside a silhouette: a cat without a face is a cat. What it cannot name is "unknown".
+It recognises ten colours, and fourteen nouns by their silhouettes: eight from geometry, six from the small drawings in
+`SKETCHES`. Backgrounds may shade from top to bottom, and a thing may darken the ground around it. Details inside a
+silhouette are ignored, so a cat without a face is a cat; so are hats and sizes. What it cannot name is "unknown". It
+shares no code with the renderer.
 """
 
 import itertools
@@ -29,26 +29,26 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "white": (244, 244, 242),
 }
 TOWARDS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}  # the second's side: right, down
-MOST = 6  # things that are matched, the largest
-LIGHTING = np.linspace(0.7, 1.12, 8)  # how far light and shadow scale a colour that keeps its name
+MOST = 6  # the largest things are matched
+LIGHTING = np.linspace(0.7, 1.12, 8)  # how light and shadow may scale a colour without changing its name
 SHADOW = np.linspace(0.66, 1.04, 12)  # how far a thing's shadow may darken the ground
 NAMED_WITHIN = 22.0  # Lab distance beyond which a pixel's colour has no name
-UNCONTESTED = 0.6  # of the pixels that have a name, how many must agree
+UNCONTESTED = 0.6  # of the named pixels, the share that must agree
 GROUND_WITHIN = 13.0  # Lab distance beyond which a pixel is not the ground
 EDGE = 0.4  # of the contrast beside it, where a soft outline is cut
-WHOLE = 0.49  # a size from which a piece is no thing on a ground, but the image's own frame
+WHOLE = 0.49  # a size from which a piece is the image's own frame, not a thing
 SPECK = 0.0015  # of the image's area
 LARGEST_GAP = 0.22  # of a silhouette's area: larger holes are part of the shape, smaller ones are pale details
 CLEFT = 0.06  # of the square root of a silhouette's area: half the width of a cleft that is closed
-ASTRAY = 0.036  # how far an outline may lie from its noun's on average, in the square root of the silhouette's area
-MARGIN = 0.03  # and how much of the silhouette's area must speak for that noun rather than for the next
+ASTRAY = 0.036  # mean distance of an outline from its noun's, in the square root of the silhouette's area
+MARGIN = 0.03  # and the share of the area by which that noun must lead the next
 CELLS = 19  # a silhouette is compared on CELLS x CELLS
 FRAME = 2.2  # whose side is this many times the square root of the silhouette's area
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One thing found. `x`, `y` (centre of its box) and `size` (half the box's larger side) are fractions of the
+class FoundThing:
+    """A thing in an image. `x`, `y` (centre of its box) and `size` (half the box's larger side) are fractions of the
     image's side."""
 
     noun: str
@@ -59,8 +59,8 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Which parts of a description the image holds to."""
+class SceneVerdict:
+    """The parts of a description that are right in the image."""
 
     background: bool
     count: bool
@@ -87,8 +87,8 @@ def _lab(rgb: np.ndarray) -> np.ndarray:
 
 
 def _name(pixels: np.ndarray, share: float) -> str:
-    """The name most of these pixels bear, [n, 3] RGB: a name spans its colour in light and in shade. Tints, deep
-    shades and mixtures abstain; "unknown" where the name has less than `share` of all pixels, or is contested."""
+    """The name of most of these pixels, [n, 3] RGB. A name covers its colour in light and in shade; tints, deep shades
+    and mixtures do not count. "unknown" if the name has less than `share` of all pixels, or others compete."""
     if len(pixels) == 0:
         return UNKNOWN
     sample = _lab(pixels[:: max(1, len(pixels) // 1500)].astype(float))
@@ -118,7 +118,7 @@ def _ground(pixels: np.ndarray) -> tuple[str, np.ndarray]:
 
 def _foreground(pixels: np.ndarray, ground: np.ndarray) -> np.ndarray:
     """Where the image is neither its ground nor its ground in shadow, [height, width] of bool. A soft edge is cut at
-    EDGE of the contrast beside it, for a low cut would swell every outline."""
+    EDGE of the contrast beside it, since a lower cut would widen every outline."""
     lab = _lab(pixels)
     nearest = np.full(pixels.shape[:2], np.inf)
     for shade in SHADOW:
@@ -128,7 +128,7 @@ def _foreground(pixels: np.ndarray, ground: np.ndarray) -> np.ndarray:
 
 
 def _pieces(foreground: np.ndarray) -> list[np.ndarray]:
-    """One mask for each thing: connected parts, with parts whose boxes lie in one another taken as one thing."""
+    """One mask for each thing: connected parts; parts with nested boxes are one thing."""
     labels, _ = ndimage.label(foreground, structure=np.ones((3, 3)))
     areas = np.bincount(labels.ravel())
     groups = [[k] for k in range(1, len(areas)) if areas[k] >= SPECK * foreground.size]
@@ -235,7 +235,7 @@ def _prototypes() -> dict[str, np.ndarray]:
 
 
 def _noun(silhouette: np.ndarray) -> str:
-    """The noun whose silhouette differs least. What differs may grow with the outline, which is where a hand slips."""
+    """The noun whose silhouette differs least. The allowed difference grows with the outline."""
     cells, area = _normal(silhouette), (FRAME / CELLS) ** 2
     differing = {noun: float(np.abs(cells - p).sum()) * area for noun, p in _prototypes().items()}
     noun, other = sorted(differing, key=differing.__getitem__)[:2]
@@ -247,7 +247,7 @@ def _noun(silhouette: np.ndarray) -> str:
 # --- looking and judging -------------------------------------------------------------------------------------------
 
 
-def look(image: Image.Image) -> tuple[str, list[Seen]]:
+def look(image: Image.Image) -> tuple[str, list[FoundThing]]:
     """The background's colour and the things on it, the largest first."""
     pixels = np.asarray(image.convert("RGB"), dtype=float)
     side = min(pixels.shape[:2])
@@ -262,12 +262,12 @@ def look(image: Image.Image) -> tuple[str, list[Seen]]:
         x, y = float(left + right) / 2 / pixels.shape[1], float(top + bottom) / 2 / pixels.shape[0]
         size = float(max(bottom - top, right - left)) / 2 / side
         noun = _noun(_silhouette(piece)) if size < WHOLE else UNKNOWN
-        seen.append(Seen(noun, colour, x, y, size))
+        seen.append(FoundThing(noun, colour, x, y, size))
     return background, sorted(seen, key=lambda thing: -thing.size)
 
 
-def _holds(relation: str, first: Seen | None, second: Seen | None) -> bool:
-    """Whether the way from the first thing to the second leads, above all, where the relation says."""
+def _holds(relation: str, first: FoundThing | None, second: FoundThing | None) -> bool:
+    """Whether the second thing lies mainly on the side of the first that the relation says."""
     if first is None or second is None:
         return False
     (right, down), dx, dy = TOWARDS[relation], second.x - first.x, second.y - first.y
@@ -277,17 +277,18 @@ def _holds(relation: str, first: Seen | None, second: Seen | None) -> bool:
 
 def judge(
     image: Image.Image, background: str, things: Sequence[tuple[str, str]], relation: str | None = None
-) -> Verdict:
-    """Hold an image to a description: `things` are (colour, noun), and things[0] stands in `relation` to things[1].
+) -> SceneVerdict:
+    """Compare an image with a description: `things` are (colour, noun), and things[0] stands in `relation` to
+    things[1].
 
-    Wanted things are matched to seen ones so that as much as possible is right. One that is missing has neither
-    colour nor noun nor place. Raises ValueError for a relation it does not know, or that does not join two things."""
+    Described things are matched to found ones so that as much as possible is right. A missing thing has no colour, noun
+    or place. Raises ValueError for an unknown relation, and for one that does not join two things."""
     if relation is not None and (relation not in TOWARDS or len(things) != 2):
         rule = f"a relation is one of {', '.join(TOWARDS)}, or None, and joins two things"
         example = "[('red', 'cat'), ('blue', 'fish')], 'above'"
-        raise ValueError(f"{rule}; got {relation!r} and {len(things)} things; valid: {example}")
+        raise ValueError(f"{rule}; received {relation!r} and {len(things)} things. Example: {example}")
     ground, seen = look(image)
-    places: list[Seen | None] = [*seen[:MOST], *[None] * max(0, len(things) - len(seen[:MOST]))]
+    places: list[FoundThing | None] = [*seen[:MOST], *[None] * max(0, len(things) - len(seen[:MOST]))]
     readings = []
     for chosen in itertools.permutations(places, len(things)):
         pairs = list(zip(chosen, things, strict=True))
@@ -296,4 +297,4 @@ def judge(
         placed = relation is None or _holds(relation, *chosen)
         readings.append((sum(colours) + sum(nouns), all(colours), all(nouns), placed))
     _, colour, noun, related = max(readings)
-    return Verdict(ground == background, len(seen) == len(things), colour, noun, related)
+    return SceneVerdict(ground == background, len(seen) == len(things), colour, noun, related)

@@ -1,7 +1,4 @@
-"""Trained parts to the folders that diffusers and transformers load, in float16 under the `fp16` variant's name.
-
-Knows the layout of a published SDXL; knows no training.
-"""
+"""Writing trained parts to the folders that diffusers and transformers load, as the float16 variant `fp16`."""
 
 import json
 from pathlib import Path
@@ -15,7 +12,7 @@ from recipes.nano import clip, unet
 
 
 def text_tower(towers: clip.Towers) -> CLIPTextModelWithProjection:
-    """A copy of the CLIP model's own text tower, to learn on as SDXL's second text encoder."""
+    """A copy of the CLIP model's text tower, which is trained further as SDXL's second text encoder."""
     encoder = CLIPTextModelWithProjection(towers.clip.config.text_config)
     encoder.text_model.load_state_dict(towers.clip.text_model.state_dict())
     encoder.text_projection.load_state_dict(towers.clip.text_projection.state_dict())
@@ -23,7 +20,7 @@ def text_tower(towers: clip.Towers) -> CLIPTextModelWithProjection:
 
 
 def without_projection(encoder: CLIPTextModelWithProjection) -> CLIPTextModel:
-    """SDXL's first text encoder has none."""
+    """The encoder without its projection, which SDXL's first text encoder does not have."""
     plain = CLIPTextModel(encoder.config)
     own = {name.removeprefix("text_model."): weight for name, weight in encoder.state_dict().items()}
     prefix = "text_model." if any(name.startswith("text_model.") for name in plain.state_dict()) else ""
@@ -54,7 +51,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def save_pipeline_files(target: Path, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]) -> None:
-    """What is not weights: tokenizers, scheduler, and the two indexes that name each part's class."""
+    """Write everything but weights: tokenizers, scheduler, and the two indexes with each part's class."""
     for name, tokenizer in zip(("tokenizer", "tokenizer_2"), tokenizers, strict=True):
         tokenizer.save_pretrained(target / "base" / name)
     CLIPImageProcessorPil(

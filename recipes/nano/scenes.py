@@ -1,8 +1,8 @@
-"""The world nano lives in: what a scene is, the words for it, and how it is drawn.
+"""nano's scenes: sampled, captioned and rendered.
 
-A scene is one or two things on a plain background. `sample_scene` invents one, `caption` says it in words (all of
-it, or loosely), `render` draws it, anti-aliased and softly shaded, so that there is detail for a refiner to restore.
-This module knows nothing of models or training; the only state is the random generator it is given.
+A scene is one or two things on a plain background. `sample_scene` makes one up, `caption` describes it fully or
+loosely, and `render` draws it, anti-aliased and softly shaded, so that there is detail for a refiner to restore. The
+only state is the random generator passed in.
 """
 
 import hashlib
@@ -73,8 +73,8 @@ def sample_scene(
     hat: float = 0.2,
     nouns: tuple[str, ...] = NOUNS,
 ) -> Scene:
-    """Invent a scene; `pair` and `hat` are probabilities. With `held_out`, its first thing is a held-out combination,
-    without, nothing in it is."""
+    """Make up a scene. `pair` and `hat` are probabilities. With `held_out` its first thing is a held-out combination;
+    otherwise nothing in it is."""
     while True:
         background = rng.choice(list(COLOURS))
         free = [c for c in COLOURS if c != background]
@@ -110,7 +110,7 @@ def _place_pair(rng: random.Random, background: str, specs: list[tuple[str, str]
     return Scene(background, tuple(things), relation)
 
 
-# --- words ---------------------------------------------------------------------------------------------------------
+# --- captions ---------------------------------------------------------------------------------------------------------
 
 
 def _article(phrase: str) -> str:
@@ -118,7 +118,7 @@ def _article(phrase: str) -> str:
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """The scene in words: in full without `rng`; with it, loosely: attributes and articles are left out at random."""
+    """The scene in words: complete, or with `rng` loosely, leaving out attributes and articles at random."""
 
     def keep(probability: float) -> bool:
         return rng is None or rng.random() < probability
@@ -180,7 +180,7 @@ def _heart() -> list[Point]:
 
 
 def _tail(cx: float, cy: float, r: float, start: float, end: float, width: float) -> list[Point]:
-    """An arc of the given width, angles in turns."""
+    """An arc of the given width; angles are in turns."""
     angles = [2 * math.pi * (start + (end - start) * i / 16) for i in range(17)]
     outer = [(cx + (r + width / 2) * math.cos(a), cy + (r + width / 2) * math.sin(a)) for a in angles]
     inner = [(cx + (r - width / 2) * math.cos(a), cy + (r - width / 2) * math.sin(a)) for a in reversed(angles)]
@@ -296,8 +296,8 @@ def _cross() -> list[Part]:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How a noun is drawn, and where a hat sits: its brim's centre and half width, in the noun's box."""
+class NounShape:
+    """How a noun is drawn, and its hat: the brim's centre and half width, in the noun's box."""
 
     parts: Callable[[], list[Part]]
     hat: tuple[float, float, float]
@@ -307,21 +307,21 @@ def _plain(outline: list[Point]) -> Callable[[], list[Part]]:
     return lambda: [("body", outline)]
 
 
-DRAWINGS: dict[str, Drawing] = {
-    "circle": Drawing(_plain(_ellipse(0, 0, 0.95, 0.95)), (0, -0.78, 0.55)),
-    "square": Drawing(_plain(_box(-0.84, -0.84, 0.84, 0.84)), (0, -0.82, 0.55)),
-    "triangle": Drawing(_plain([(0, -0.95), (0.98, 0.78), (-0.98, 0.78)]), (0, -0.68, 0.42)),
-    "star": Drawing(_plain(_star()), (0, -0.72, 0.42)),
-    "ring": Drawing(_ring, (0, -0.8, 0.55)),
-    "cross": Drawing(_cross, (0, -0.88, 0.5)),
-    "heart": Drawing(_plain(_heart()), (0, -0.62, 0.55)),
-    "diamond": Drawing(_plain([(0, -1), (0.72, 0), (0, 1), (-0.72, 0)]), (0, -0.75, 0.42)),
-    "cat": Drawing(_cat, (0, -0.68, 0.45)),
-    "fish": Drawing(_fish, (-0.35, -0.46, 0.42)),
-    "house": Drawing(_house, (0, -0.8, 0.45)),
-    "tree": Drawing(_tree, (0, -0.85, 0.45)),
-    "flower": Drawing(_flower, (0, -0.85, 0.42)),
-    "boat": Drawing(_boat, (0, -0.88, 0.4)),
+NOUN_SHAPES: dict[str, NounShape] = {
+    "circle": NounShape(_plain(_ellipse(0, 0, 0.95, 0.95)), (0, -0.78, 0.55)),
+    "square": NounShape(_plain(_box(-0.84, -0.84, 0.84, 0.84)), (0, -0.82, 0.55)),
+    "triangle": NounShape(_plain([(0, -0.95), (0.98, 0.78), (-0.98, 0.78)]), (0, -0.68, 0.42)),
+    "star": NounShape(_plain(_star()), (0, -0.72, 0.42)),
+    "ring": NounShape(_ring, (0, -0.8, 0.55)),
+    "cross": NounShape(_cross, (0, -0.88, 0.5)),
+    "heart": NounShape(_plain(_heart()), (0, -0.62, 0.55)),
+    "diamond": NounShape(_plain([(0, -1), (0.72, 0), (0, 1), (-0.72, 0)]), (0, -0.75, 0.42)),
+    "cat": NounShape(_cat, (0, -0.68, 0.45)),
+    "fish": NounShape(_fish, (-0.35, -0.46, 0.42)),
+    "house": NounShape(_house, (0, -0.8, 0.45)),
+    "tree": NounShape(_tree, (0, -0.85, 0.45)),
+    "flower": NounShape(_flower, (0, -0.85, 0.42)),
+    "boat": NounShape(_boat, (0, -0.88, 0.4)),
 }
 
 
@@ -369,7 +369,7 @@ def _draw(canvas: np.ndarray, thing: Thing, side: int, offset: tuple[float, floa
     scale = thing.radius * side * SUPERSAMPLE
     cx, cy = (left + reach - x0) * SUPERSAMPLE, (top + reach - y0) * SUPERSAMPLE
     rim = max(1, round(0.035 * scale))
-    drawing = DRAWINGS[thing.noun]
+    drawing = NOUN_SHAPES[thing.noun]
     layers = [(thing.colour, drawing.parts())]
     if thing.hat:
         layers.append((thing.hat, _hat(*drawing.hat)))

@@ -1,11 +1,11 @@
 """nano's two UNets, with SDXL's own conditioning (Podell et al. 2023, arXiv 2307.01952).
 
-The base learns every noise level, first on 128 px images, which are four times cheaper, then on 256 px ones; both
-text encoders learn with it. The refiner starts from the base and learns only the low-noise fifth, from the second text
-encoder and an aesthetic score that stands for something real: how sharp the training image is.
+The base learns every noise level, first on 128 px images, which are four times cheaper, then on 256 px ones; both text
+encoders learn with it. The refiner starts from the base and learns only the low-noise fifth, with the second text
+encoder and an aesthetic score that measures the sharpness of the training image.
 
-Noise carries an offset per channel: with SDXL's betas the mean of a latent, here the plain background, is otherwise
-never destroyed, and at inference the model reads a background into the start noise.
+Noise has an offset for each channel: with SDXL's betas the mean of a latent, here the plain background, is otherwise
+never destroyed, and at inference the model reads a background into the initial noise.
 """
 
 import random
@@ -21,7 +21,7 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from recipes.nano.clip import WIDTH
-from recipes.nano.fit import fit, generator
+from recipes.nano.fit import autocast, fit, generator
 from recipes.nano.scenes import Scene, caption, render, sample_scene
 from recipes.nano.vae import encode
 from recipes.nano.words import ids
@@ -34,7 +34,7 @@ TIME_WIDTH = 32
 
 
 def new_scheduler() -> EulerDiscreteScheduler:
-    """SDXL base's scheduler, field by field: other schedulers built from it read fields that Euler does not."""
+    """SDXL base's scheduler, with all fields, since schedulers built from it read fields that Euler does not."""
     return EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -111,7 +111,7 @@ def _refiner_image(scene: Scene, side: int, rng: random.Random) -> tuple[Image.I
 
 
 def make_pool(vae: AutoencoderKL, path: Path, *, count: int, side: int, seed: int, refiner: bool = False) -> Pool:
-    """Render and encode `count` scenes once, kept in `path`."""
+    """Render and encode `count` scenes once, and keep them in `path`."""
     rng = random.Random(seed)
     scenes = [sample_scene(rng) for _ in range(count)]
     if not path.exists():
@@ -157,8 +157,8 @@ def _min_snr(t: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
 
 
 def _evened(t: torch.Tensor) -> torch.Tensor:
-    """Weights that lift the high noise levels, where nouns, colours and places are decided. There the loss of epsilon
-    falls as SNR^0.35 (measured on nano), so that without them nearly all of the gradient is about texture."""
+    """Weights that raise the high noise levels, where nouns, colours and places are decided. There the loss of epsilon
+    falls as SNR^0.35 (measured on nano), so that without weights nearly all of the gradient is about texture."""
     alpha = alphas()[t]
     return (alpha / (1 - alpha)).clamp(0.005, 1) ** -0.35
 
@@ -193,7 +193,7 @@ def train_base(
         texts = [caption(pool.scenes[i], rng if rng.random() < 0.4 else None) for i in chosen.tolist()]
         texts = ["" if rng.random() < DROPPED * 0.3 else text for text in texts]
         kept = (torch.rand(size, generator=draw) > DROPPED * 0.7).float()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             hidden, pooled = _embed(base, tokenizers, texts)
             added = {"text_embeds": pooled * kept[:, None], "time_ids": pool.time_ids[chosen]}
             out = base.unet(
@@ -244,7 +244,7 @@ def train_refiner(
         noisy, noise = _noised(pool.latents[chosen], t, draw)
         texts = [caption(pool.scenes[i], rng if rng.random() < 0.4 else None) for i in chosen.tolist()]
         kept = (torch.rand(BATCH, generator=draw) > DROPPED).float()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             with torch.no_grad():
                 text = text_encoder_2(ids(tokenizer_2, texts), output_hidden_states=True)
             added = {"text_embeds": text.text_embeds * kept[:, None], "time_ids": pool.time_ids[chosen]}
@@ -254,7 +254,7 @@ def train_refiner(
                 encoder_hidden_states=text.hidden_states[-2] * kept[:, None, None],
                 added_cond_kwargs=added,
             ).sample
-        # The lowest noise levels, where epsilon is nearly unpredictable, would otherwise drown the rest.
+        # The lowest noise levels, where epsilon is nearly unpredictable, would otherwise dominate.
         return ((out.float() - noise).square().mean((1, 2, 3)) * _min_snr(t, gamma=20.0)).mean()
 
     fit(unet, loss_at, steps=steps, peak_lr=4e-4, folder=folder, ema=0.998)

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
-from recipes.nano.fit import fit, generator
+from recipes.nano.fit import autocast, fit, generator
 from recipes.nano.scenes import Scene, render, sample_scene
 
 CROP = 128
@@ -68,7 +68,7 @@ def train(folder: Path, steps: int, scenes: int) -> AutoencoderKL:
 
     def loss_at(step: int) -> torch.Tensor:
         x = batch(step)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             posterior = vae.encode(x).latent_dist
             mean, logvar = posterior.mean.float(), posterior.logvar.float().clamp(-30, 20)
             noise = torch.randn(mean.shape, generator=generator(step, seed=2))
@@ -88,7 +88,7 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """Images (n, 3, h, w) `uint8` to unscaled latent means (n, 4, h/8, w/8) in float32, in small batches."""
     parts = []
     for chunk in images.split(16):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             parts.append(vae.encode(to_signed(chunk)).latent_dist.mean.float())
     return torch.cat(parts)
 

@@ -1,6 +1,6 @@
-"""nano's tokenizers: CLIP's byte-pair form, trained on captions, so that every word of the world is one token.
+"""nano's tokenizers: CLIP's byte-pair encoding, trained on captions, so that every word of a caption is one token.
 
-All 256 bytes are in the vocabulary: arbitrary text encodes, in pieces.
+All 256 bytes are in the vocabulary, so that arbitrary text can be encoded, in pieces.
 """
 
 import json
@@ -18,7 +18,7 @@ LENGTH = 77
 
 
 def train_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """The two tokenizers of an SDXL: one vocabulary; the first pads with the end token, the second with "!"."""
+    """SDXL's two tokenizers with one vocabulary: the first pads with the end token, the second with "!"."""
     rng = random.Random(0)
     scenes = [sample_scene(rng, hat=0.5) for _ in range(4000)]
     corpus = [caption(scene) for scene in scenes] + [caption(scene, rng) for scene in scenes]
@@ -58,7 +58,7 @@ def ids(tokenizer: CLIPTokenizer, texts: list[str], length: int = LENGTH) -> tor
 
 
 def contradiction(scene: Scene, rng: random.Random) -> str:
-    """A full caption that is wrong about the scene in one thing: a hard negative for contrast."""
+    """A full caption that is wrong in one part: a hard negative for contrastive training."""
     if scene.relation and rng.random() < 0.3:
         opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
         return caption(replace(scene, relation=opposite[scene.relation]))

@@ -16,11 +16,11 @@ from diffusers import SchedulerMixin
 from sdxl_lab.config import ConfigError, RefinerConfig
 from sdxl_lab.diffusion import schedulers
 from sdxl_lab.diffusion.batching import Part
-from sdxl_lab.diffusion.models import Denoiser, Embedding, Models
-from sdxl_lab.job import ImageRequest, SourceImage
+from sdxl_lab.diffusion.models import Denoiser, Embedding, Models, Prompt
+from sdxl_lab.job import ImageRequest
 
 DenoiserName = Literal["base", "refiner"]
-Embed = Callable[[DenoiserName, str | None, bool], Embedding]
+Embed = Callable[[DenoiserName, Prompt], Embedding]
 
 
 class Rows(NamedTuple):
@@ -84,32 +84,47 @@ class Seen(NamedTuple):
 
 
 class Stage:
-    """A stretch of the schedule under one UNet."""
+    """A stretch of the schedule under one UNet.
 
-    def __init__(self, name: DenoiserName, denoiser: Denoiser, request: ImageRequest, device: torch.device) -> None:
+    `stretch` says which of the scheduler's timesteps it has, once they are set. `size` is the image's (height, width)
+    in pixels. `embed` gives the prompts' embeddings.
+    """
+
+    def __init__(
+        self,
+        name: DenoiserName,
+        denoiser: Denoiser,
+        request: ImageRequest,
+        stretch: Callable[[SchedulerMixin], slice],
+        *,
+        embed: Embed,
+        size: tuple[int, int],
+        device: torch.device,
+    ) -> None:
         self.name, self.denoiser, self.config = name, denoiser, request.config
-        self.scheduler = schedulers.build(request.config.scheduler, denoiser.scheduler_config, seed=request.seed)
-        self.scheduler.set_timesteps(request.config.steps, device=device)
-        self.timesteps = self.scheduler.timesteps
+        config = request.config
+        self.scheduler = schedulers.build(config.scheduler, denoiser.scheduler_config, seed=request.seed)
+        self.scheduler.set_timesteps(config.steps, device=device)
+        part = stretch(self.scheduler)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(part.start)
+        self.timesteps = self.scheduler.timesteps[part]
         self.index = 0
         self.seen: Seen | None = None
+        guided = config.guidance_scale > 1 and denoiser.unet.config.time_cond_proj_dim is None
+        self.guides = [guided and self._inside(float(timestep)) for timestep in self.timesteps]
+        self.positive = embed(name, Prompt(request.prompt, config.clip_skip))
+        # The pipelines skip layers for the positive prompt alone.
+        self.negative = embed(name, Prompt(config.negative_prompt)) if guided else self.positive
+        self.time_ids = self._time_ids(size)
+        accepted = inspect.signature(self.scheduler.step).parameters
+        self.options: dict[str, Any] = {"eta": 0.0} if "eta" in accepted else {}
+        self.takes_generator = "generator" in accepted
 
-    def between(self, start: int, stop: int | None = None) -> "Stage":
-        """Keep only part of the schedule."""
-        self.scheduler.set_begin_index(start) if hasattr(self.scheduler, "set_begin_index") else None
-        self.timesteps = self.timesteps[start:stop]
-        return self
-
-    def condition(self, request: ImageRequest, embed: Embed, size: tuple[int, int]) -> None:
-        """Embed the prompts and set the micro-conditioning. `size` is the image's (height, width)."""
+    def _time_ids(self, size: tuple[int, int]) -> torch.Tensor:
+        """The micro-conditioning (2, 5 or 6) of the unguided and the guided row."""
         config = self.config
-        scale = config.guidance_scale
-        self.guided = scale > 1 and self.denoiser.unet.config.time_cond_proj_dim is None
-        self.positive = embed(self.name, request.prompt, False)
-        self.negative = embed(self.name, config.negative_prompt, True) if self.guided else self.positive
-        device = self.positive.hidden.device
-        original = config.original_size or size
-        target = config.target_size or size
+        original, target = config.original_size or size, config.target_size or size
         ids: list[tuple[float, ...]]
         if self.denoiser.aesthetic:
             scores = config.refiner or RefinerConfig()
@@ -120,11 +135,7 @@ class Stage:
             ]
         else:
             ids = [(*original, *config.crop, *target)] * 2
-        self.time_ids = torch.tensor(ids, dtype=torch.float32, device=device)
-        self.guides = [self.guided and self._inside(float(t)) for t in self.timesteps]
-        accepted = inspect.signature(self.scheduler.step).parameters
-        self.options: dict[str, Any] = {"eta": 0.0} if "eta" in accepted else {}
-        self.takes_generator = "generator" in accepted
+        return torch.tensor(ids, dtype=torch.float32, device=self.positive.hidden.device)
 
     def _inside(self, timestep: float) -> bool:
         """Whether guidance applies at this timestep's noise level."""
@@ -196,6 +207,15 @@ def guide(negative: torch.Tensor, positive: torch.Tensor, scale: float, rescale:
     return guided
 
 
+class StageOutcome(NamedTuple):
+    """A trajectory's part of the image's record, whose fields these are."""
+
+    sampler: str
+    scheduler: dict[str, Any]
+    unet_calls: dict[str, int]
+    unet_rows: dict[str, int]
+
+
 class Trajectory:
     """One image under way. `latents` (1, 4, h, w), float32 whatever the UNet's dtype, and `done` are the outcome;
     `calls` of `total` are the UNet calls made so far. Raises `ConfigError` where the settings leave a stage without a
@@ -204,39 +224,56 @@ class Trajectory:
     def __init__(self, models: Models, request: ImageRequest, embed: Embed) -> None:
         self.request, self.models, self.calls = request, models, 0
         self._last: Stage | None = None
+        self._embed = embed
         self.generator = torch.Generator("cpu").manual_seed(request.seed)
-        config = request.config
         if request.source is not None:
-            self.stages = [self._refine_stage(request.source)]
-            first = self.stages[0]
-            self.latents = self._noised(models.encode(request.source.image, self.generator), first)
-        else:
-            self.stages = self._ensemble(config.refiner)
-            noise = self._noise(config.height, config.width)
-            self.latents = noise * self.stages[0].scheduler.init_noise_sigma
-        height, width = (side * models.scale_factor for side in self.latents.shape[-2:])
-        for stage in self.stages:
-            stage.condition(request, embed, (height, width))
-            if not len(stage.timesteps):
-                raise ConfigError(
-                    "steps", config.steps, f"enough that both base and refiner get one ({stage.name} has none)", 25
+            refiner, steps, strength = self._refiner(), request.config.steps, request.source.strength
+            clean = models.encode(request.source.image, self.generator)
+            self.stages = [
+                self._stage(
+                    "refiner", refiner, clean, lambda scheduler: slice(strength_start(scheduler, steps, strength), None)
                 )
+            ]
+            self.latents = self._noised(clean, self.stages[0])
+        else:
+            noise = self._noise(request.config.height, request.config.width)
+            self.stages = self._ensemble(request.config.refiner, noise)
+            self.latents = noise * self.stages[0].scheduler.init_noise_sigma
+        for stage in self.stages:
+            if not len(stage.timesteps):
+                steps, rule = request.config.steps, "enough that both base and refiner get one"
+                raise ConfigError("steps", steps, f"{rule} ({stage.name} has none)", 25)
         self.total = sum(len(stage.timesteps) for stage in self.stages)
 
-    def _ensemble(self, refiner: RefinerConfig | None) -> list[Stage]:
-        models, request = self.models, self.request
-        base = Stage("base", models.base, request, models.device)
+    def _ensemble(self, refiner: RefinerConfig | None, latents: torch.Tensor) -> list[Stage]:
+        base = self.models.base
         if refiner is None:
-            return [base.between(0)]
-        second = Stage("refiner", self._refiner(), request, models.device)
+            return [self._stage("base", base, latents, lambda _: slice(0, None))]
+        handover = refiner.handover
         return [
-            base.between(0, base_stop(base.scheduler, refiner.handover)),
-            second.between(refiner_start(second.scheduler, refiner.handover)),
+            self._stage("base", base, latents, lambda scheduler: slice(0, base_stop(scheduler, handover))),
+            self._stage(
+                "refiner", self._refiner(), latents, lambda scheduler: slice(refiner_start(scheduler, handover), None)
+            ),
         ]
 
-    def _refine_stage(self, source: SourceImage) -> Stage:
-        stage = Stage("refiner", self._refiner(), self.request, self.models.device)
-        return stage.between(strength_start(stage.scheduler, self.request.config.steps, source.strength))
+    def _stage(
+        self,
+        name: DenoiserName,
+        denoiser: Denoiser,
+        latents: torch.Tensor,
+        stretch: Callable[[SchedulerMixin], slice],
+    ) -> Stage:
+        height, width = (side * self.models.scale_factor for side in latents.shape[-2:])
+        return Stage(
+            name,
+            denoiser,
+            self.request,
+            stretch,
+            embed=self._embed,
+            size=(height, width),
+            device=self.models.device,
+        )
 
     def _refiner(self) -> Denoiser:
         if self.models.refiner is None:
@@ -294,20 +331,11 @@ class Trajectory:
         """The clean latents that the last step points to, None before the first. Any thread may ask."""
         return None if self._last is None else self._last.denoised()
 
-    def record(self) -> dict[str, Any]:
-        """What was asked, what the scheduler made of it, and what it cost, as plain values."""
-        request, config = self.request, self.request.config
-        record: dict[str, Any] = {
-            "prompt": request.prompt,
-            "negative_prompt": config.negative_prompt,
-            "seed": request.seed,
-            "config": config.to_dict(),
-            "digest": config.digest,
-            "sampler": schedulers.TABLE[config.scheduler].a1111,
-            "scheduler": schedulers.effective(self.stages[-1].scheduler),
-            "unet_calls": {stage.name: len(stage.timesteps) for stage in self.stages},
-            "unet_rows": {stage.name: stage.total_rows for stage in self.stages},
-        }
-        if request.source is not None:
-            record |= {"source": request.source.record, "strength": request.source.strength}
-        return record
+    def outcome(self) -> StageOutcome:
+        """What the scheduler made of the settings, and what that cost."""
+        return StageOutcome(
+            sampler=schedulers.TABLE[self.request.config.scheduler].a1111,
+            scheduler=schedulers.effective(self.stages[-1].scheduler),
+            unet_calls={stage.name: len(stage.timesteps) for stage in self.stages},
+            unet_rows={stage.name: stage.total_rows for stage in self.stages},
+        )

@@ -1,9 +1,8 @@
 """The engine: one thread that owns the models and packs many images' steps into shared UNet calls.
 
 Images of different prompts, seeds, schedulers, step counts and guidance join and leave between any two calls; only
-the UNet and the image's size must agree. The engine knows trajectories and jobs; it knows no HTTP, no files and no
-scheduler. What it keeps of a job stands in its own `Work`, and goes when the job is over. Every method may be called
-from any thread.
+the UNet and the image's size must agree. What the engine keeps of a job stands in its own `Work`, and goes when the job
+is over. Every method may be called from any thread.
 """
 
 import logging
@@ -21,15 +20,17 @@ import torch
 import transformers
 from PIL import Image
 
-from sdxl_lab import __version__
-from sdxl_lab.config import ConfigError, GenerationConfig, RuntimeProfile
+from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.batching import Batcher, Part
 from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
+from sdxl_lab.diffusion.inventory import differing, identity
 from sdxl_lab.diffusion.latency import Forecast, LatencyModel
-from sdxl_lab.diffusion.models import Embedding, Models, identity, load
-from sdxl_lab.errors import Cancelled, EngineStopped, QueueFull
+from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load
+from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import GeneratedImage, finish, preview
 from sdxl_lab.job import Change, ImageRequest, Job, Outcome, Stepped
+from sdxl_lab.record import ImageRecord
+from sdxl_lab.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Engine:
         self._forecasts: dict[Hashable, Forecast] = {}
         self._last_call = (0, 0.0)
         self._all_calls = (0, 0, 0.0)  # calls, rows, seconds: replaced whole, so that a reader needs no lock
-        self._embeddings: OrderedDict[tuple[DenoiserName, str | None, bool], Embedding] = OrderedDict()
+        self._embeddings: OrderedDict[tuple[DenoiserName, Prompt], Embedding] = OrderedDict()
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -215,14 +216,10 @@ class Engine:
         """Queue an image. Who goes first is the batcher's to say; a higher `priority` goes before.
 
         `on_step(calls, total)` is called after each of its UNet calls, in the engine's thread: it must return at once.
-        Raises `QueueFull`, `EngineStopped`, or `ConfigError` for a refiner that the engine's models do not have. That
-        they are those of the request's configuration is for the caller to see to.
+        Raises `QueueFull`, `EngineStopped`, or `ModelMismatch` for a request of other models than the engine's.
         """
         job = request if isinstance(request, Job) else Job(request)
-        if job.request.config.refiner is not None and self.models.refiner is None:
-            raise ConfigError(
-                "refiner", "a refiner stage", "left out: the engine's models have no refiner", "refiner = none"
-            )
+        self._check_models(job.request)
         if on_step is not None:
             job.watch(_on_step(on_step))
         parts = self._parts(job.request)
@@ -237,6 +234,14 @@ class Engine:
             self._batcher.add(job, parts, now, priority)
             self._wake.notify()
         return job
+
+    def _check_models(self, request: ImageRequest) -> None:
+        """An image must not be drawn by one model and recorded under the name of another. A refiner that a request
+        does not use may be another one."""
+        asked, own = request.config.model, self.models.ref
+        refines = request.config.refiner is not None or request.source is not None
+        if any(role != "refiner" or refines for role in differing(own, asked)):
+            raise ModelMismatch(asked.to_dict(), f"the one that this engine was loaded for, {own.to_dict()}", own.base)
 
     def draw(self, request: ImageRequest) -> GeneratedImage:
         """Submit and wait; Ctrl-C (or a notebook's Stop) cancels at the next step."""
@@ -275,7 +280,7 @@ class Engine:
         for job in left:
             stopped = EngineStopped(self.failure)
             stopped.__cause__ = error
-            job.fail(stopped)
+            job.deliver(stopped)
 
     def _tick(self) -> None:
         """Drop the cancelled, carry out the batcher's plan, send off the finished."""
@@ -322,14 +327,13 @@ class Engine:
 
     def _end(self, job: Job[Any], error: Exception) -> None:
         self._forget(job)
-        job.fail(error)
+        job.deliver(error)
 
-    def _embed(self, name: DenoiserName, prompt: str | None, negative: bool) -> Embedding:
+    def _embed(self, name: DenoiserName, prompt: Prompt) -> Embedding:
         """Embeddings are kept for the prompts used last."""
-        key = (name, prompt, negative)
+        key = (name, prompt)
         if key not in self._embeddings:
-            denoiser = getattr(self.models, name)
-            self._embeddings[key] = denoiser.embed_negative(prompt) if negative else denoiser.embed(prompt)
+            self._embeddings[key] = getattr(self.models, name).embed(prompt)
             if len(self._embeddings) > 256:
                 self._embeddings.popitem(last=False)
         self._embeddings.move_to_end(key)
@@ -413,7 +417,7 @@ class Engine:
             self._latency.took("decode", len(finished), time.monotonic() - began)
         except Exception as error:
             if len(finished) == 1:
-                finished[0].job.fail(error)
+                finished[0].job.deliver(error)
                 return
             for work in finished:
                 self._decode([work])
@@ -432,19 +436,29 @@ class Engine:
                 "total_ms": 1000 * (time.monotonic() - work.submitted),
             }
             rounded = {name: round(value, 1) for name, value in timings.items()}
-            work.job.drawn(GeneratedImage(image, self._record(work), rounded))
+            drawn = GeneratedImage(image, self._record(work), rounded)
         except Exception as error:
-            work.job.fail(error)
+            work.job.deliver(error)
+            return
+        work.job.deliver(drawn)
 
-    def _record(self, work: Work) -> dict[str, Any]:
-        """All that decides the image's pixels."""
+    def _record(self, work: Work) -> ImageRecord:
+        """All that decides the image's pixels: the only place where such a record begins."""
         assert work.trajectory is not None
-        return work.trajectory.record() | {
-            "version": __version__,
-            "weights": self.weights,
-            "runtime": self.profile.to_dict(),
-            "libraries": {module.__name__: module.__version__ for module in (diffusers, torch, transformers)},
-        }
+        request = work.job.request
+        return ImageRecord(
+            version=__version__,
+            prompt=request.prompt,
+            seed=request.seed,
+            config=request.config,
+            digest=request.config.digest,
+            source=None if request.source is None else request.source.record,
+            strength=None if request.source is None else request.source.strength,
+            weights=self.weights,
+            runtime=self.profile.to_dict(),
+            libraries={module.__name__: module.__version__ for module in (diffusers, torch, transformers)},
+            **work.trajectory.outcome()._asdict(),
+        )
 
 
 def _is_cancelled(job: Job[Any]) -> bool:

@@ -1,6 +1,6 @@
 """How long the engine's calls take, and from that when an image will start and be done.
 
-Knows numbers only: what a call costs was measured, what is under way and what waits is told.
+Arithmetic only: measured costs and workloads go in, forecasts come out.
 """
 
 import statistics

@@ -1,10 +1,9 @@
 """Weights to `Models`: the parts of an SDXL that the engine drives, loaded with diffusers' own pipelines.
 
-With `schedulers.py` and `trajectory.py` the only module that speaks diffusers. Knows nothing of batches, seeds or
-schedulers in use.
+With `schedulers.py` and `denoising.py` the only module that calls diffusers. What a model is, to the byte, is
+`inventory.py`'s.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -32,18 +31,22 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from PIL import Image
 
-from sdxl_lab.config import ModelRef, RuntimeProfile
+from sdxl_lab.config import ConfigError, ModelRef, RuntimeProfile
+from sdxl_lab.diffusion.checksums import cache_folder, hub_difference
+from sdxl_lab.diffusion.inventory import SHARED, ModelError, check_folder, folder_of
 
 log = logging.getLogger(__name__)
-
-NANO = Path(__file__).parents[1] / "nano"
 
 # transformers builds models under a global default device: two loads at once would disturb each other.
 _LOADING = threading.Lock()
 
 
-class ModelError(ValueError):
-    """A checkpoint cannot be loaded, or lacks what is asked of it."""
+class Prompt(NamedTuple):
+    """All that decides an embedding. `text` is None where there is no negative prompt; `clip_skip` is how many layers
+    before the penultimate one are skipped, None for none."""
+
+    text: str | None
+    clip_skip: int | None = None
 
 
 class Embedding(NamedTuple):
@@ -68,32 +71,39 @@ class Denoiser:
     zero_negative: bool
     aesthetic: bool
 
+    def embed(self, prompt: Prompt) -> Embedding:
+        """A prompt as `StableDiffusionXLPipeline.encode_prompt` has it: without text, zeros or the empty prompt's."""
+        encoded = self._encoded(prompt if prompt.text is not None else prompt._replace(text=""))
+        if prompt.text is None and self.zero_negative:
+            return Embedding(torch.zeros_like(encoded.hidden), torch.zeros_like(encoded.pooled))
+        return encoded
+
     @torch.no_grad()
-    def embed(self, prompt: str) -> Embedding:
-        """The penultimate hidden states of all encoders side by side, and the last one's pooled projection, as
-        `StableDiffusionXLPipeline.encode_prompt` has them. Text beyond 77 tokens is cut."""
+    def _encoded(self, prompt: Prompt) -> Embedding:
+        """The penultimate hidden states of all encoders side by side, or those `clip_skip` layers before them, and the
+        last one's pooled projection, which skips nothing. Text beyond 77 tokens is cut. Raises `ConfigError` where an
+        encoder has too few layers."""
+        skipped = prompt.clip_skip or 0
         hidden = []
         pooled = None
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             ids = tokenizer(
-                prompt,
+                prompt.text,
                 padding="max_length",
                 max_length=tokenizer.model_max_length,
                 truncation=True,
                 return_tensors="pt",
             ).input_ids
             output = encoder(ids.to(encoder.device), output_hidden_states=True)
-            hidden.append(output.hidden_states[-2])
+            most = len(output.hidden_states) - 2  # which begin with the embedded tokens, before the first layer
+            if skipped > most:
+                rule = f"at most {most}, since a text encoder of the model has {most + 1} layers"
+                raise ConfigError("clip_skip", skipped, rule, most)
+            hidden.append(output.hidden_states[-(skipped + 2)])
             if output[0].ndim == 2:
                 pooled = output[0]
         assert pooled is not None, "the last text encoder of an SDXL has a projection"
         return Embedding(torch.cat(hidden, -1), pooled)
-
-    def embed_negative(self, prompt: str | None) -> Embedding:
-        if prompt is None and self.zero_negative:
-            like = self.embed("")
-            return Embedding(torch.zeros_like(like.hidden), torch.zeros_like(like.pooled))
-        return self.embed(prompt or "")
 
     @cached_property
     def sigmas(self) -> np.ndarray:
@@ -105,7 +115,7 @@ class Denoiser:
 @dataclass(frozen=True)
 class Models:
     """An SDXL on a device; `dtype` is the UNets'. `refiner` is None where the configuration has none. `latent_rgb`
-    (5, 3) is the linear map from latents to pixels that previews use."""
+    (5, 3) is the linear map from latents to pixels that previews use. `ref` is what was asked for."""
 
     base: Denoiser
     refiner: Denoiser | None
@@ -113,6 +123,7 @@ class Models:
     device: torch.device
     dtype: torch.dtype
     latent_rgb: np.ndarray
+    ref: ModelRef
 
     @property
     def scale_factor(self) -> int:
@@ -183,7 +194,8 @@ def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:
     for pipe in (base, refiner):
         if pipe is not None:
             _lay_out(pipe.unet, profile)
-    return Models(_denoiser(base), _denoiser(refiner) if refiner else None, base.vae, device, dtype, _latent_rgb(ref))
+    second = _denoiser(refiner) if refiner else None
+    return Models(_denoiser(base), second, base.vae, device, dtype, _latent_rgb(ref), ref)
 
 
 def _steadied(vae: AutoencoderKL) -> AutoencoderKL:
@@ -207,7 +219,7 @@ def _lay_out(unet: UNet2DConditionModel, profile: RuntimeProfile) -> None:
         unet.fuse_qkv_projections()
     if profile.compile:
         # Inductor's own default is a folder in /tmp: compiled code should outlive a restart.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "sdxl_lab" / "inductor"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
         torch._dynamo.config.recompile_limit = 64  # row counts x sizes; beyond the limit torch runs uncompiled
         unet.compile(dynamic=False)
 
@@ -236,7 +248,7 @@ def _load_parts(ref: ModelRef, dtype: Dtypes) -> tuple[Any, Any]:
     base = _pipeline(StableDiffusionXLPipeline, ref.base, "base", ref.revision, dtype, **other)
     if ref.refiner is None:
         return base, None
-    shared = {name: getattr(base, name) for name in ("text_encoder_2", "tokenizer_2", "vae")}
+    shared = {name: getattr(base, name) for name in SHARED}
     cls = StableDiffusionXLImg2ImgPipeline
     return base, _pipeline(cls, ref.refiner, "refiner", ref.refiner_revision, dtype, **shared)
 
@@ -285,22 +297,11 @@ def _denoiser(pipe: Any) -> Denoiser:
     )
 
 
-def folder_of(name: str, role: str) -> Path | None:
-    """The local folder a model's name means; None for a hub id. A folder may hold `base/` and `refiner/`, as nano does,
-    or be the checkpoint itself."""
-    path = NANO if name == "nano" else Path(name).expanduser()
-    if (path / role).is_dir():
-        return path / role
-    if name == "nano" or path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return path
-    return None
-
-
 def _pipeline(cls: Any, name: str, role: str, revision: str | None, dtype: Dtypes, **shared: Any) -> Any:
     folder = folder_of(name, role)
     options: dict[str, Any] = {"dtype": dtype, "add_watermarker": False, "use_safetensors": True, **shared}
     if folder is not None:
-        _check_folder(folder, role)
+        check_folder(folder, role)
         options |= _local(folder / "unet")
     else:
         _check_pinned(role, name, revision)
@@ -327,23 +328,16 @@ def _check_pinned(role: str, name: str, revision: str | None) -> None:
 
 
 def _check_downloaded(role: str, name: str, revision: str) -> None:
-    """Every cached file of the revision against the checksum that the hub gave with it, which names the blob that the
-    file links to: sha256 for weights, git's own sha1 for small files. Raises `ModelError`."""
+    """Every cached file of the revision against the checksum that the hub gave with it. Raises `ModelError`."""
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots" / revision
-    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
-        expected = path.resolve().name
-        if len(expected) == 64:
-            digest = hashlib.sha256()
-        else:
-            digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-        _read_into(digest, path)
-        if not path.is_symlink() or digest.hexdigest() != expected:
-            raise ModelError(
-                f"the {role} model's files must be those of its revision, as the hub named them; received {name!r} at "
-                f"revision {revision}, whose {path.relative_to(folder)} has the checksum {digest.hexdigest()} and "
-                f"should have {expected if path.is_symlink() else 'a blob that it links to'}. Remove "
-                f"{folder.parents[1]} to load it again. Example: an untouched download"
-            )
+    differs = hub_difference(folder)
+    if differs is not None:
+        raise ModelError(
+            f"the {role} model's files must be those of its revision, as the hub named them; received {name!r} at "
+            f"revision {revision}, whose {differs.path.relative_to(folder)} has the checksum {differs.found} and "
+            f"should have {differs.expected or 'a blob that it links to'}. Remove {folder.parents[1]} to load it "
+            "again. Example: an untouched download"
+        )
 
 
 def _local(folder: Path) -> dict[str, Any]:
@@ -354,20 +348,6 @@ def _local(folder: Path) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     """A library's error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(" .:")
-
-
-def _check_folder(folder: Path, role: str) -> None:
-    """A foreign folder is refused before its gigabytes are read."""
-    index = folder / "model_index.json"
-    rule = f"the {role} model must be a folder with the model_index.json of an SDXL pipeline"
-    try:
-        kind = json.loads(index.read_text())["_class_name"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{rule}; received {str(folder)!r} ({type(error).__name__}: {error}). Example: nano"
-        ) from error
-    if not str(kind).startswith("StableDiffusionXL"):
-        raise ModelError(f"{rule}; received {str(folder)!r}, which holds a {kind}. Example: nano")
 
 
 def _vae(name: str, revision: str | None, dtype: torch.dtype) -> AutoencoderKL:
@@ -387,34 +367,3 @@ def _vae(name: str, revision: str | None, dtype: torch.dtype) -> AutoencoderKL:
     if folder is None:
         _check_downloaded("vae", name, str(revision))
     return loaded
-
-
-def identity(ref: ModelRef) -> dict[str, str]:
-    """What the weights are, to the byte: sha256 over a local folder's weight files, or the hub revision."""
-    named = {
-        "base": (ref.base, ref.revision, "base"),
-        "refiner": (ref.refiner, ref.refiner_revision, "refiner"),
-        "vae": (ref.vae, ref.vae_revision, "base/vae"),
-    }
-    found = {}
-    for role, (name, revision, place) in named.items():
-        if name is None:
-            continue
-        folder = folder_of(name, place)
-        found[role] = f"revision {revision}" if folder is None else _folder_hash(folder)
-    return found
-
-
-def _folder_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        digest.update(f"{path.relative_to(folder)}\0".encode())
-        _read_into(digest, path)
-    return f"sha256 {digest.hexdigest()}"
-
-
-def _read_into(digest: "hashlib._Hash", path: Path) -> None:
-    """Block by block: SDXL's weights are gigabytes."""
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)

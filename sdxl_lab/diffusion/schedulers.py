@@ -1,4 +1,4 @@
-"""Schedulers by name, as diffusers builds them. Knows no images and no steps: who denoises asks for a fresh one.
+"""Schedulers by name, as diffusers builds them: a fresh one for each image.
 
 Each is built from the model's pristine config, never from another scheduler's: options would leak (`use_karras_sigmas`
 set for one image stays on for the next).

@@ -5,7 +5,6 @@ evidence for a promotion and the images to look at. Nothing is written.
 """
 
 import dataclasses
-import json
 import platform
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,9 @@ from sdxl_lab.evaluation.metrics import Metric, MetricError, find_metric
 from sdxl_lab.evaluation.statistics import interval, paired
 from sdxl_lab.images import GeneratedImage, beside, read_record
 from sdxl_lab.job import ImageRequest
-from sdxl_lab.release.slot import git_state, served
+from sdxl_lab.release.promote import git_state
+from sdxl_lab.release.records import Findings
+from sdxl_lab.release.slot import slot_config
 
 DEFAULT_METRICS = ("clip_score", "sharpness", "contrast", "clipping", "unet_rows")
 # Every prompt names everything: nano chooses at random what is left out, and that is noise in a comparison.
@@ -123,7 +124,7 @@ class Comparison:
         magnified difference; for a new slot only the candidate's."""
         found = []
         for at in range(0, len(self.images), len(self.plan.seeds)):
-            prompt, candidate = self.images[at].record["prompt"], self.images[at].image
+            prompt, candidate = self.images[at].record.prompt, self.images[at].image
             if not self.served:
                 found.append((prompt, candidate))
                 continue
@@ -145,30 +146,30 @@ class Comparison:
     def passed(self) -> bool:
         return all(verdict.passed for verdict in self.verdicts)
 
-    def evidence(self, notebook: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What `promote` takes and a slot keeps as its evidence: plain values, ready for JSON.
+    def findings(self, notebook: Mapping[str, Any] | None = None) -> Findings:
+        """What `promote` takes, and a slot keeps as evidence.
 
         `notebook` is the `runner.origin` of a notebook that makes the comparison.
         """
         record = self.images[0].record
         commit, dirty = git_state()
-        evidence = {
+        found = {
+            "schema": Findings.SCHEMA,
             "digest": self.candidate.digest,
             "replaces": self.served.digest if self.served else None,
-            "prompts": list(self.plan.prompts),
-            "seeds": list(self.plan.seeds),
+            "prompts": self.plan.prompts,
+            "seeds": self.plan.seeds,
             "clip": self.plan.clip,
             "metrics": {metric.name: self._metric(metric) for metric in self.plan.measures},
             "gates": [vars(verdict) for verdict in self.verdicts],
-            **{name: record[name] for name in ("weights", "runtime", "libraries", "version")},
+            **{name: getattr(record, name) for name in ("weights", "runtime", "libraries", "version")},
             "machine": {"python": platform.python_version(), "processor": platform.machine()},
             "commit": commit,
             "dirty": dirty,
             "notebook": dict(notebook) if notebook else None,
-            "goldens": [{"prompt": golden.record["prompt"], "seed": golden.record["seed"]} for golden in self.goldens],
+            "goldens": [{"prompt": golden.record.prompt, "seed": golden.record.seed} for golden in self.goldens],
         }
-        plain: dict[str, Any] = json.loads(json.dumps(evidence))
-        return plain
+        return Findings.read(found, "this comparison")
 
     def _metric(self, metric: Metric) -> dict[str, Any]:
         values, before = self.values[metric.name], self.served_values.get(metric.name)
@@ -203,7 +204,7 @@ def compare(
     """
     plan = plan or ComparisonPlan()
     plan = plan if plan.clip else dataclasses.replace(plan, clip=clip_of(candidate.model))
-    before = served(slot)
+    before = slot_config(slot)
     _check_gates(plan, before)
     configs = [candidate] if before is None else [candidate, before]
     drawn = draw([ImageRequest(config, prompt, seed) for config in configs for prompt, seed in plan.pairs], profile)
@@ -251,8 +252,8 @@ def candidate_of(path: Path | str) -> GenerationConfig:
     path = Path(path)
     if path.suffix == ".png":
         record = read_record(path)
-        if "source" in record:
+        if record.source is not None:
             rule = "an image drawn from a prompt alone; this one was refined from another image"
             raise ConfigError("candidate", str(path), rule, "runs/cat.png")
-        return GenerationConfig.from_dict(record["config"])
+        return record.config
     return GenerationConfig.from_toml(path)

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from scipy.spatial.distance import pdist
 from skimage.measure import blur_effect
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.metrics import peak_signal_noise_ratio
 from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from sdxl_lab.diffusion.models import NANO, loading
-from sdxl_lab.images import GeneratedImage, max_difference
+from sdxl_lab.diffusion.inventory import NANO
+from sdxl_lab.diffusion.models import loading
+from sdxl_lab.images import GeneratedImage, max_difference, ssim
 
 Measure = Callable[[Sequence[GeneratedImage], Sequence[GeneratedImage]], Iterable[float]]
 
@@ -116,13 +117,13 @@ def _clipping(image: GeneratedImage) -> float:
 
 
 def _unet_calls(image: GeneratedImage) -> float:
-    return float(sum(image.record["unet_calls"].values()))
+    return float(sum(image.record.unet_calls.values()))
 
 
 def _unet_rows(image: GeneratedImage) -> float:
     """The cost that is the same on every machine: a guided step is two rows, one outside the guidance interval is
     one."""
-    return float(sum(image.record["unet_rows"].values()))
+    return float(sum(image.record.unet_rows.values()))
 
 
 def _seconds(image: GeneratedImage) -> float:
@@ -131,21 +132,6 @@ def _seconds(image: GeneratedImage) -> float:
 
 
 # --- an image and a reference -------------------------------------------------------------------------------------
-
-
-def _ssim(image: Image.Image, reference: Image.Image) -> float:
-    """With the Gaussian window and the constants of the paper, mean over the three channels."""
-    return float(
-        structural_similarity(
-            _pixels(image),
-            _pixels(reference),
-            channel_axis=2,
-            data_range=1,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
-    )
 
 
 def _psnr(image: Image.Image, reference: Image.Image) -> float:
@@ -194,7 +180,7 @@ METRICS: dict[str, Metric] = {
         ),
         Metric("contrast", None, "standard deviation of the luminance; Peli 1990, RMS contrast", _alone(_contrast)),
         Metric("clipping", "lower", "share of samples at 0 or 255", _alone(_clipping)),
-        Metric("ssim", "higher", "Wang et al. 2004, Image quality assessment; scikit-image", _beside(_ssim), True),
+        Metric("ssim", "higher", "Wang et al. 2004, Image quality assessment; scikit-image", _beside(ssim), True),
         Metric("psnr", "higher", "10 log10(1 / mean squared error); scikit-image", _beside(_psnr), True),
         Metric("max_abs", "lower", "largest difference of two samples, on [0, 1]", _beside(max_difference), True),
         Metric(
@@ -259,7 +245,7 @@ class _Clip:
 
     @torch.no_grad()
     def scores(self, images: Sequence[GeneratedImage]) -> list[float]:
-        prompts = [image.record["prompt"] for image in images]
+        prompts = [image.record.prompt for image in images]
         ids = self.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
         pixels = self.processor([image.image.convert("RGB") for image in images], return_tensors="pt")
         device = self.model.device

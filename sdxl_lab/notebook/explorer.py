@@ -16,8 +16,8 @@ from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.errors import Cancelled
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import ImageRequest, Job
-from sdxl_lab.notebook.form import FormError, differences, next_seed, request_of, values_of
-from sdxl_lab.notebook.widgets import Drawn, Panel
+from sdxl_lab.notebook.form import FormError, differences, next_seed, request_of, told_at, values_of
+from sdxl_lab.notebook.widgets import HistoryEntry, Panel
 
 PERIOD = 0.1  # seconds between two looks at what is being drawn
 
@@ -47,16 +47,16 @@ class Explorer:
         folder: Path | str = "runs/explore",
     ) -> None:
         self.engine, self.folder = engine, Path(folder)
-        self.shown: Drawn | None = None
+        self.shown: HistoryEntry | None = None
         self._start = config
         self._saved: GenerationConfig | None = None
         self._count = 0
         self._last_seed: int | None = None
-        self._history: list[Drawn] = []
+        self._history: list[HistoryEntry] = []
         self._asked: list[Asked] = []
         self._lock = threading.RLock()
         self._watcher: threading.Thread | None = None
-        self._chosen: dict[str, Drawn] = {}
+        self._chosen: dict[str, HistoryEntry] = {}
         self._filling = False
         self.panel = Panel()
         self._connect()
@@ -91,12 +91,12 @@ class Explorer:
         """The configuration that the controls show. Raises `FormError`."""
         return self.request.config
 
-    def use(self, drawn: Drawn | ImageRequest | None = None) -> None:
+    def use(self, drawn: HistoryEntry | ImageRequest | None = None) -> None:
         """Fill the controls with an image's settings (default: those of the image shown)."""
         drawn = drawn or self.shown
         if drawn is None:
             return
-        request = drawn.request if isinstance(drawn, Drawn) else drawn
+        request = drawn.request if isinstance(drawn, HistoryEntry) else drawn
         self._start = request.config
         self._filling = True
         try:
@@ -111,27 +111,27 @@ class Explorer:
             return
         self.panel.switch()
         try:
-            self.panel.tell({}, f"config {self.request.config.digest}")
+            self.panel.tell({}, f"config {self.request.config.short_digest}")
         except FormError as error:
             self.panel.tell(error.errors, "")
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
     @property
-    def history(self) -> list[Drawn]:
+    def history(self) -> list[HistoryEntry]:
         """The images drawn with this panel, those that were done first at the beginning."""
         with self._lock:
             return [*self._history, *(_drawn(asked) for asked in self._asked if asked.job.state == "done")]
 
     def generate(self, **changes: Any) -> Job[GeneratedImage]:
-        """Queue an image of the controls' settings, with some `changes`: prompt, seed, or fields of the configuration.
-        The controls stay as they are.
+        """Queue an image of the controls' settings, with some `changes`: prompt, seed, or settings, as
+        `GenerationConfig.changed` takes them. The controls stay as they are.
 
         Raises `FormError` or `ConfigError` for bad settings, and what `Engine.submit` raises.
         """
         return self._submit(self._changed(changes)).job
 
-    def draw(self, **changes: Any) -> Drawn:
+    def draw(self, **changes: Any) -> HistoryEntry:
         """`generate`, and wait until the image is shown; interrupting the cell stops it."""
         asked = self._submit(self._changed(changes))
         try:
@@ -145,7 +145,7 @@ class Explorer:
     def _changed(self, changes: dict[str, Any]) -> ImageRequest:
         request = self.request
         prompt, seed = changes.pop("prompt", request.prompt), changes.pop("seed", request.seed)
-        return ImageRequest(request.config.with_(**changes), prompt, seed)
+        return ImageRequest(request.config.changed(changes, none=None), prompt, seed)
 
     def stop(self) -> None:
         """Cancel what this panel is drawing or has queued: it ends at the engine's next step."""
@@ -198,24 +198,24 @@ class Explorer:
             return
         error = job.exception()
         self.panel.show_stopped(None if isinstance(error, Cancelled) else str(error) or repr(error))
-        if isinstance(error, ConfigError) and error.field in self.panel.controls:
-            self.panel.tell({error.field: str(error)}, "")
+        if isinstance(error, ConfigError) and told_at(error.field) in self.panel.controls:
+            self.panel.tell({told_at(error.field): str(error)}, "")
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
-    def show(self, drawn: Drawn) -> None:
+    def show(self, drawn: HistoryEntry) -> None:
         """Put an image of the history on the panel, with its settings."""
         self.shown = drawn
         self.panel.show(drawn)
 
-    def compare(self, first: Drawn, second: Drawn) -> dict[str, tuple[Any, Any]]:
+    def compare(self, first: HistoryEntry, second: HistoryEntry) -> dict[str, tuple[Any, Any]]:
         """Show two images side by side and what differs; the settings that differ, as (first's, second's)."""
         self._chosen = {"A": first, "B": second}
         different = differences(first.request, second.request)
         self.panel.show_comparison(first, second, different)
         return different
 
-    def _choose(self, letter: str, drawn: Drawn) -> None:
+    def _choose(self, letter: str, drawn: HistoryEntry) -> None:
         self._chosen[letter] = drawn
         if len(self._chosen) == 2:
             self.compare(self._chosen["A"], self._chosen["B"])
@@ -231,7 +231,7 @@ class Explorer:
             return self._saved
         return self.shown.config if self.shown is not None else self.config
 
-    def save(self, drawn: Drawn | None = None, name: str | None = None) -> Path:
+    def save(self, drawn: HistoryEntry | None = None, name: str | None = None) -> Path:
         """Write the configuration of an image (default: the one shown) to `folder/NAME.toml` as the candidate.
 
         Raises `FileExistsError` where the file holds another configuration: nothing is overwritten.
@@ -266,7 +266,7 @@ class Explorer:
         panel.use.on_click(self._guarded(self.use))
         panel.save.on_click(self._guarded(self._on_save))
 
-    def _card_actions(self, drawn: Drawn) -> dict[str, Callable[[object], None]]:
+    def _card_actions(self, drawn: HistoryEntry) -> dict[str, Callable[[object], None]]:
         return {
             "Show": self._guarded(lambda: self.show(drawn)),
             "A": self._guarded(lambda: self._choose("A", drawn)),
@@ -305,8 +305,8 @@ class Explorer:
         except (ValueError, OSError) as error:
             self.panel.say_saved(str(error), failed=True)
             return
-        self.panel.say_saved(f"Saved {path} ({self.candidate.digest})")
+        self.panel.say_saved(f"Saved {path} ({self.candidate.short_digest})")
 
 
-def _drawn(asked: Asked) -> Drawn:
-    return Drawn(asked.number, asked.job.request, asked.job.result())
+def _drawn(asked: Asked) -> HistoryEntry:
+    return HistoryEntry(asked.number, asked.job.request, asked.job.result())

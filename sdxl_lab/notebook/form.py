@@ -1,20 +1,22 @@
 """What the explore panel's controls say, as plain values: to a request and back, the next seed, what differs.
 
-Knows no widgets and no models, so that it can be tried without a browser or a GPU.
+Which controls there are follows from the declaration of `GenerationConfig`: a setting that is added there has its
+control here. Needs no widgets and no models, so that it can be tried without a browser or a GPU.
 """
 
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
-from sdxl_lab.config import MAX_SEED, ConfigError, GenerationConfig, RefinerConfig, checked_prompt, checked_seed
+from sdxl_lab.config import MAX_SEED, PROMPT, SEED, ConfigError, GenerationConfig, checked_prompt, checked_seed
+from sdxl_lab.declaration import Kind, Pair, Setting, Switch, Table, Text
 from sdxl_lab.job import ImageRequest
 from sdxl_lab.release.diff import changes, flat
 
 SEED_POLICIES = ("fixed", "random", "next")
-PLAIN = ("scheduler", "steps", "guidance_scale", "guidance_rescale", "width", "height")  # fields as they are
-REFINER = ("handover", "aesthetic_score", "negative_aesthetic_score")
-INTERVAL = (0.28, 5.42)  # what Kynkaanniemi et al. found best for SDXL: where one starts
 
 
 class FormError(ValueError):
@@ -25,26 +27,69 @@ class FormError(ValueError):
         self.errors = dict(errors)
 
 
+@dataclass(frozen=True)
+class Control:
+    """One control: its name, its label, the kind of its value, and the setting that it shows or is a part of. `under`
+    names the switch that it counts with."""
+
+    name: str
+    label: str
+    kind: Kind
+    setting: Setting
+    under: str | None = None
+
+
+@cache
+def controls() -> Mapping[str, Control]:
+    """The controls by name, in the order of the declaration, a switch before what it switches.
+
+    A setting has one control under its own name; a pair has two, such as `crop.top` and `crop.left`. What may be left
+    out, but for text, has a switch under its name, and its value below it: `guidance_interval`, then
+    `guidance_interval.low` and `guidance_interval.high`. Text is left out by leaving it empty. The model has no
+    control, since the engine has loaded it.
+    """
+    found: dict[str, Control] = {}
+    for setting in (PROMPT, *GenerationConfig.settings().values(), SEED):
+        if setting.name.partition(".")[0] != "model":
+            found |= {control.name: control for control in _controls_of(setting)}
+    return MappingProxyType(found)
+
+
+def _controls_of(setting: Setting) -> list[Control]:
+    name, label, kind = setting.name, setting.label, setting.kind
+    under = name.rpartition(".")[0] or None
+    found = []
+    if setting.optional and not isinstance(kind, Text):
+        found.append(Control(name, label, Switch(), setting, under))
+        under = name
+    match kind:
+        case Table():
+            return found
+        case Pair(each=each, names=names):
+            return found + [Control(f"{name}.{part}", f"{label}: {part}", each, setting, under) for part in names]
+    own = f"{name}.value" if found else name
+    return [*found, Control(own, label, kind, setting, under)]
+
+
 def values_of(request: ImageRequest) -> dict[str, Any]:
     """The controls' values that `request_of` turns into this request again. Controls that are switched off keep sound
-    values.
+    values. `seed` is text, since a browser's numbers end at 2^53."""
+    ours = {"prompt": request.prompt, "seed": str(request.seed)}
+    return {name: ours[name] if name in ours else _shown(control, request) for name, control in controls().items()}
 
-    `seed` is text, since a browser's numbers end at 2^53; `interval` and `refiner` are switches.
-    """
-    config = request.config
-    low, high = config.guidance_interval or INTERVAL
-    refiner = config.refiner or RefinerConfig()
-    return {
-        "prompt": request.prompt,
-        "negative_prompt": config.negative_prompt or "",
-        **{name: getattr(config, name) for name in PLAIN},
-        "interval": config.guidance_interval is not None,
-        "interval_low": low,
-        "interval_high": high,
-        "seed": str(request.seed),
-        "refiner": config.refiner is not None,
-        **{name: getattr(refiner, name) for name in REFINER},
-    }
+
+def _shown(control: Control, request: ImageRequest) -> Any:
+    setting = control.setting
+    value = request.config.value(setting.name)
+    if control.name == setting.name and setting.optional and not isinstance(setting.kind, Text):
+        return value is not None
+    if value is None and isinstance(setting.kind, Text):
+        return ""
+    if value is None:  # where one starts from when it is switched on
+        value = setting.check(setting.example if setting.default is None else setting.default)
+    if isinstance(setting.kind, Pair):
+        return value[setting.kind.names.index(control.name.rpartition(".")[2])]
+    return value
 
 
 def request_of(values: Mapping[str, Any], start: GenerationConfig) -> ImageRequest:
@@ -61,29 +106,42 @@ def request_of(values: Mapping[str, Any], start: GenerationConfig) -> ImageReque
             errors[control] = str(error)
             return None
 
-    asked = {name: checked(name, GenerationConfig.checked, name, values[name]) for name in PLAIN}
-    asked["negative_prompt"] = checked("negative_prompt", _negative, values["negative_prompt"], start)
-    asked["guidance_interval"] = asked["refiner"] = None
-    if values["interval"]:
-        pair = (values["interval_low"], values["interval_high"])
-        asked["guidance_interval"] = checked("interval", GenerationConfig.checked, "guidance_interval", pair)
-    if values["refiner"]:
-        parts = {name: checked(name, RefinerConfig.checked, name, values[name]) for name in REFINER}
-        asked["refiner"] = None if errors.keys() & parts.keys() else RefinerConfig(**parts)
+    asked: dict[str, Any] = {}
+    for name in dict.fromkeys(control.setting.name for control in controls().values()):
+        outer = name.rpartition(".")[0]
+        if name in (PROMPT.name, SEED.name) or not values.get(outer, True):
+            continue
+        asked[name] = _asked(name, values, start)
+        if not isinstance(GenerationConfig.setting(name).kind, Table):
+            checked(told_at(name), GenerationConfig.checked, name, asked[name])
     prompt = checked("prompt", checked_prompt, values["prompt"])
     seed = checked("seed", checked_seed, _number(values["seed"]))
     if not errors:
         try:
-            return ImageRequest(start.with_(**asked), prompt, seed)
+            return ImageRequest(start.changed(asked, none=None), prompt, seed)
         except ConfigError as error:  # a rule over more than one control
-            errors[error.field] = str(error)
+            errors[told_at(error.field)] = str(error)
     raise FormError(errors)
 
 
-def _negative(text: str, start: GenerationConfig) -> str | None:
-    """An empty control says none, unless "" is what it started from: the two give different images."""
-    given = text or ("" if start.negative_prompt == "" else None)
-    return GenerationConfig.checked("negative_prompt", given)
+def _asked(name: str, values: Mapping[str, Any], start: GenerationConfig) -> Any:
+    """What the controls say of a setting, as `GenerationConfig.changed` takes it."""
+    first, *rest = (control for control in controls().values() if control.setting.name == name)
+    kind = first.setting.kind
+    if isinstance(kind, Text):
+        # Empty says none, unless "" is what it started from: the two give different images.
+        left_out = first.setting.optional and start.value(name) != ""
+        return values[name] or (None if left_out else "")
+    if first.setting.optional:
+        if isinstance(kind, Table) or not values[name]:
+            return bool(values[name]) if isinstance(kind, Table) else None
+        first, *rest = rest
+    return tuple(values[part.name] for part in (first, *rest)) if isinstance(kind, Pair) else values[first.name]
+
+
+def told_at(name: str) -> str:
+    """The control beside which an error of a setting stands; the name itself where there is none."""
+    return next((control.name for control in controls().values() if control.setting.name == name), name)
 
 
 def _number(text: str) -> int | str:

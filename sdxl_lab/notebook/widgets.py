@@ -1,6 +1,6 @@
 """The explore panel's widgets: how it looks, what a control shows. The only importer of ipywidgets.
 
-Widgets are set by value, from any thread, and never through an `Output`. What they do is `explore.py`'s.
+Widgets are set by value, from any thread, and never through an `Output`. What they do is `explorer.py`'s.
 """
 
 import html
@@ -12,13 +12,25 @@ from typing import Any
 import ipywidgets as ipy
 from PIL import Image
 
-from sdxl_lab.config import SCHEDULERS, GenerationConfig
+from sdxl_lab.config import GenerationConfig
+from sdxl_lab.declaration import Choice, Kind, Number, Switch, Text, Whole
 from sdxl_lab.images import GeneratedImage, magnified_difference
 from sdxl_lab.job import ImageRequest, Job
-from sdxl_lab.notebook.form import SEED_POLICIES
+from sdxl_lab.notebook.form import SEED_POLICIES, Control, controls
 
 SHOWN = 24  # images in the history strip
 THUMBNAIL = 136  # pixels
+LONG = 1000  # characters: a text that may be longer has lines
+LAYOUT = (  # the settings in sight, in rows; all others follow, folded
+    ("prompt",),
+    ("negative_prompt",),
+    ("scheduler", "steps"),
+    ("guidance_scale", "guidance_rescale"),
+    ("guidance_interval",),
+    ("width", "height"),
+    ("seed", "policy"),
+    ("refiner",),
+)
 STYLE = """<style>
 .sdxl-explore { max-width: 870px; }
 .sdxl-explore p { margin: 0; line-height: 1.45; overflow-wrap: anywhere; }
@@ -45,8 +57,12 @@ STYLE = """<style>
 </style>"""
 
 
+AUTO: dict[str, Any] = {"layout": {"width": "auto"}, "style": {"description_width": "initial"}}
+TYPED = AUTO | {"continuous_update": False}
+
+
 @dataclass(frozen=True)
-class Drawn:
+class HistoryEntry:
     """An image of the history, under the number that the panel shows."""
 
     number: int
@@ -77,44 +93,24 @@ class Panel:
     """The widgets. `controls` are those with a value, by name; buttons are attributes."""
 
     def __init__(self) -> None:
-        auto = {"layout": {"width": "auto"}, "style": {"description_width": "initial"}}
-        text = auto | {"continuous_update": False}
-        self.controls: dict[str, Any] = {
-            "prompt": ipy.Textarea(description="Prompt", rows=3, **text),
-            "negative_prompt": ipy.Textarea(description="Negative prompt", rows=2, **text),
-            "scheduler": ipy.Dropdown(description="Scheduler", options=SCHEDULERS, **auto),
-            "steps": ipy.IntText(description="Steps", **auto),
-            "guidance_scale": ipy.FloatText(description="Guidance scale", step=0.5, **auto),
-            "guidance_rescale": ipy.FloatText(description="Guidance rescale", step=0.05, **auto),
-            "interval": ipy.Checkbox(description="Guidance only between noise levels", indent=False, **auto),
-            "interval_low": ipy.FloatText(description="Lowest sigma", step=0.1, **auto),
-            "interval_high": ipy.FloatText(description="Highest sigma", step=0.1, **auto),
-            "width": ipy.IntText(description="Width", step=8, **auto),
-            "height": ipy.IntText(description="Height", step=8, **auto),
-            "seed": ipy.Text(description="Seed", **text),
-            "policy": ipy.Dropdown(description="Next image's seed", options=SEED_POLICIES, **auto),
-            "refiner": ipy.Checkbox(description="Refiner", indent=False, **auto),
-            "handover": ipy.FloatText(description="Hand-over", step=0.05, **auto),
-            "aesthetic_score": ipy.FloatText(description="Aesthetic score", step=0.5, **auto),
-            "negative_aesthetic_score": ipy.FloatText(description="Negative score", step=0.5, **auto),
-        }
+        self.controls: dict[str, Any] = {name: _control(control) for name, control in controls().items()}
+        self.controls["policy"] = ipy.Dropdown(description="Next image's seed", options=SEED_POLICIES, **AUTO)
         self.wrong = {name: ipy.HTML(layout={"display": "none"}) for name in self.controls}
         self.generate = _button("Generate", "Queue an image with these settings", "primary")
         self.stop = _button("Stop", "Stop what is being drawn and what is queued", "warning")
         self.use = _button("Use these settings", "Fill the controls with the settings of the image shown")
         self.save = _button("Save as candidate", "Write the configuration of the image shown to a file")
-        self.name = ipy.Text("candidate", description="Candidate's name", **text)
+        self.name = ipy.Text("candidate", description="Candidate's name", **TYPED)
         self.digest, self.status, self.caption, self.saved = (ipy.HTML() for _ in range(4))
         self.image = ipy.Image(value=_png(Image.new("RGBA", (1, 1))), format="png")
         self.bar = ipy.FloatProgress(value=0, max=1, layout={"width": "auto"})
         self.strip = ipy.HBox(layout={"overflow": "auto"})
         self.comparison = ipy.VBox()
         self.strip_part = ipy.VBox([ipy.HTML("<h4>History</h4>"), self.strip], layout={"display": "none"})
-        self.comparison_part = ipy.VBox([ipy.HTML("<h4>GoldenCheck</h4>"), self.comparison], layout={"display": "none"})
-        self.rows = {
-            "interval": self._row("interval_low", "interval_high"),
-            "refiner": self._row("handover", "aesthetic_score", "negative_aesthetic_score"),
-        }
+        self.comparison_part = ipy.VBox([ipy.HTML("<h4>Comparison</h4>"), self.comparison], layout={"display": "none"})
+        self.rows = {name: self._row(*parts) for name, parts in _switched().items()}
+        self.folded = _folded()
+        self.more = self._more()
         self.view = self._laid_out()
         _route_by_header(self.view)
 
@@ -122,16 +118,8 @@ class Panel:
         buttons = ipy.HBox([_grow(self.generate), _grow(self.stop)], layout={"margin": "10px 0 2px", "grid_gap": "8px"})
         left = ipy.VBox(
             [
-                self._field("prompt"),
-                self._field("negative_prompt"),
-                self._row("scheduler", "steps"),
-                self._row("guidance_scale", "guidance_rescale"),
-                self._field("interval"),
-                self.rows["interval"],
-                self._row("width", "height"),
-                self._row("seed", "policy"),
-                self._field("refiner"),
-                self.rows["refiner"],
+                *(part for names in LAYOUT for part in self._lines(*names)),
+                self.more,
                 buttons,
                 self.digest,
             ],
@@ -154,6 +142,26 @@ class Panel:
         view = ipy.VBox([ipy.HTML(STYLE, layout={"display": "none"}), columns, self.strip_part, self.comparison_part])
         view.add_class("sdxl-explore")
         return view
+
+    def _lines(self, *names: str) -> list[ipy.Widget]:
+        """A row of controls, and below it those of what it switches."""
+        lines: list[ipy.Widget] = [self._field(*names) if len(names) == 1 else self._row(*names)]
+        for name in names:
+            lines += self._below(name)
+        return lines
+
+    def _below(self, switch: str) -> list[ipy.Widget]:
+        parts = _switched().get(switch, [])
+        return [self.rows[switch], *(line for part in parts for line in self._below(part))] if parts else []
+
+    def _more(self) -> ipy.Accordion:
+        """What is folded, a row for each setting."""
+        rows: dict[str, list[str]] = {}
+        for name in self.folded:
+            if controls()[name].under is None:
+                rows.setdefault(controls()[name].setting.name, []).append(name)
+        lines = [line for names in rows.values() for line in self._lines(*names)]
+        return ipy.Accordion([ipy.VBox(lines)], titles=["More settings"], layout={"margin": "6px 0 0"})
 
     def _field(self, name: str) -> ipy.VBox:
         """A control with room for what is wrong with it."""
@@ -180,12 +188,16 @@ class Panel:
             self.controls[name].value = value
 
     def switch(self) -> None:
-        """Show the controls of what is switched on."""
+        """Show the controls of what is switched on, and of what that switches."""
+        on: dict[str | None, bool] = {None: True}
         for name, row in self.rows.items():
-            _reveal(row, self.controls[name].value)
+            on[name] = bool(self.controls[name].value) and on[controls()[name].under]
+            _reveal(row, on[name])
 
     def tell(self, errors: Mapping[str, str], digest: str) -> None:
-        """Put each error beside its control, and the others below the buttons with the digest."""
+        """Put each error beside its control, which is unfolded, and the others below the buttons with the digest."""
+        if errors.keys() & self.folded:
+            self.more.selected_index = 0
         for name, wrong in self.wrong.items():
             wrong.value = _line(errors[name], "sdxl-wrong") if name in errors else ""
             _reveal(wrong, name in errors)
@@ -226,12 +238,12 @@ class Panel:
 
     # --- what was drawn ----------------------------------------------------------------------------------------------
 
-    def show(self, drawn: Drawn) -> None:
+    def show(self, drawn: HistoryEntry) -> None:
         self.image.value = drawn.generated.png()
-        lines = [f"#{drawn.number}: {drawn.prompt}", ", ".join(_settings(drawn)), f"config {drawn.config.digest}"]
+        lines = [f"#{drawn.number}: {drawn.prompt}", ", ".join(_settings(drawn)), f"config {drawn.config.short_digest}"]
         self.caption.value = "".join(_line(line, "sdxl-quiet") for line in lines)
 
-    def add_card(self, drawn: Drawn, actions: Mapping[str, Callable[[object], None]]) -> None:
+    def add_card(self, drawn: HistoryEntry, actions: Mapping[str, Callable[[object], None]]) -> None:
         """Put an image in front of the history strip; the oldest leaves when there are `SHOWN`."""
         small = drawn.image.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -253,7 +265,9 @@ class Panel:
         for old in gone:
             _close(old)
 
-    def show_comparison(self, first: Drawn, second: Drawn, different: Mapping[str, tuple[Any, Any]]) -> None:
+    def show_comparison(
+        self, first: HistoryEntry, second: HistoryEntry, different: Mapping[str, tuple[Any, Any]]
+    ) -> None:
         """Two images, the difference of their pixels where they have the same size, and the settings that differ."""
         images = [(first.image, f"A: #{first.number}"), (second.image, f"B: #{second.number}")]
         if first.image.size == second.image.size:
@@ -287,6 +301,46 @@ class Panel:
 
     def say_saved(self, text: str, failed: bool = False) -> None:
         self.saved.value = _line(text, "sdxl-wrong" if failed else "")
+
+
+def _control(control: Control) -> ipy.Widget:
+    """A control by the kind of its value. A seed is typed as text, since a browser's numbers end at 2^53."""
+    kind, step = control.kind, control.setting.step
+    if isinstance(kind, Whole) and kind.high > 2**53:
+        kind = Text()
+    said = {"description": control.label, "tooltip": _tooltip(control, kind), **AUTO}
+    match kind:
+        case Switch():
+            return ipy.Checkbox(indent=False, **said)
+        case Choice(values=values):
+            return ipy.Dropdown(options=values, **said)
+        case Whole():
+            return ipy.IntText(step=int(step or 1), **said)
+        case Number():
+            return ipy.FloatText(step=step or 0.1, **said)
+        case Text(high=high) if high > LONG:
+            return ipy.Textarea(rows=2 if control.setting.optional else 3, continuous_update=False, **said)
+    return ipy.Text(continuous_update=False, **said)
+
+
+def _tooltip(control: Control, kind: Kind) -> str:
+    rule = "" if isinstance(kind, Switch | Text) else f": {control.setting.rule}"
+    return f"{control.setting.help}{rule}"
+
+
+def _folded() -> list[str]:
+    """The controls of settings that `LAYOUT` does not name."""
+    seen = {name for names in LAYOUT for name in names}
+    return [name for name, control in controls().items() if control.setting.name.partition(".")[0] not in seen]
+
+
+def _switched() -> dict[str, list[str]]:
+    """The controls under each switch."""
+    found: dict[str, list[str]] = {}
+    for name, control in controls().items():
+        if control.under is not None:
+            found.setdefault(control.under, []).append(name)
+    return found
 
 
 def _button(text: str, tooltip: str, style: str = "") -> ipy.Button:
@@ -327,7 +381,7 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _settings(drawn: Drawn) -> list[str]:
+def _settings(drawn: HistoryEntry) -> list[str]:
     """What one wants to know of an image at a glance."""
     config = drawn.config
     guidance = f"guidance {config.guidance_scale:g}"

@@ -1,12 +1,13 @@
 """What differs between two configurations: field by field, and as the table that a pull request shows.
 
-Knows no slots and no models: what was measured comes as the plain values of a slot's evidence.
+What was measured comes from a comparison's findings or a slot's evidence.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdxl_lab.config import GenerationConfig
+from sdxl_lab.config import GenerationConfig, ServingLimits
+from sdxl_lab.release.records import Evidence, Findings
 
 
 def changed_fields(before: GenerationConfig, after: GenerationConfig) -> dict[str, tuple[Any, Any]]:
@@ -30,21 +31,26 @@ def flat(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def difference_table(
-    before: GenerationConfig | None, after: GenerationConfig, evidence: Mapping[str, Any] | None = None
+    before: GenerationConfig | None,
+    after: GenerationConfig,
+    evidence: Findings | Evidence | None = None,
+    limits: tuple[ServingLimits, ServingLimits] | None = None,
 ) -> str:
     """What a pull request says of a promotion, as Markdown: the settings that change, and with `evidence` the metrics
-    and the gates."""
+    and the gates. `limits` are what clients may ask for, before and after; theirs are named as `serving.steps`."""
     changed = changes(flat(before.to_dict()) if before else {}, flat(after.to_dict()))
-    parts = [f"### {f'`{before.digest}`' if before else 'a new slot'} → `{after.digest}`"]
+    if limits is not None:
+        then, now = (flat(side.to_dict(), "serving.") for side in limits)
+        changed |= changes(then, now)
+    parts = [f"### {f'`{before.short_digest}`' if before else 'a new slot'} → `{after.short_digest}`"]
     rows = [(f"`{name}`", _shown(old), _shown(new)) for name, (old, new) in changed.items()]
     parts.append(_markdown(("setting", "served", "candidate"), rows) if rows else "The settings are the same.")
-    if evidence:
-        parts.append(
-            _markdown(("metric", "better", "served", "candidate", "difference [95 %]"), _metric_rows(evidence))
-        )
-        drawn = " x ".join(_count(len(evidence[names]), names) for names in ("prompts", "seeds"))
+    if evidence is not None and evidence.metrics:
+        head = ("metric", "better", "served", "candidate", "difference [95 %]")
+        parts.append(_markdown(head, _metric_rows(evidence)))
+        drawn = " x ".join(_count(len(getattr(evidence, names)), names) for names in ("prompts", "seeds"))
         parts.append(f"{drawn}; intervals are over prompts.")
-        verdicts = [("pass" if g["passed"] else "**fail**", g["gate"], g["figures"]) for g in evidence["gates"]]
+        verdicts = [("pass" if gate.passed else "**fail**", gate.gate, gate.figures) for gate in evidence.gates]
         if verdicts:
             parts.append(_markdown(("", "gate", "figures"), verdicts))
     return "\n\n".join(parts) + "\n"
@@ -54,13 +60,13 @@ def _count(number: int, names: str) -> str:
     return f"{number} {names if number != 1 else names.removesuffix('s')}"
 
 
-def _metric_rows(evidence: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _metric_rows(evidence: Findings | Evidence) -> list[tuple[str, ...]]:
     rows = []
-    for name, metric in evidence["metrics"].items():
-        difference = metric.get("difference")
-        shown = "" if difference is None else "{mean:+.4g} [{low:+.4g}, {high:+.4g}]".format(**difference)
-        means = [_shown(None if (side := metric.get(key)) is None else side["mean"]) for key in ("served", "candidate")]
-        rows.append((f"`{name}`", metric.get("better") or "", *means, shown))
+    for name, metric in evidence.metrics.items():
+        found = metric.difference
+        shown = "" if found is None else f"{found.mean:+.4g} [{found.low:+.4g}, {found.high:+.4g}]"
+        means = [_shown(None if side is None else side.mean) for side in (metric.served, metric.candidate)]
+        rows.append((f"`{name}`", metric.better or "", *means, shown))
     return rows
 
 

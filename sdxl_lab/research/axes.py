@@ -1,24 +1,21 @@
 """What a sweep varies and a study searches: fields of the configuration by name, their values as TOML spells them.
 
-Also what the files of both have in common: what they start from, and metrics by name. Knows no cells and no tables.
+Also what the files of both have in common: what they start from, and metrics by name.
 """
 
-import difflib
 import math
 import pkgutil
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, Record, RefinerConfig
+from sdxl_lab.config import GenerationConfig
+from sdxl_lab.declaration import nearest
 from sdxl_lab.evaluation.metrics import Metric, find_metric
 
 LIMIT = 10_000  # cells
 LONGEST = 1_000_000  # values of a range
-NONE = "none"  # TOML has no null
-NULLABLE = ("refiner", "guidance_interval", "original_size", "target_size", "negative_prompt")
 EXAMPLE = 'scheduler = ["euler", "dpmpp_2m"]'
 RANGE = frozenset(("from", "to", "step", "count", "log"))  # the keys of a table that is a range
 
@@ -27,70 +24,32 @@ class SweepError(ValueError):
     """A sweep or a study breaks a rule, or its results cannot be read."""
 
 
-# --- fields of a configuration -------------------------------------------------------------------------------------
-
-
-def field_names() -> list[str]:
-    """Every field of the configuration, nested ones dotted: `refiner.handover`."""
-    names = []
-    for item in fields(GenerationConfig):
-        names.append(item.name)
-        nested = GenerationConfig.NESTED.get(item.name)
-        names += [f"{item.name}.{inner.name}" for inner in fields(nested)] if nested else []  # type: ignore[arg-type]
-    return names
-
-
-def changed(config: GenerationConfig, values: Mapping[str, Any]) -> GenerationConfig:
-    """The configuration with some fields changed, all at once, a dotted name for a nested one.
-
-    A value may be plain, as TOML has it: lists for pairs, a table for the refiner, a name for the model, "none" for a
-    field that may be left out. A field of the refiner brings one where there was none. Raises `ConfigError`.
-    """
-    changes: dict[str, Any] = {}
-    for name in sorted(values, key=lambda name: name.count(".")):
-        value = None if values[name] == NONE and name in NULLABLE else values[name]
-        outer, _, inner = name.partition(".")
-        if inner:
-            whole = changes.get(outer, getattr(config, outer, None))
-            whole = RefinerConfig() if outer == "refiner" and whole is None else whole
-            if not isinstance(whole, Record):
-                raise ConfigError(name, value, f"a field of the configuration: {', '.join(field_names())}", EXAMPLE)
-            changes[outer] = whole.with_(**{inner: value})
-        elif name == "model" and isinstance(value, str):
-            changes[name] = ModelRef.named(value)
-        elif name in GenerationConfig.NESTED and isinstance(value, Mapping):
-            changes[name] = GenerationConfig.NESTED[name].from_dict(value)
-        else:
-            changes[name] = value
-    return config.with_(**changes)
-
-
 def check_axis(name: str, more: Sequence[str] = ()) -> None:
-    """`SweepError` for a name that is no field of the configuration, and none of `more`."""
-    known = [*more, *field_names()]
-    if name not in known:
+    """`SweepError` for a name that is no setting of the configuration, and none of `more`."""
+    settings = list(GenerationConfig.settings())
+    if name not in (*more, *settings):
+        near = nearest(name, (*more, *settings))
         raise SweepError(
             f"an axis must be {', '.join(more) + ' or ' if more else ''}a field of the configuration "
-            f"({', '.join(field_names())}); received {name!r}{_near(name, known)}"
+            f"({', '.join(settings)}); received {name!r}{_hint(near)}"
         )
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1)
-    return f". Did you mean {close[0]}?" if close else f". Example: {EXAMPLE}"
+def _hint(near: str | None) -> str:
+    return f". Did you mean {near}?" if near else f". Example: {EXAMPLE}"
 
 
 # --- their values --------------------------------------------------------------------------------------------------
 
 
-def flat(table: Any, prefix: str = "") -> dict[str, Any]:
+def flattened(table: Any, prefix: str = "") -> dict[str, Any]:
     """TOML's nested tables as dotted names; a table that is a range or a whole record stays one."""
     if not isinstance(table, Mapping):
         raise SweepError(f"axes must be a table; received {table!r}. Example: [axes] {EXAMPLE}")
     found: dict[str, Any] = {}
     for name, value in table.items():
         if isinstance(value, Mapping) and not RANGE.issuperset(value):
-            found |= flat(value, f"{prefix}{name}.")
+            found |= flattened(value, f"{prefix}{name}.")
         else:
             found[prefix + name] = value
     return found
@@ -143,7 +102,7 @@ def read_toml(path: Path, known: set[str], kind: str) -> dict[str, Any]:
     if unknown:
         raise SweepError(
             f"{path} must have no keys but those of a {kind}: {', '.join(sorted(known))}; received {unknown[0]!r}"
-            f"{_near(unknown[0], known)}"
+            f"{_hint(nearest(unknown[0], known))}"
         )
     return content
 
@@ -164,10 +123,10 @@ def overlaid(config: GenerationConfig, table: Any) -> GenerationConfig:
     """The configuration with a file's table of fields over it."""
     if not isinstance(table, Mapping):
         raise SweepError(f"config must be a file or a table of fields; received {table!r}. Example: config.steps = 20")
-    values = flat(table)
+    values = flattened(table)
     for name in values:
         check_axis(name)
-    return changed(config, values)
+    return config.changed(values)
 
 
 def named_metric(name: str, clip: str = "nano") -> Metric:

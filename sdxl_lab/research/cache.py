@@ -2,14 +2,13 @@
 
 What is there under its key is never drawn again, whoever asks: a sweep that was interrupted, another sweep, a study.
 A cell is two files, `KEY.png` and `KEY.json`, each written beside its place and then renamed; the second comes last and
-holds the checksum of the first, so a cell is there whole or not at all. Knows no axes and no tables.
+holds the checksum of the first, so a cell is there whole or not at all.
 """
 
 import hashlib
-import json
 import os
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, ItemsView, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -17,17 +16,21 @@ from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import NamedTemporaryFile
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from sdxl_lab import __version__
+from pydantic import ConfigDict
+
 from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile, canonical
 from sdxl_lab.diffusion.denoising import calls_of, rows_of
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import identity, placement
+from sdxl_lab.diffusion.inventory import ModelError, differing, identity
+from sdxl_lab.diffusion.models import placement
 from sdxl_lab.errors import EngineStopped
 from sdxl_lab.evaluation.metrics import Metric
 from sdxl_lab.images import GeneratedImage, ImageError, open_image, read_record
 from sdxl_lab.job import ImageRequest, Job, JobState
+from sdxl_lab.record import Digest, Record, RecordError
+from sdxl_lab.version import __version__
 
 FOLDER = Path("runs/cache")
 LIBRARIES = ("diffusers", "torch", "transformers", "scipy", "torchsde", "invisible-watermark", "opencv-python")
@@ -99,10 +102,29 @@ class _Course:
             self.on_progress(Progress(self.done, self.total, self.drawn, self.failed, eta))
 
 
+class CellRecord(Record):
+    """What stands beside a cell's image: the image's sha256, what drawing it took (`timings` in milliseconds), and what
+    was measured of it. A cell of 0.1.0 has the same fields."""
+
+    NOUN: ClassVar[str] = "the cell"
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # the PSNR of equal images is infinite
+
+    png: Digest
+    timings: dict[str, float]
+    unet_calls: int
+    unet_rows: int
+    metrics: dict[str, float] = {}
+
+    @classmethod
+    def of_first_version(cls, plain: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+        return {**plain, "schema": cls.SCHEMA}
+
+
 class ImageCache:
     """The cells in a folder, and the engine that draws those that are missing. Use it as a context manager.
 
-    `engine` draws where one is given: for cells of its own models. Else one is loaded when the first cell is missing.
+    `engine` draws where one is given: cells of other models than its own fail. Else one is loaded when the first cell
+    is missing.
     """
 
     def __init__(
@@ -151,11 +173,19 @@ class ImageCache:
         return {"device": device.type, **{name: settled[name] for name in MOVES_PIXELS}}
 
     def _identity(self, model: ModelRef) -> dict[str, str]:
+        """What a model is. Of the engine lent only where it has that model: what it does not draw is not its own."""
         if self._lent is not None:
-            return self._lent.weights
+            others = differing(self._lent.models.ref, model)
+            if not others:
+                return self._lent.weights
+            if others == ["refiner"]:  # it still draws what needs none
+                return self._lent.weights | {role: value for role, value in self._named(model) if role == "refiner"}
+        return dict(self._named(model))
+
+    def _named(self, model: ModelRef) -> ItemsView[str, str]:
         if model not in self._weights:
             self._weights[model] = identity(model)
-        return self._weights[model]
+        return self._weights[model].items()
 
     def __contains__(self, key: str) -> bool:
         return self._notes(key) is not None
@@ -166,11 +196,12 @@ class ImageCache:
         if notes is None:
             raise ImageError(f"{self.folder} must hold the cell; received {key!r}, which is missing or half-written")
         path = self._path(key, "png")
-        return GeneratedImage(open_image(path), read_record(path), notes["timings"])
+        return GeneratedImage(open_image(path), read_record(path), notes.timings)
 
     def values(self, key: str, metrics: Sequence[Metric], reference: str | None = None) -> dict[str, float]:
         """What was measured of a finished cell, by the metric's name."""
-        found = (self._notes(key) or {}).get("metrics", {})
+        notes = self._notes(key)
+        found = notes.metrics if notes else {}
         named = {metric.name: _measured_as(metric, reference) for metric in metrics}
         return {name: found[measured] for name, measured in named.items() if measured in found}
 
@@ -179,20 +210,19 @@ class ImageCache:
         notes = self._notes(key)
         if notes is None:
             return {}
-        return {name: notes[name] for name in ("unet_calls", "unet_rows")} | {
-            "seconds": notes["timings"]["denoise_ms"] / 1000
-        }
+        seconds = notes.timings["denoise_ms"] / 1000
+        return {"unet_calls": notes.unet_calls, "unet_rows": notes.unet_rows, "seconds": seconds}
 
     def _path(self, key: str, ending: str) -> Path:
         return self.folder / f"{key}.{ending}"
 
-    def _notes(self, key: str) -> dict[str, Any] | None:
+    def _notes(self, key: str) -> CellRecord | None:
         """A finished cell's JSON; None where it, or the image it vouches for, is missing or damaged."""
         try:
-            notes: dict[str, Any] = json.loads(self._path(key, "json").read_bytes())
+            notes = CellRecord.read(self._path(key, "json").read_bytes(), key)
             png = self._path(key, "png").read_bytes()
-            return notes if notes["png"] == hashlib.sha256(png).hexdigest() else None
-        except (OSError, ValueError, KeyError, TypeError):
+            return notes if notes.png == hashlib.sha256(png).hexdigest() else None
+        except (OSError, RecordError):
             return None
 
     def _keep(self, key: str, image: GeneratedImage) -> None:
@@ -200,14 +230,16 @@ class ImageCache:
             return
         png = image.png()
         _write(self._path(key, "png"), png)
-        notes = {
-            "png": hashlib.sha256(png).hexdigest(),
-            "timings": dict(image.timings),
-            "unet_calls": sum(image.record["unet_calls"].values()),
-            "unet_rows": sum(image.record["unet_rows"].values()),
-            "metrics": {},
-        }
-        _write(self._path(key, "json"), json.dumps(notes).encode())
+        notes = CellRecord(
+            png=hashlib.sha256(png).hexdigest(),
+            timings=dict(image.timings),
+            unet_calls=sum(image.record.unet_calls.values()),
+            unet_rows=sum(image.record.unet_rows.values()),
+        )
+        self._note_down(key, notes)
+
+    def _note_down(self, key: str, notes: CellRecord) -> None:
+        _write(self._path(key, "json"), notes.to_json().encode())
 
     # --- what is missing -------------------------------------------------------------------------------------------
 
@@ -250,7 +282,13 @@ class ImageCache:
         config = next(iter(group.values())).config
         if self._own is None or self._own[0] != config.model:
             self.__exit__()
-            self._own = config.model, Engine.load(config, self.profile)
+            engine = Engine.load(config, self.profile)
+            self._own = config.model, engine
+            if engine.weights != self._identity(config.model):
+                raise ModelError(
+                    f"a model must stay as it is while its images are drawn; the files of {config.model.base!r} "
+                    "changed meanwhile. Run this again"
+                )
         return self._own[1]
 
     def _drawn(self, engine: Engine, group: Mapping[str, Cell]) -> Generator[tuple[str, str | None]]:
@@ -318,8 +356,8 @@ class ImageCache:
         for key, value in zip(keys, metric(images, beside), strict=True):
             notes = self._notes(key)
             assert notes is not None
-            notes["metrics"][_measured_as(metric, references.get(key))] = float(value)
-            _write(self._path(key, "json"), json.dumps(notes).encode())
+            measured = notes.metrics | {_measured_as(metric, references.get(key)): float(value)}
+            self._note_down(key, notes.with_(metrics=measured))
 
 
 @cache

@@ -18,19 +18,17 @@ import pandas as pd
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from sdxl_lab.config import GenerationConfig, Record, RuntimeProfile, canonical
+from sdxl_lab.config import GenerationConfig, RuntimeProfile, canonical
+from sdxl_lab.declaration import NONE, Declared, left_out
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import placement
 from sdxl_lab.evaluation.metrics import Metric
 from sdxl_lab.research.axes import (
     LIMIT,
-    NONE,
-    NULLABLE,
     SweepError,
     base_config,
-    changed,
     check_axis,
-    flat,
+    flattened,
     named_metric,
     overlaid,
     read_toml,
@@ -114,8 +112,8 @@ class Sweep:
         metrics = content.get("metrics", [])
         if not isinstance(metrics, list):
             raise SweepError(f'metrics must be a list; received {metrics!r}. Example: metrics = ["clip_score"]')
-        axes = flat(content.get("axes", {}))
-        zipped = [flat(table) for table in content.get("zip", [])]
+        axes = flattened(content.get("axes", {}))
+        zipped = [flattened(table) for table in content.get("zip", [])]
         for table in (axes, *zipped):
             if "config" in table:
                 table["config"] = [path.parent / str(file) for file in spread("config", table["config"])]
@@ -134,7 +132,7 @@ def _groups(axes: Axes, zipped: Sequence[Axes]) -> list[dict[str, list[Any]]]:
     """Groups of axes that advance together: each of `axes` alone, each table of `zipped` as one."""
     groups = [{name: _axis(name, values)} for name, values in axes.items()]
     for table in zipped:
-        group = {name: _axis(name, values) for name, values in flat(table).items()}
+        group = {name: _axis(name, values) for name, values in flattened(table).items()}
         lengths = {name: len(values) for name, values in group.items()}
         if not group or len(set(lengths.values())) > 1:
             raise SweepError(
@@ -158,7 +156,7 @@ def _axis(name: str, values: Any) -> list[Any]:
     if name != "config":
         return found
     return [
-        (value.digest, value)
+        (value.short_digest, value)
         if isinstance(value, GenerationConfig)
         else (_file_label(value), GenerationConfig.from_toml(value))
         for value in found
@@ -181,12 +179,12 @@ def _cell(config: GenerationConfig, combination: Mapping[str, Any]) -> tuple[Cel
     values = {name: value for name, value in settings.items() if name not in ("config", *PAIRS)}
     for name in list(values):
         outer = name.partition(".")[0]
-        if outer != name and values.get(outer, ()) in (None, NONE):
+        if outer != name and outer in values and left_out(values[outer]):
             del values[name]
             settings[name] = None
         else:
             settings[name] = _shown(values[name], name)
-    return Cell(changed(config, values), prompt, seed), settings
+    return Cell(config.changed(values), prompt, seed), settings
 
 
 def _file_label(path: Any) -> str:
@@ -196,9 +194,9 @@ def _file_label(path: Any) -> str:
 
 
 def _shown(value: Any, name: str) -> Any:
-    if value is None or (value == NONE and name in NULLABLE):
+    if value is None or (value == NONE and GenerationConfig.setting(name).optional):
         return None
-    if isinstance(value, Record):
+    if isinstance(value, Declared):
         return canonical(value.to_dict())
     return json.dumps(value) if isinstance(value, Mapping | list | tuple) else value
 

@@ -10,7 +10,7 @@ import math
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,14 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from scipy import stats
 
 from sdxl_lab.config import ConfigError, GenerationConfig, RuntimeProfile, canonical
+from sdxl_lab.declaration import NONE, Whole, left_out
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.metrics import Metric
 from sdxl_lab.research.axes import (
-    NONE,
     SweepError,
     base_config,
-    changed,
     check_axis,
-    flat,
+    flattened,
     named_metric,
     read_toml,
     spread,
@@ -38,10 +37,10 @@ from sdxl_lab.research.cache import FOLDER, Cell, ImageCache
 from sdxl_lab.research.sweep import processes, write_table
 
 OUT = Path("runs/studies")
+SCHEMA = 1  # of what a study keeps of its plan
 KEYS = {"name", "model", "config", "metric", "clip", "trials", "startup", "seed", "choose"} | {
     "space", "pairs", "stop", "start"
 }  # fmt: skip
-INTEGERS = {item.name for item in fields(GenerationConfig) if item.type is int}
 RANGE = "steps = { from = 8, to = 40 }"
 
 OnTrial = Callable[[FrozenTrial], None]
@@ -150,7 +149,7 @@ class StudyPlan:
     def _check(self, name: str, value: Any) -> None:
         """Check one value. A rule over two fields that are both searched is checked in the trials."""
         try:
-            changed(self.config, {name: value})
+            self.config.changed({name: value})
         except ConfigError as error:
             if error.field == name or error.field not in self.space:
                 raise
@@ -169,7 +168,7 @@ class StudyPlan:
 
     def identity(self, ground: Mapping[str, Any]) -> str:
         """What must not change between runs of a study, as JSON: base, metric, pairs, and the cache's `ground`."""
-        content = {"config": self.config.to_dict(), "metric": [self.metric.name, self.metric.source]}
+        content = {"schema": SCHEMA, "config": self.config.to_dict(), "metric": [self.metric.name, self.metric.source]}
         return canonical(content | {"pairs": [list(pair) for pair in self.pairs], "ground": ground})
 
     @classmethod
@@ -195,11 +194,16 @@ class StudyPlan:
             name=str(content.get("name", path.stem)),
             config=base_config(content, path.parent),
             metric=named_metric(content["metric"], content.get("clip", "nano")),
-            space={name: _choices(name, value) for name, value in flat(content["space"]).items()},
+            space={name: _choices(name, value) for name, value in flattened(content["space"]).items()},
             pairs=tuple((prompt, seed) for seed in seeds for prompt in prompts),
-            start=tuple(flat(table) for table in content.get("start", [])),
+            start=tuple(flattened(table) for table in content.get("start", [])),
             **given,
         )
+
+
+def _is_integer(name: str) -> bool:
+    """Whether a setting is a whole number. An unknown name is refused where the plan is made."""
+    return name in GenerationConfig.settings() and isinstance(GenerationConfig.setting(name).kind, Whole)
 
 
 def _choices(name: str, value: Any) -> Choices | Range:
@@ -212,7 +216,7 @@ def _choices(name: str, value: Any) -> Choices | Range:
             f"the range of {name} must have from and to, the first below the second, and may have step or log; "
             f"received {dict(value)}. Example: {RANGE}"
         )
-    found = Range(low, high, value.get("step"), value.get("log", False), name in INTEGERS)  # type: ignore[arg-type]
+    found = Range(low, high, value.get("step"), value.get("log", False), _is_integer(name))  # type: ignore[arg-type]
     try:
         found.suggest(optuna.trial.FixedTrial({name: low}), name)  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
@@ -313,6 +317,12 @@ def _open_study(plan: StudyPlan, storage: str, identity: str, worker: int) -> St
         ) from error
     if begun is not None and begun != identity:
         before, now = json.loads(begun), json.loads(identity)
+        if before.get("schema") != SCHEMA:
+            raise SweepError(
+                f"the study {plan.name!r} must have been begun under the schema {SCHEMA}; received "
+                f"{before.get('schema', 'none, as 0.1.0 wrote it: it knew a model by its weight files alone')}. Give "
+                'this one a name of its own. Example: name = "second-try"'
+            )
         differs = ", ".join(sorted(name for name in now if before.get(name) != now[name]))
         raise SweepError(
             f"the study {plan.name!r} must keep what it was begun with, or its trials cannot be compared; its "
@@ -384,10 +394,10 @@ def _suggest_config(plan: StudyPlan, trial: Trial) -> GenerationConfig:
     settings: dict[str, Any] = {}
     for name in sorted(plan.space, key=lambda name: name.count(".")):
         outer = name.partition(".")[0]
-        if outer != name and outer in settings and settings[outer] in (None, NONE):
+        if outer != name and outer in settings and left_out(settings[outer]):
             continue
         settings[name] = plan.space[name].suggest(trial, name)
-    return changed(plan.config, settings)
+    return plan.config.changed(settings)
 
 
 def hopeless(plan: StudyPlan, values: Sequence[float], rows: float, front: Sequence[FrozenTrial]) -> str | None:

@@ -3,7 +3,8 @@
 import asyncio
 import hashlib
 import io
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -11,26 +12,28 @@ from starlette.responses import JSONResponse, Response
 
 from sdxl_lab.config import ConfigError
 from sdxl_lab.images import open_image
-from service.api.negotiation import EVENTS, FORMS, JSON, Wish, wish
-from service.api.problems import answers
+from sdxl_lab.job import ImageRequest, Job
+from service.api.negotiation import EVENTS, FORMS, JSON, Negotiated, negotiate
+from service.api.problems import ClientGone, answers
 from service.api.schemas import (
+    TOLD,
     Accepted,
-    Drawn,
+    DrawnImage,
     GenerateRequest,
     ImageInfo,
     ImagePage,
-    Refined,
+    RefinedImage,
     RefineRequest,
     Wanted,
 )
-from service.api.sse import EventStream, described, told
-from service.jobs.job import Drawing, Order, fingerprint
-from service.jobs.manager import Studio
+from service.api.sse import EventStream, described, stream
+from service.jobs.manager import Found, JobManager, Terms, fingerprint
+from service.jobs.records import StoredImage
+from service.jobs.registry import Stored
 from service.jobs.store import CURSOR, UnknownImage
-from service.server.middleware import ClientGone
 
 router = APIRouter(tags=["images"])
-Asked = Annotated[Wish, Depends(wish)]
+Asked = Annotated[Negotiated, Depends(negotiate)]
 
 NOT_DRAWING = ("not-ready", "stopping", "engine-stopped", "queue-full", "store-refused", "store-unreachable")
 STREAM = """\
@@ -53,7 +56,7 @@ def _link(operation: str) -> dict[str, Any]:
     return {"operationId": operation, "parameters": {"id": "$response.body#/id"}}
 
 
-def _drawing_answers(model: type[Drawn], *kinds: str) -> dict[int | str, dict[str, Any]]:
+def _drawing_answers(model: type[DrawnImage], *kinds: str) -> dict[int | str, dict[str, Any]]:
     """What a path that draws answers, for OpenAPI."""
     binary = {form: {"schema": {"type": "string", "format": "binary"}} for form in FORMS}
     events = {EVENTS: described(STREAM, "queued", "step", "done", "error")}
@@ -94,84 +97,99 @@ def _drawing_answers(model: type[Drawn], *kinds: str) -> dict[int | str, dict[st
 
 @router.post(
     "/generate",
-    response_model=Drawn,
+    response_model=DrawnImage,
     response_model_exclude_defaults=True,
-    responses=_drawing_answers(Drawn),
+    responses=_drawing_answers(DrawnImage),
 )
-async def generate(asked: GenerateRequest, request: Request, wish: Asked) -> Any:
+async def generate(asked: GenerateRequest, request: Request, negotiated: Asked) -> Any:
     """Draw one image from a prompt."""
-    studio: Studio = request.app.state.studio
+    jobs: JobManager = request.app.state.jobs
 
-    async def order() -> Order:
-        return Order(asked.over(studio.served.slot.config), asked.prompt, asked.seed, **_terms(wish, asked))
+    async def made() -> ImageRequest:
+        slot = jobs.deployment.slot
+        return ImageRequest(asked.over(slot.config, slot.limits), asked.prompt, _seed(asked.seed, negotiated))
 
-    return await _answer(request, wish, await _submitted(studio, wish, asked, order), Drawn)
+    return await _answer(request, negotiated, await _submitted(jobs, negotiated, asked, made), DrawnImage)
 
 
 @router.post(
     "/refine",
-    response_model=Refined,
+    response_model=RefinedImage,
     response_model_exclude_defaults=True,
-    responses=_drawing_answers(Refined, "unknown-image", "still-drawing"),
+    responses=_drawing_answers(RefinedImage, "unknown-image", "still-drawing"),
 )
-async def refine(asked: RefineRequest, request: Request, wish: Asked) -> Any:
+async def refine(asked: RefineRequest, request: Request, negotiated: Asked) -> Any:
     """Go over a stored image again with the refiner."""
-    studio: Studio = request.app.state.studio
-    studio.served.ready_engine()
+    jobs: JobManager = request.app.state.jobs
+    jobs.deployment.ready_engine()
 
-    async def order() -> Order:
-        source = await studio.source(asked.id, asked.strength)
-        config = asked.over(studio.served.slot.config, source.record, source.image.size)
-        prompt = source.record["prompt"] if asked.prompt is None else asked.prompt
-        return Order(config, prompt, asked.seed, source, **_terms(wish, asked))
+    async def made() -> ImageRequest:
+        source = await jobs.source(asked.id, asked.strength)
+        slot = jobs.deployment.slot
+        config = asked.over(slot.config, slot.limits, source.record, source.image.size)
+        prompt = source.record.prompt if asked.prompt is None else asked.prompt
+        return ImageRequest(config, prompt, _seed(asked.seed, negotiated), source)
 
-    return await _answer(request, wish, await _submitted(studio, wish, asked, order), Refined)
+    return await _answer(request, negotiated, await _submitted(jobs, negotiated, asked, made), RefinedImage)
+
+
+def _seed(asked: int | None, negotiated: Negotiated) -> int:
+    if asked is not None:
+        return asked
+    return secrets.randbelow(2**32) if negotiated.key is None else negotiated.key.seed  # JavaScript's numbers hold it
 
 
 async def _submitted(
-    studio: Studio, wish: Wish, asked: GenerateRequest | RefineRequest, order: Callable[[], Awaitable[Order]]
-) -> Drawing:
-    """The order's drawing. A key that was seen before stands for its image even where the order could not be made
-    any more: the source was deleted, or a promotion narrowed the limits."""
-    try:
-        made = await order()
-    except (ConfigError, UnknownImage):
-        terms = _terms(wish, asked)
-        drawing = None if wish.key is None else await studio.repeated(wish.scope, wish.key, terms["fingerprint"])
-        if drawing is None:
-            raise
-        return drawing
-    return await studio.submit(made)
-
-
-def _terms(wish: Wish, asked: GenerateRequest | RefineRequest) -> dict[str, Any]:
+    jobs: JobManager,
+    negotiated: Negotiated,
+    asked: GenerateRequest | RefineRequest,
+    made: Callable[[], Awaitable[ImageRequest]],
+) -> Job[Stored]:
+    """The job. A key that was seen before stands for its image even where the request could not be made any more: the
+    source was deleted, or a promotion narrowed the limits."""
     body = {"request": type(asked).__name__, **asked.model_dump(exclude_none=True)}
-    return {"key": wish.key, "scope": wish.scope, "lasting": wish.later, "fingerprint": fingerprint(body)}
-
-
-async def _answer(request: Request, wish: Wish, drawing: Drawing, shape: type[Drawn]) -> Response | Drawn:
-    """Wait for the drawing, and answer as it is wished."""
-    studio: Studio = request.app.state.studio
-    prefix = request.scope.get("root_path", "")
-    if wish.later:
-        place = f"{prefix}/images/{drawing.id}"
-        headers = {"Location": place, "Preference-Applied": "respond-async"}
-        return JSONResponse(Accepted(id=str(drawing.id), url=place).model_dump(), 202, headers)
-    if wish.form == EVENTS:
-
-        def answer(record: Mapping[str, Any]) -> dict[str, Any]:
-            return shape.of(record, prefix).model_dump(exclude_defaults=True)
-
-        request_id = request.state.request_id
-        return EventStream(told(drawing, answer, wish.previews, request_id, studio.served.retry_after), drawing.leave)
+    terms = Terms(fingerprint(body), negotiated.key, durable=negotiated.later)
     try:
-        record = await while_connected(request, drawing.result())
+        request = await made()
+    except (ConfigError, UnknownImage):
+        job = None if terms.key is None else await jobs.repeated(terms)
+        if job is None:
+            raise
+        return job
+    return await jobs.submit(request, terms)
+
+
+async def _answer(
+    request: Request, negotiated: Negotiated, job: Job[Stored], shape: type[DrawnImage]
+) -> Response | DrawnImage:
+    """Wait for the job, and answer in the form that was negotiated."""
+    jobs: JobManager = request.app.state.jobs
+    prefix = request.scope.get("root_path", "")
+    if negotiated.later:
+        jobs.leave(job)
+        place = f"{prefix}/images/{job.id}"
+        headers = {"Location": place, "Preference-Applied": "respond-async"}
+        return JSONResponse(Accepted(id=str(job.id), url=place).model_dump(), 202, headers)
+    if negotiated.form == EVENTS:
+
+        def answer(image: StoredImage) -> dict[str, Any]:
+            return shape.of(image, prefix).model_dump(exclude_defaults=True)
+
+        told = stream(job, answer, negotiated.previews, request.state.request_id, jobs.deployment.retry_after)
+        return EventStream(told, lambda: jobs.leave(job))
+    try:
+        stored = await while_connected(request, _outcome(job))
     finally:
-        drawing.leave()
-    if wish.form == JSON:
-        return shape.of(record, prefix)
-    content = await _formed(await studio.stored(record["id"]), wish.form.removeprefix("image/"), None)
-    return Response(content, headers={"X-Image-Id": record["id"], "X-Seed": str(record["seed"])}, media_type=wish.form)
+        jobs.leave(job)
+    if negotiated.form == JSON:
+        return shape.of(stored.image, prefix)
+    content = await _formed(await jobs.png_of(stored), negotiated.form.removeprefix("image/"), None)
+    headers = {"X-Image-Id": str(job.id), "X-Seed": str(job.request.seed)}
+    return Response(content, headers=headers, media_type=negotiated.form)
+
+
+async def _outcome(job: Job[Stored]) -> Stored:
+    return await job
 
 
 @router.get(
@@ -186,7 +204,7 @@ async def images(
     cursor: Annotated[str | None, Query(pattern=CURSOR, description="`next` of the page before")] = None,
 ) -> ImagePage:
     """The stored images, the newest first."""
-    page = await request.app.state.studio.page(limit, cursor)
+    page = await request.app.state.jobs.page(limit, cursor)
     prefix = request.scope.get("root_path", "")
     return ImagePage(images=[ImageInfo.of(record, prefix) for record in page.records], next=page.cursor)
 
@@ -200,13 +218,15 @@ async def images(
 async def image(id: str, request: Request) -> ImageInfo:
     """What is known of an image: stored, on its way, failed or cancelled. Those without an image are forgotten after
     some minutes, or a day if they were to last."""
-    state, found = await request.app.state.studio.find(id)
-    prefix = request.scope.get("root_path", "")
-    if isinstance(found, Drawing):
-        step, steps = found.progress
-        on_its_way = {} if found.over else {"position": found.position, "eta": found.eta, "step": step, "steps": steps}
-        return ImageInfo.of(found.asked, prefix, state, **on_its_way)
-    return ImageInfo.of(found, prefix, state, **({"record": found} if state == "done" else {}))
+    found: Found = await request.app.state.jobs.find(id)
+    prefix, job = request.scope.get("root_path", ""), found.job
+    if isinstance(found.record, StoredImage):
+        return ImageInfo.of(found.record, prefix, record=found.record.flat())
+    on_its_way: dict[str, Any] = {}
+    if job is not None and not job.over:
+        step, steps = job.progress
+        on_its_way = {"position": job.position, "eta": job.eta, "step": step, "steps": steps}
+    return ImageInfo.of_job(found.record, TOLD[found.state], prefix, **on_its_way)
 
 
 @router.delete(
@@ -216,14 +236,14 @@ async def image(id: str, request: Request) -> ImageInfo:
 )
 async def delete(id: str, request: Request) -> Response:
     """Delete a stored image and its record."""
-    await request.app.state.studio.delete(id)
+    await request.app.state.jobs.delete(id)
     return Response(status_code=204)
 
 
 @router.delete("/jobs/{id}", status_code=204, responses=answers("unknown-image", "already-over", "store-unreachable"))
 async def cancel(id: str, request: Request) -> Response:
     """Cancel an image that is queued or running, at its next step. Whoever waits for it is told."""
-    await request.app.state.studio.cancel(id)
+    await request.app.state.jobs.cancel(id)
     return Response(status_code=204)
 
 
@@ -242,7 +262,7 @@ async def cancel(id: str, request: Request) -> Response:
 )
 async def download(id: str, request: Request, wanted: Annotated[Wanted, Query()]) -> Response:
     """A stored image: the very PNG, or a WebP or JPEG made of it."""
-    png = await request.app.state.studio.stored(id)
+    png = await request.app.state.jobs.png(id)
     form = "" if wanted.format == "png" else f"-{wanted.format}{wanted.quality or ''}"
     tag = f'"{hashlib.sha256(png).hexdigest()[:32]}{form}"'
     headers = {"ETag": tag, "Cache-Control": "private, max-age=31536000, immutable"}
@@ -252,9 +272,9 @@ async def download(id: str, request: Request, wanted: Annotated[Wanted, Query()]
     return Response(content, headers=headers, media_type=f"image/{wanted.format}")
 
 
-async def while_connected(request: Request, drawing: Coroutine[Any, Any, Any]) -> Any:
-    """Await the drawing; raise `ClientGone` if the client leaves first."""
-    task = asyncio.ensure_future(drawing)
+async def while_connected(request: Request, outcome: Coroutine[Any, Any, Any]) -> Any:
+    """Await the outcome; raise `ClientGone` if the client leaves first."""
+    task = asyncio.ensure_future(outcome)
     leaving = asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)

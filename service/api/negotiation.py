@@ -1,12 +1,11 @@
-"""How a client wants its answer: what the headers of `POST /generate` and `POST /refine` say.
-
-Knows headers, and nothing of images.
-"""
+"""Negotiation: how a client wants its answer, as the headers of `POST /generate` and `POST /refine` say it."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Header, Query, Request
+
+from service.jobs.manager import Key
 
 EVENTS = "text/event-stream"
 JSON = "application/json"
@@ -26,29 +25,33 @@ IdempotencyKey = Annotated[
 
 
 @dataclass(frozen=True)
-class Wish:
-    """`form` is a media type; `later`: answer now, draw later; `scope`: who asks, for keys of their own."""
+class Negotiated:
+    """`form` is a media type; `later`: answer now, draw later; `key` is an idempotency key."""
 
     form: str
     later: bool
-    key: str | None
-    scope: str
+    key: Key | None
     previews: bool
 
 
-def wish(
+def negotiate(
     request: Request,
     prefer: Annotated[
         str | None, Header(description="`respond-async`: 202 at once, and the image is drawn whoever waits")
     ] = None,
     idempotency_key: IdempotencyKey = None,
     previews: Annotated[bool, Query(description="events of steps show previews: small JPEGs as data URLs")] = False,
-) -> Wish:
+) -> Negotiated:
     """The headers, read. Whoever tells clients apart sets `request.state.client`."""
     accept = ",".join(request.headers.getlist("accept"))
     preferred = [part.partition(";")[0].strip().lower() for part in (prefer or "").split(",")]
-    scope = getattr(request.state, "client", "")
-    return Wish(accepted(accept), "respond-async" in preferred, idempotency_key, scope, previews)
+    key = None if idempotency_key is None else Key(client_of(request), idempotency_key)
+    return Negotiated(accepted(accept), "respond-async" in preferred, key, previews)
+
+
+def client_of(request: Request) -> str:
+    """Who asks: clients that are told apart have keys of their own."""
+    return getattr(request.state, "client", "")
 
 
 def accepted(header: str) -> str:

@@ -16,23 +16,27 @@ from PIL import Image
 from sse_starlette import ServerSentEvent
 from starlette.responses import Response
 
+from sdxl_lab.job import ImageRequest, Job
 from service.api.images import NOT_DRAWING, convert, while_connected
-from service.api.negotiation import EVENTS, IdempotencyKey
+from service.api.negotiation import EVENTS, IdempotencyKey, client_of
 from service.api.openai_schemas import (
     PREFIX,
     ImagesAnswer,
     ImagesRequest,
     Model,
-    Models,
+    ModelList,
     answers,
     check_model,
     error_of,
 )
 from service.api.openai_schemas import Image as Answered
-from service.api.problems import Stopping, known, problem_of
+from service.api.problems import known, problem_of
 from service.api.sse import EventStream, described
-from service.jobs.job import CancelledByClient, Done, Drawing, Event, Order, Step, derived, fingerprint
-from service.jobs.manager import Studio
+from service.deployment import Stopping
+from service.jobs.errors import CancelledByClient
+from service.jobs.events import Done, Event, Step, events
+from service.jobs.manager import JobManager, Key, Terms, fingerprint
+from service.jobs.registry import Stored
 
 router = APIRouter(prefix=PREFIX, tags=["OpenAI"])
 log = logging.getLogger(__name__)
@@ -78,114 +82,114 @@ data: {"type": "image_generation.completed", "b64_json": "iVBORw0KGgo...", ...}
 async def generations(asked: ImagesRequest, request: Request, idempotency_key: IdempotencyKey = None) -> Any:
     """Draw one to ten images of a prompt. They share the engine's calls, each has a seed of its own, and if one of
     them fails the others are cancelled."""
-    studio: Studio = request.app.state.studio
-    check_model(asked.model, studio.served.slot.folder.name)
-    drawings = await _submitted(studio, _orders(asked, studio, request, idempotency_key))
-    ids = {"X-Image-Id": ", ".join(str(drawing.id) for drawing in drawings)}
+    manager: JobManager = request.app.state.jobs
+    check_model(asked.model, manager.deployment.slot.folder.name)
+    jobs = await _submitted(manager, _requests(asked, manager, request, idempotency_key))
+    ids = {"X-Image-Id": ", ".join(str(job.id) for job in jobs)}
     if asked.stream:
-        return EventStream(_told(asked, request, drawings), lambda: _leave(drawings), ids)
+        return EventStream(_told(asked, request, jobs), lambda: _leave(manager, jobs), ids)
     try:
-        records = await while_connected(request, _all(drawings))
+        outcomes = await while_connected(request, _all(jobs))
     finally:
-        _leave(drawings)
-    images = await asyncio.gather(*(_answered(asked, request, record) for record in records))
+        _leave(manager, jobs)
+    images = await asyncio.gather(*(_answered(asked, request, outcome) for outcome in outcomes))
     answer = ImagesAnswer(
-        created=int(max(record["created"] for record in records)),
+        created=int(max(outcome.image.created for outcome in outcomes)),
         data=images,
         output_format=asked.form,
-        size=_size(drawings[0]),
+        size=_size(jobs[0]),
         quality=asked.told_quality,
     )
     return Response(answer.model_dump_json(exclude_none=True), headers=ids, media_type="application/json")
 
 
-@router.get("/models", response_model=Models, responses=answers())
-async def models(request: Request) -> Models:
+@router.get("/models", response_model=ModelList, responses=answers())
+async def models(request: Request) -> ModelList:
     """The slot that is served. Its name and `auto` mean it."""
-    return Models(data=[_model(request.app.state.studio)])
+    return ModelList(data=[_model(request.app.state.jobs)])
 
 
 @router.get("/models/{name}", response_model=Model, responses=answers("model-not-found"))
 async def model(name: str, request: Request) -> Model:
     """The slot that is served, by its name or as `auto`."""
-    studio: Studio = request.app.state.studio
-    check_model(name, studio.served.slot.folder.name)
-    return _model(studio)
+    manager: JobManager = request.app.state.jobs
+    check_model(name, manager.deployment.slot.folder.name)
+    return _model(manager)
 
 
-def _model(studio: Studio) -> Model:
-    evidence = studio.served.slot.evidence or {}
-    promoted = datetime.fromisoformat(evidence["when"]).timestamp() if "when" in evidence else 0
-    return Model(id=studio.served.slot.folder.name, created=int(promoted))
+def _model(manager: JobManager) -> Model:
+    evidence = manager.deployment.slot.evidence
+    promoted = datetime.fromisoformat(evidence.when).timestamp() if evidence else 0
+    return Model(id=manager.deployment.slot.folder.name, created=int(promoted))
 
 
-def _orders(asked: ImagesRequest, studio: Studio, request: Request, key: str | None) -> list[Order]:
-    """An order for each image: neighbouring seeds, and with an idempotency key a key for each."""
-    config = asked.over(studio.served.slot.config)
-    scope = f"{PREFIX} {getattr(request.state, 'client', '')}"  # keys of /generate are others
-    seed = secrets.randbelow(2**32) if key is None else derived(scope, key)[1]
+def _requests(
+    asked: ImagesRequest, manager: JobManager, request: Request, key: str | None
+) -> list[tuple[ImageRequest, Terms]]:
+    """A request for each image: neighbouring seeds, and with an idempotency key a key for each."""
+    slot = manager.deployment.slot
+    config = asked.over(slot.config, slot.limits)
+    scope = f"{PREFIX} {client_of(request)}"  # keys of /generate are others
+    seed = secrets.randbelow(2**32) if key is None else Key(scope, key).seed
     mark = fingerprint({"request": type(asked).__name__, **asked.model_dump(exclude_none=True)})
     return [
-        Order(
-            config,
-            asked.prompt,
-            seed + index,
-            key=None if key is None else f"{key}/{index}",
-            scope=scope,
-            fingerprint=mark,
+        (
+            ImageRequest(config, asked.prompt, seed + index),
+            Terms(mark, None if key is None else Key(scope, f"{key}/{index}")),
         )
         for index in range(asked.count)
     ]
 
 
-async def _submitted(studio: Studio, orders: Sequence[Order]) -> list[Drawing]:
+async def _submitted(manager: JobManager, requests: Sequence[tuple[ImageRequest, Terms]]) -> list[Job[Stored]]:
     """All of them, or none and what went wrong."""
-    drawings: list[Drawing] = []
+    jobs: list[Job[Stored]] = []
     try:
-        for order in orders:
-            drawings.append(await studio.submit(order))
+        for each in requests:
+            jobs.append(await manager.submit(*each))
     except BaseException as error:
-        _cancel(drawings, Stopping("the service stops") if studio.served.closing else error)
+        _cancel(jobs, Stopping() if manager.deployment.closing else error)
+        _leave(manager, jobs)
         raise
-    return drawings
+    return jobs
 
 
-async def _all(drawings: Sequence[Drawing]) -> list[Any]:
-    """The records of all, or what went wrong first."""
+async def _all(jobs: Sequence[Job[Stored]]) -> list[Stored]:
+    """The outcomes of all, or what went wrong first."""
     try:
-        return await asyncio.gather(*(drawing.result() for drawing in drawings))
+        return await asyncio.gather(*jobs)
     except Exception as error:
-        _cancel(drawings, error)
+        _cancel(jobs, error)
         raise
 
 
-def _cancel(drawings: Sequence[Drawing], error: BaseException) -> None:
+def _cancel(jobs: Sequence[Job[Stored]], error: BaseException) -> None:
     """One image failed: nobody gets the others. A service that stops draws those with a key once it is back."""
-    why = error if isinstance(error, Stopping) else CancelledByClient("another image of the request failed")
-    for drawing in drawings:
-        drawing.cancel(why)
+    reason = error if isinstance(error, Stopping) else CancelledByClient("another image of the request failed")
+    for job in jobs:
+        job.cancel(reason)
 
 
-def _leave(drawings: Sequence[Drawing]) -> None:
-    for drawing in drawings:
-        drawing.leave()
+def _leave(manager: JobManager, jobs: Sequence[Job[Stored]]) -> None:
+    for job in jobs:
+        manager.leave(job)
 
 
-def _size(drawing: Drawing) -> str:
-    config = drawing.asked["config"]
-    return f"{config['width']}x{config['height']}"
+def _size(job: Job[Stored]) -> str:
+    config = job.request.config
+    return f"{config.width}x{config.height}"
 
 
-async def _answered(asked: ImagesRequest, request: Request, record: Any) -> Answered:
+async def _answered(asked: ImagesRequest, request: Request, outcome: Stored) -> Answered:
     if asked.response_format == "url":
-        url = request.url_for("download", id=record["id"])
+        url = request.url_for("download", id=str(outcome.image.id))
         wanted = {} if asked.form == "png" else {"format": asked.form, "quality": asked.compression}
         return Answered(url=str(url.include_query_params(**wanted)))
-    return Answered(b64_json=await _stored(asked, request.app.state.studio, record["id"]))
+    return Answered(b64_json=await _encoded(asked, request.app.state.jobs, outcome))
 
 
-async def _stored(asked: ImagesRequest, studio: Studio, image: str) -> str:
-    png = await studio.stored(image)
+async def _encoded(asked: ImagesRequest, manager: JobManager, outcome: Stored) -> str:
+    png = await manager.png_of(outcome)
     if asked.form != "png":
         png = await asyncio.to_thread(convert, png, asked.form, asked.compression)
     return base64.b64encode(png).decode()
@@ -194,31 +198,31 @@ async def _stored(asked: ImagesRequest, studio: Studio, image: str) -> str:
 # --- events ----------------------------------------------------------------------------------------------------------
 
 
-async def _told(asked: ImagesRequest, request: Request, drawings: Sequence[Drawing]) -> AsyncIterator[ServerSentEvent]:
+async def _told(asked: ImagesRequest, request: Request, jobs: Sequence[Job[Stored]]) -> AsyncIterator[ServerSentEvent]:
     """`image_generation.partial_image` with each preview, `image_generation.completed` with each image, or an error.
 
     `image_index`, which is ours, says which of several images an event is about.
     """
-    studio: Studio = request.app.state.studio
-    shown = [0] * len(drawings)
+    manager: JobManager = request.app.state.jobs
+    shown = [0] * len(jobs)
     try:
-        async for index, event in _merged(drawings, asked.partial_images or 0):
+        async for index, event in _merged(jobs, asked.partial_images or 0):
             more: dict[str, Any] = {"image_index": index}
             if isinstance(event, Step) and event.preview is not None:
                 kind = "partial_image"
-                more["b64_json"] = await asyncio.to_thread(_partial, asked, event.preview, drawings[index])
+                more["b64_json"] = await asyncio.to_thread(_partial, asked, event.preview, jobs[index])
                 more["partial_image_index"] = shown[index]
                 shown[index] += 1
             elif isinstance(event, Done):
                 kind = "completed"
-                more["b64_json"] = await _stored(asked, studio, event.record["id"])
+                more["b64_json"] = await _encoded(asked, manager, event.stored)
                 more["usage"] = NOTHING_METERED
             else:
                 continue
             content = {
                 "type": f"image_generation.{kind}",
                 "created_at": int(time.time()),
-                "size": _size(drawings[index]),
+                "size": _size(jobs[index]),
                 "quality": asked.told_quality,
                 "background": "opaque",
                 "output_format": asked.form,
@@ -226,28 +230,28 @@ async def _told(asked: ImagesRequest, request: Request, drawings: Sequence[Drawi
             }
             yield ServerSentEvent(json.dumps(content), event=content["type"])
     except Exception as error:
-        _cancel(drawings, error)
+        _cancel(jobs, error)
         request_id = request.state.request_id
         if known(error) is None:
             log.error("request %s failed", request_id, exc_info=error)
         yield ServerSentEvent(
-            json.dumps(error_of(problem_of(error, request_id, studio.served.retry_after))), event="error"
+            json.dumps(error_of(problem_of(error, request_id, manager.deployment.retry_after))), event="error"
         )
 
 
-async def _merged(drawings: Sequence[Drawing], previews: int) -> AsyncIterator[tuple[int, Event]]:
+async def _merged(jobs: Sequence[Job[Stored]], previews: int) -> AsyncIterator[tuple[int, Event]]:
     """The events of all, as they happen, each with its image's index; or what went wrong first."""
     happened: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
 
-    async def watch(index: int, drawing: Drawing) -> None:
+    async def watch(index: int, job: Job[Stored]) -> None:
         try:
-            async for event in drawing.events(previews):
+            async for event in events(job, previews):
                 happened.put_nowait((index, event))
         except Exception as error:
             happened.put_nowait((index, error))
 
-    watching = [asyncio.create_task(watch(index, drawing)) for index, drawing in enumerate(drawings)]
-    left = len(drawings)
+    watching = [asyncio.create_task(watch(index, job)) for index, job in enumerate(jobs)]
+    left = len(jobs)
     try:
         while left:
             index, event = await happened.get()
@@ -261,10 +265,10 @@ async def _merged(drawings: Sequence[Drawing], previews: int) -> AsyncIterator[t
         await asyncio.gather(*watching, return_exceptions=True)
 
 
-def _partial(asked: ImagesRequest, preview: Image.Image, drawing: Drawing) -> str:
+def _partial(asked: ImagesRequest, preview: Image.Image, job: Job[Stored]) -> str:
     """A preview in the size and form of the image that it announces."""
-    config = drawing.asked["config"]
-    image = preview.resize((config["width"], config["height"]), Image.Resampling.BICUBIC)
+    config = job.request.config
+    image = preview.resize((config.width, config.height), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     options = {} if asked.compression is None else {"quality": asked.compression}
     image.save(buffer, asked.form.upper(), **options)

@@ -1,6 +1,6 @@
 """The OpenAI images API on the wire: what its clients send, and what they understand, errors too.
 
-Knows the shapes; `service/api/openai.py` draws. `QUALITIES`, `REFUSED` and `CODES` are code and documentation.
+The routes are in `service/api/openai.py`. `QUALITIES`, `REFUSED` and `CODES` are code and documentation.
 """
 
 import json
@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
-from sdxl_lab.config import ConfigError, GenerationConfig
-from service.api.problems import TABLE, Problem
-from service.api.schemas import Closed, GenerateRequest, Prompt, Text
+from sdxl_lab.config import ConfigError, GenerationConfig, ServingLimits
+from service.api.problems import ENTRIES, Problem
+from service.api.schemas import Closed, GenerateRequest, Prompt, Writable
+from service.deployment import UnknownModel
 
 PREFIX = "/v1"
 AUTO = "auto"  # the model that is served, whatever its name
@@ -60,10 +61,6 @@ Form = Literal["png", "webp", "jpeg"]
 Quality = Literal["low", "medium", "high", "xhigh", "max"]
 
 
-class UnknownModel(ConfigError):
-    """A model is asked for that is not the one served."""
-
-
 class ImagesRequest(Closed):
     """Images to draw, as OpenAI's clients ask for them. What is left out or null is as promoted."""
 
@@ -78,9 +75,9 @@ class ImagesRequest(Closed):
     )
 
     prompt: Prompt
-    model: Text | None = Field(None, description=f"the slot's name, or `{AUTO}`: whatever is served")
+    model: Writable | None = Field(None, description=f"the slot's name, or `{AUTO}`: whatever is served")
     n: int | None = Field(None, ge=1, le=10, description="images: all of them, or an error")
-    size: Text | None = Field(
+    size: Writable | None = Field(
         None, description="`256x256`: width and height, multiples of 8 within the promoted limits; `auto`: as promoted"
     )
     quality: Literal["low", "medium", "standard", "auto", "high", "hd", "xhigh", "max"] | None = Field(
@@ -97,8 +94,8 @@ class ImagesRequest(Closed):
     partial_images: int | None = Field(None, ge=0, le=3, description="previews of each image; goes with `stream`")
     background: Literal["opaque", "auto"] | None = Field(None, description="images are opaque")
     moderation: Literal["low", "auto"] | None = Field(None, description="without effect: prompts are not judged here")
-    user: Text | None = Field(None, description="without effect, and not kept")
-    safety_identifier: Text | None = Field(None, description="without effect, and not kept")
+    user: Writable | None = Field(None, description="without effect, and not kept")
+    safety_identifier: Writable | None = Field(None, description="without effect, and not kept")
 
     @model_validator(mode="before")
     @classmethod
@@ -143,17 +140,17 @@ class ImagesRequest(Closed):
         told: Quality = TOLD_AS.get(asked, asked)  # type: ignore[assignment]
         return told
 
-    def over(self, promoted: GenerationConfig) -> GenerationConfig:
+    def over(self, promoted: GenerationConfig, limits: ServingLimits) -> GenerationConfig:
         """The promoted configuration with what was asked. Raises `ConfigError`."""
         changes: dict[str, Any] = {}
         if self.size not in (None, AUTO):
             changes |= _sides(self.size)
         factor = QUALITIES[self.quality or "auto"]
         if factor != 1:
-            low, high = promoted.limits.steps
+            low, high = limits.steps
             changes["steps"] = min(high, max(low, round(promoted.steps * factor)))
         try:
-            return GenerateRequest(prompt=self.prompt, **changes).over(promoted)
+            return GenerateRequest(prompt=self.prompt, **changes).over(promoted, limits)
         except ConfigError as error:
             if error.field in ("width", "height"):
                 raise ConfigError("size", self.size, f"width x height, each {error.rule}", _size(promoted)) from error
@@ -232,7 +229,7 @@ class Model(BaseModel):
     owned_by: Literal["sdxl-lab"] = "sdxl-lab"
 
 
-class Models(BaseModel):
+class ModelList(BaseModel):
     """All models there are: one."""
 
     object: Literal["list"] = "list"
@@ -286,7 +283,7 @@ def answers(*kinds: str) -> dict[int | str, dict[str, Any]]:
     described: dict[int | str, dict[str, Any]] = {
         kind: {"model": ErrorBody, "description": "An error"} for kind in ("4XX", "5XX")
     }
-    for entry in TABLE.values():
+    for entry in ENTRIES:
         if entry.kind in kinds:
             problem = Problem(entry.status, entry.title, entry.kind, entry.title)
             status = error_response(problem).status_code

@@ -5,10 +5,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
-from sdxl_lab import __version__
 from sdxl_lab.config import SCHEDULERS
+from sdxl_lab.version import __version__
 from service.api.problems import answers
-from service.jobs.manager import Studio
+from service.deployment import Deployment
 
 router = APIRouter(tags=["operation"])
 
@@ -16,17 +16,18 @@ router = APIRouter(tags=["operation"])
 @router.get("/config")
 async def config(request: Request) -> dict[str, Any]:
     """The promoted configuration and what speaks for it; `runtime` and `weights` once they are loaded."""
-    studio: Studio = request.app.state.studio
-    slot, engine = studio.served.slot, studio.served.engine
+    deployment: Deployment = request.app.state.jobs.deployment
+    slot, engine = deployment.slot, deployment.engine
     content: dict[str, Any] = {
         "slot": slot.folder.name,
         "config": slot.config.to_dict(),
+        "limits": slot.limits.to_dict(),
         "schedulers": SCHEDULERS,
         "digest": slot.digest,
-        "evidence": slot.evidence,
+        "evidence": slot.evidence.to_dict() if slot.evidence else None,
         "runtime": engine.profile.to_dict() if engine else None,
         "weights": engine.weights if engine else None,
-        **studio.served.attestation.to_dict(),
+        **deployment.attestation.to_dict(),
         "version": __version__,
     }
     if slot.evidence is None:
@@ -43,9 +44,9 @@ async def healthz() -> dict[str, str]:
 @router.get("/readyz", responses=answers("not-ready"))
 async def readyz(request: Request) -> dict[str, Any]:
     """Whether an image can be drawn now; 503 says why not. `attested` false comes with the reason."""
-    studio: Studio = request.app.state.studio
-    studio.served.ready_engine()
-    attestation = studio.served.attestation
+    deployment: Deployment = request.app.state.jobs.deployment
+    deployment.ready_engine()
+    attestation = deployment.attestation
     told = {"status": "ready", "attested": attestation.passed}
     return told if attestation.passed else told | {"attested_reason": attestation.reason}
 
@@ -56,7 +57,6 @@ async def readyz(request: Request) -> dict[str, Any]:
     responses={200: {"content": {"text/plain": {"example": "sdxl_queue_depth 0.0"}}}},
 )
 async def metrics(request: Request) -> Response:
-    """What Prometheus is told."""
-    studio: Studio = request.app.state.studio
-    content, media_type = studio.metrics.exposition(request.headers.get("accept", ""))
+    """The metrics, in the format of Prometheus."""
+    content, media_type = request.app.state.telemetry.exposition(request.headers.get("accept", ""))
     return Response(content, headers={"Content-Type": media_type})

@@ -1,8 +1,4 @@
-"""Errors to HTTP: one table from what went wrong inside to what the client is told (RFC 9457).
-
-Knows statuses and words; knows neither routes nor how an image is drawn. The table names its errors as text, so that
-reading it imports no torch; a test holds that every name exists.
-"""
+"""Errors to HTTP: one table from the classes of what went wrong inside to what the client is told (RFC 9457)."""
 
 import json
 import math
@@ -17,13 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from sdxl_lab.config import ConfigError
+from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from service.api.schemas import EXAMPLES
+from service.deployment import NotReady, Stopping, UnknownModel
+from service.jobs.errors import AlreadyOver, CancelledByClient, KeyReused, NotOver, StillRunning
+from service.jobs.store import StoreRefused, StoreUnreachable, UnknownImage
 
 MEDIA_TYPE = "application/problem+json"
-
-
-class NotReady(RuntimeError):
-    """The service cannot draw: the message says why."""
 
 
 class Unauthorized(PermissionError):
@@ -31,18 +27,6 @@ class Unauthorized(PermissionError):
 
     def __init__(self) -> None:
         super().__init__("this service asks for a key: send it as X-API-Key, or as Authorization: Bearer")
-
-
-class StillDrawing(LookupError):
-    """The image is in the making, for so many more `seconds`, where that is known."""
-
-    def __init__(self, message: str, seconds: float | None = None) -> None:
-        super().__init__(message)
-        self.seconds = seconds
-
-
-class Stopping(RuntimeError):
-    """The service stops before the image is done."""
 
 
 RETRY_AFTER = {"description": "seconds after which a new try may succeed", "schema": {"type": "integer", "minimum": 1}}
@@ -61,6 +45,10 @@ class BodyTooSlow(HTTPException):
 
     def __init__(self, seconds: float) -> None:
         super().__init__(408, f"the body must come in within {seconds:g} seconds")
+
+
+class ClientGone(Exception):
+    """The client left before its answer: none is sent."""
 
 
 class ProblemBody(BaseModel):
@@ -100,7 +88,7 @@ class Problem:
         return Response(json.dumps(self.content()), self.status, self.headers, MEDIA_TYPE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """How an error is told. `retry_after` in seconds, where a later try may succeed; `measured`: the speed of the last
     images says better."""
@@ -113,34 +101,37 @@ class Entry:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-TABLE = {
-    "service.api.openai_schemas.UnknownModel": Entry(404, "model-not-found", "There is no such model"),
-    "service.api.problems.BodyTooSlow": Entry(408, "body-too-slow", "The body takes too long"),
-    "service.api.problems.BodyTooLarge": Entry(413, "body-too-large", "The body is too large"),
-    "sdxl_lab.config.ConfigError": Entry(422, "invalid-value", "A value is not valid"),
-    "service.jobs.store.UnknownImage": Entry(404, "unknown-image", "There is no such image"),
-    "service.api.problems.Unauthorized": Entry(
+INVALID = Entry(422, "invalid-value", "A value is not valid")
+TABLE: dict[type[Exception], Entry] = {
+    UnknownModel: Entry(404, "model-not-found", "There is no such model"),
+    BodyTooSlow: Entry(408, "body-too-slow", "The body takes too long"),
+    BodyTooLarge: Entry(413, "body-too-large", "The body is too large"),
+    ConfigError: INVALID,
+    ModelMismatch: INVALID,
+    UnknownImage: Entry(404, "unknown-image", "There is no such image"),
+    Unauthorized: Entry(
         401, "unauthorized", "A key is needed", headers={"WWW-Authenticate": 'Bearer realm="sdxl-lab"'}
     ),
-    "service.api.problems.StillDrawing": Entry(404, "still-drawing", "The image is in the making", 1, measured=True),
-    "service.api.problems.NotReady": Entry(503, "not-ready", "The service is not ready", 5),
-    "service.api.problems.Stopping": Entry(503, "stopping", "The service stops", 5),
-    "service.jobs.job.KeyReused": Entry(409, "key-reused", "The idempotency key belongs to another request"),
-    "service.jobs.job.AlreadyOver": Entry(409, "already-over", "The image cannot be cancelled any more"),
-    "service.jobs.job.NotOver": Entry(409, "not-over", "The image is in the making"),
-    "service.jobs.job.CancelledByClient": Entry(409, "cancelled-by-client", "The image was cancelled by its id"),
-    "service.jobs.store.StoreUnreachable": Entry(503, "store-unreachable", "The store does not answer", 5),
-    "service.jobs.store.StoreRefused": Entry(507, "store-refused", "The store refuses to take the image"),
-    "sdxl_lab.errors.QueueFull": Entry(429, "queue-full", "The queue is full", 1, measured=True),
-    "sdxl_lab.errors.EngineStopped": Entry(503, "engine-stopped", "The engine has stopped", 5),
-    "sdxl_lab.errors.Cancelled": Entry(503, "cancelled", "The image was cancelled, since the service stops", 5),
+    StillRunning: Entry(404, "still-drawing", "The image is in the making", 1, measured=True),
+    NotReady: Entry(503, "not-ready", "The service is not ready", 5),
+    Stopping: Entry(503, "stopping", "The service stops", 5),
+    KeyReused: Entry(409, "key-reused", "The idempotency key belongs to another request"),
+    AlreadyOver: Entry(409, "already-over", "The image cannot be cancelled any more"),
+    NotOver: Entry(409, "not-over", "The image is in the making"),
+    CancelledByClient: Entry(409, "cancelled-by-client", "The image was cancelled by its id"),
+    StoreUnreachable: Entry(503, "store-unreachable", "The store does not answer", 5),
+    StoreRefused: Entry(507, "store-refused", "The store refuses to take the image"),
+    QueueFull: Entry(429, "queue-full", "The queue is full", 1, measured=True),
+    EngineStopped: Entry(503, "engine-stopped", "The engine has stopped", 5),
+    Cancelled: Entry(503, "cancelled", "The image was cancelled, since the service stops", 5),
 }
+ENTRIES = tuple(dict.fromkeys(TABLE.values()))
 
 
 def answers(*kinds: str) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's responses for some of the table's kinds, with an example of each, by status."""
     responses: dict[int | str, dict[str, Any]] = {}
-    for entry in TABLE.values():
+    for entry in ENTRIES:
         if entry.kind not in kinds:
             continue
         content = {MEDIA_TYPE: {"schema": ProblemBody.model_json_schema(), "examples": {}}}
@@ -155,8 +146,7 @@ def answers(*kinds: str) -> dict[int | str, dict[str, Any]]:
 
 def known(error: BaseException) -> Entry | None:
     """The table's entry for an error's class, or the nearest of its bases'."""
-    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__)
-    return next((TABLE[name] for name in names if name in TABLE), None)
+    return next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), None)
 
 
 def problem_of(
@@ -176,11 +166,11 @@ def problem_of(
         detail = "an error inside the service; its log has it under this request id"
         return Problem(500, detail, "bug", "A bug", extra={"request_id": request_id})
     seconds = (measured() if entry.measured and measured else None) or entry.retry_after
-    if isinstance(error, StillDrawing) and error.seconds is not None:
+    if isinstance(error, StillRunning) and error.seconds is not None:
         seconds = max(1, math.ceil(error.seconds))
     headers = {**entry.headers, **({} if seconds is None else {"Retry-After": str(seconds)})}
     extra = {}
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError | ModelMismatch):
         extra = {"field": error.field, "received": error.received, "limit": error.rule}
     return Problem(entry.status, _clean(str(error)), entry.kind, entry.title, headers, extra)
 

@@ -1,28 +1,28 @@
 """What goes over the wire: requests with strict types, and answers.
 
-Ranges are the configuration's own rules; here stand the types, the examples, and how a request goes over a promoted
-configuration. Knows no HTTP and no engine.
+What may be asked of an image, its types, bounds, words and examples come from the declaration of `GenerationConfig`;
+here stand what else a request has, and how it goes over a promoted configuration.
 """
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from sdxl_lab.config import MAX_PROMPT, MAX_SEED, SCHEDULERS, ConfigError, GenerationConfig, Limits, RefinerConfig
+from sdxl_lab.config import MAX_PROMPT, MAX_SEED, PROMPT, SEED, GenerationConfig, ServingLimits
+from sdxl_lab.declaration import Pair, Setting, Table, Text
+from sdxl_lab.job import JobState
+from sdxl_lab.record import ImageRecord
+from service.jobs.records import JobRecord, StoredImage
 
 EXAMPLES: Mapping[str, Any] = {
+    **{
+        setting.name: True if isinstance(setting.kind, Table) else setting.example
+        for setting in (PROMPT, SEED, *GenerationConfig.settings().values())
+        if setting.client
+    },
     "body": '{"prompt": "A cat in a hat"}',
-    "prompt": "A cat in a hat",
-    "negative_prompt": "blurry",
-    "width": 256,
-    "height": 256,
-    "seed": 7,
-    "steps": 25,
-    "guidance_scale": 5.0,
-    "scheduler": SCHEDULERS[0],
-    "refiner": True,
     "id": "0b8ff2ee-3c51-4c1c-a9c5-7c8b3b1f5a10",
     "strength": 0.3,
     "format": "webp",
@@ -41,10 +41,9 @@ def _writable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_writable)]
+Writable = Annotated[str, AfterValidator(_writable)]
 # The length is judged first: Pydantic then speaks of characters, not of items.
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT), AfterValidator(_writable)]
-NegativePrompt = Annotated[str, Field(max_length=MAX_PROMPT), AfterValidator(_writable)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
@@ -66,90 +65,82 @@ class Closed(BaseModel):
         return content
 
 
-class GenerateRequest(Closed):
+def _type(setting: Setting) -> Any:
+    """A setting's type on the wire. What a number may be is said by its rule and the slot's limits, in one sentence."""
+    match setting.kind:
+        case Table():
+            return bool
+        case Text(low=low, high=high):
+            return Annotated[str, Field(min_length=low or None, max_length=high), AfterValidator(_writable)]
+        case Pair(checked=checked):
+            return checked
+    return setting.kind.type
+
+
+def _field(setting: Setting, default: str) -> Any:
+    unit = f" ({setting.unit})" if setting.unit else ""
+    limits = "; within the promoted limits" if setting.limited_by else ""
+    return _type(setting) | None, Field(None, description=f"{setting.help}{unit}{limits}; left out: {default}")
+
+
+# What a client may ask for, as the declaration of the settings says it.
+CLIENTS = {name: setting for name, setting in GenerationConfig.settings().items() if setting.client}
+_Generate: Any = create_model(
+    "_Generate",
+    __base__=Closed,
+    prompt=(Prompt, Field(description=PROMPT.help)),
+    **{name: _field(setting, "as promoted") for name, setting in CLIENTS.items()},
+    seed=(Seed | None, Field(None, description=f"{SEED.help}; left out: chosen at random")),
+)
+_Refine: Any = create_model(
+    "_Refine",
+    __base__=Closed,
+    id=(str, Field(description="the stored image's id")),
+    prompt=(Prompt | None, Field(None, description=f"{PROMPT.help}; left out: that of the stored image")),
+    negative_prompt=_field(CLIENTS["negative_prompt"], "that of the stored image"),
+    strength=(float, Field(0.3, gt=0, le=1, description="how much of the noise schedule is gone through again")),
+    steps=_field(CLIENTS["steps"], "as promoted"),
+    seed=(Seed | None, Field(None, description=f"{SEED.help}; left out: chosen at random")),
+)
+
+
+class GenerateRequest(_Generate):
     """An image to draw. What is left out is as promoted; the seed is then chosen at random."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "A cat in a hat"}]})
 
-    prompt: Prompt
-    negative_prompt: NegativePrompt | None = None
-    width: int | None = Field(None, description="pixels, a multiple of 8 within the promoted limits")
-    height: int | None = Field(None, description="pixels, a multiple of 8 within the promoted limits")
-    seed: Seed | None = None
-    steps: int | None = Field(None, description="within the promoted limits")
-    guidance_scale: float | None = Field(None, description="within the promoted limits")
-    scheduler: str | None = Field(None, description=f"one of {', '.join(SCHEDULERS)}")
-    refiner: bool | None = Field(None, description="whether the refiner makes the last steps")
-
-    def over(self, promoted: GenerationConfig) -> GenerationConfig:
+    def over(self, promoted: GenerationConfig, limits: ServingLimits) -> GenerationConfig:
         """The promoted configuration with what was asked. Raises `ConfigError`."""
-        names = ("negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler")
-        changes = {name: value for name in names if (value := getattr(self, name)) is not None}
-        check_limits(promoted, changes)
-        if self.refiner is not None:
-            changes["refiner"] = (promoted.refiner or RefinerConfig()) if self.refiner else None
-        return promoted.with_(**changes)
+        asked = {name: value for name in CLIENTS if (value := getattr(self, name)) is not None}
+        limits.check(asked, promoted)
+        return promoted.changed(asked, none=None)
 
 
-class RefineRequest(Closed):
+class RefineRequest(_Refine):
     """A stored image that the refiner goes over again."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"id": EXAMPLES["id"], "strength": 0.3}]})
 
-    id: str
-    prompt: Prompt | None = Field(None, description="left out: that of the stored image")
-    negative_prompt: NegativePrompt | None = Field(None, description="left out: that of the stored image")
-    strength: float = Field(0.3, gt=0, le=1)
-    steps: int | None = Field(None, description="within the promoted limits")
-    seed: Seed | None = None
-
-    def over(self, promoted: GenerationConfig, source: Mapping[str, Any], size: tuple[int, int]) -> GenerationConfig:
+    def over(
+        self, promoted: GenerationConfig, limits: ServingLimits, source: ImageRecord, size: tuple[int, int]
+    ) -> GenerationConfig:
         """The promoted configuration for an image of this (width, height) with this record. Raises `ConfigError`."""
-        changes: dict[str, Any] = {"width": size[0], "height": size[1]}
+        asked: dict[str, Any] = {"width": size[0], "height": size[1]}
         if self.steps is not None:
-            changes["steps"] = self.steps
-        check_limits(promoted, changes)
-        negative = source["negative_prompt"] if self.negative_prompt is None else self.negative_prompt
-        return promoted.with_(**changes, negative_prompt=negative)
+            asked["steps"] = self.steps
+        limits.check(asked, promoted)
+        negative = source.config.negative_prompt if self.negative_prompt is None else self.negative_prompt
+        return promoted.changed(asked | {"negative_prompt": negative}, none=None)
 
 
-def check_limits(promoted: GenerationConfig, changes: Mapping[str, Any]) -> None:
-    """Whether a client may ask for these values: `ConfigError` names the first that is outside the limits."""
-    limits = promoted.limits
-    ranges = {
-        "steps": limits.steps,
-        "guidance_scale": limits.guidance_scale,
-        "width": limits.side,
-        "height": limits.side,
-    }
-    for name, (low, high) in ranges.items():
-        value = changes.get(name)
-        if value is not None and not low <= value <= high:
-            multiple = ", a multiple of 8" if name in ("width", "height") else ""
-            raise ConfigError(name, value, f"from {low:g} to {high:g}{multiple}", getattr(promoted, name))
-
-
-def bounded(document: dict[str, Any], limits: Limits) -> dict[str, Any]:
-    """An OpenAPI document with what `check_limits` allows. FastAPI writes bounds as floats: no seed is exact there."""
-    sides = {"minimum": limits.side[0], "maximum": limits.side[1], "multipleOf": 8}
-    bounds: dict[str, dict[str, Any]] = {
-        "width": sides,
-        "height": sides,
-        "steps": dict(zip(("minimum", "maximum"), limits.steps, strict=True)),
-        "guidance_scale": dict(zip(("minimum", "maximum"), limits.guidance_scale, strict=True)),
-        "scheduler": {"enum": list(SCHEDULERS)},
-        "seed": {"minimum": 0, "maximum": MAX_SEED},
-    }
+def bounded(document: dict[str, Any], limits: ServingLimits) -> dict[str, Any]:
+    """An OpenAPI document with what the requests may hold. FastAPI writes bounds as floats: no seed is exact there."""
+    kinds = {name: limits.narrowed(setting).kind for name, setting in CLIENTS.items()} | {"seed": SEED.kind}
     for model in (GenerateRequest, RefineRequest):
         fields = document["components"]["schemas"][model.__name__]["properties"]
-        for name in bounds.keys() & fields.keys():
-            fields[name]["anyOf"][0] |= bounds[name]  # the other is null
+        for name in kinds.keys() & fields.keys():
+            fields[name]["anyOf"][0] |= kinds[name].json_schema  # the other is null
     return document
-
-
-def overridden(promoted: GenerationConfig, config: GenerationConfig) -> list[str]:
-    """The fields in which a configuration differs from the promoted one."""
-    return [name for name in GenerationConfig.__dataclass_fields__ if getattr(config, name) != getattr(promoted, name)]
 
 
 class Timings(BaseModel):
@@ -172,7 +163,7 @@ DRAWN = {
 }
 
 
-class Drawn(BaseModel):
+class DrawnImage(BaseModel):
     """An image that is drawn and stored. `config` is the promoted digest; `overridden` names what differs from it."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [DRAWN]})
@@ -188,34 +179,40 @@ class Drawn(BaseModel):
     warnings: list[str] = []
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], prefix: str = "") -> Self:
-        """The answer for a stored record. `prefix` is the path that the service is mounted at."""
-        return cls(**_answer(record, prefix))
+    def of(cls, image: StoredImage, prefix: str = "") -> Self:
+        """The answer for a stored image. `prefix` is the path that the service is mounted at."""
+        return cls(**_answer(image, prefix))
 
 
-class Refined(Drawn):
+class RefinedImage(DrawnImage):
     """A refined image, and the id of the one it comes from."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [DRAWN | {"source": EXAMPLES["id"]}]})
 
-    source: str
+    source: str | None
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], prefix: str = "") -> Self:
-        return cls(**_answer(record, prefix), source=record["source"]["id"])
+    def of(cls, image: StoredImage, prefix: str = "") -> Self:
+        return cls(**_answer(image, prefix), source=source_id(image))
 
 
-def _answer(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def source_id(image: StoredImage) -> str | None:
+    """The id of the image that this one refines."""
+    return image.record.source.id if image.record.source else None
+
+
+def _answer(image: StoredImage, prefix: str) -> dict[str, Any]:
+    record = image.record
     return {
-        "id": record["id"],
-        "url": f"{prefix}/download/{record['id']}",
-        "seed": record["seed"],
-        "width": record["config"]["width"],
-        "height": record["config"]["height"],
-        "config": record.get("promoted", record["digest"]),
-        "overridden": record.get("overridden", []),
-        "timings": record.get("timings"),
-        "warnings": record.get("warnings", []),
+        "id": str(image.id),
+        "url": f"{prefix}/download/{image.id}",
+        "seed": record.seed,
+        "width": record.config.width,
+        "height": record.config.height,
+        "config": record.promoted or record.digest,
+        "overridden": list(record.overridden or ()),
+        "timings": image.timings,
+        "warnings": list(image.warnings),
     }
 
 
@@ -240,6 +237,16 @@ class Chosen(BaseModel):
 
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
+# The states of a job in the words of the contract.
+TOLD: Mapping[JobState, State] = {
+    JobState.ACCEPTED: "queued",
+    JobState.QUEUED: "queued",
+    JobState.RUNNING: "running",
+    JobState.STORING: "running",
+    JobState.DONE: "done",
+    JobState.FAILED: "failed",
+    JobState.CANCELLED: "cancelled",
+}
 INFO = {
     **{name: DRAWN[name] for name in ("id", "url", "seed", "width", "height", "config", "overridden", "timings")},
     "state": "done",
@@ -277,32 +284,53 @@ class ImageInfo(BaseModel):
     record: dict[str, Any] | None = Field(None, description="all that repeats the image; of a single one only")
 
     @classmethod
-    def of(cls, content: Mapping[str, Any], prefix: str = "", state: State = "done", **more: Any) -> Self:
-        """What a stored record says, or what was written down of an image that is promised."""
-        config, source = content["config"], content.get("source")
+    def of(cls, image: StoredImage, prefix: str = "", **more: Any) -> Self:
+        """What is known of a stored image."""
+        record = image.record
         return cls(
-            id=content["id"],
-            state=state,
-            url=f"{prefix}/download/{content['id']}",
-            prompt=content["prompt"],
-            negative_prompt=config.get("negative_prompt"),
-            seed=content["seed"],
-            width=config["width"],
-            height=config["height"],
-            settings=Chosen(
-                scheduler=config["scheduler"],
-                steps=config["steps"],
-                guidance_scale=config["guidance_scale"],
-                refiner=config.get("refiner") is not None,
-            ),
-            config=content.get("promoted", content.get("digest")),
-            overridden=content.get("overridden"),
-            created=content.get("created"),
-            timings=content.get("timings"),
-            warnings=content.get("warnings") or None,
-            source=source.get("id") if isinstance(source, Mapping) else source,
+            **_asked(str(image.id), record.config.to_dict(), prefix),
+            state="done",
+            prompt=record.prompt,
+            seed=record.seed,
+            config=record.promoted or record.digest,
+            overridden=None if record.overridden is None else list(record.overridden),
+            created=image.created,
+            timings=None if image.timings is None else Timings(**image.timings),
+            warnings=list(image.warnings) or None,
+            source=source_id(image),
             **more,
         )
+
+    @classmethod
+    def of_job(cls, job: JobRecord, state: State, prefix: str = "", **more: Any) -> Self:
+        """What was written down of an image that is to be drawn."""
+        return cls(
+            **_asked(str(job.id), job.config, prefix),
+            state=state,
+            prompt=job.prompt,
+            seed=job.seed,
+            config=job.promoted,
+            overridden=list(job.overridden),
+            created=job.created,
+            source=None if job.source is None else str(job.source),
+            **more,
+        )
+
+
+def _asked(id: str, config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {
+        "id": id,
+        "url": f"{prefix}/download/{id}",
+        "negative_prompt": config.get("negative_prompt"),
+        "width": config["width"],
+        "height": config["height"],
+        "settings": Chosen(
+            scheduler=config["scheduler"],
+            steps=config["steps"],
+            guidance_scale=config["guidance_scale"],
+            refiner=config.get("refiner") is not None,
+        ),
+    }
 
 
 class ImagePage(BaseModel):

@@ -1,7 +1,4 @@
-"""An image's events over HTTP: server-sent events, through sse-starlette.
-
-Knows how an event looks on the wire; what happens, `service/jobs/job.py` says.
-"""
+"""A job's events over HTTP: server-sent events, through sse-starlette. What happens, `service/jobs/events.py` says."""
 
 import base64
 import io
@@ -15,8 +12,11 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 from starlette.types import Receive, Scope, Send
 
+from sdxl_lab.job import Job
 from service.api.problems import known, problem_of
-from service.jobs.job import Done, Drawing, Queued, Step
+from service.jobs.events import Done, Queued, Step, events
+from service.jobs.records import StoredImage
+from service.jobs.registry import Stored
 
 PING = 15  # seconds between two comments, so that no proxy takes the connection for dead
 PREVIEWS = 8  # of one image, at most
@@ -33,7 +33,7 @@ class EventStream(EventSourceResponse):
         finish: Callable[[], None],
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        # The studio ends every stream when the service stops, with an event that says so; the library would cut it.
+        # The registry ends every stream when the service stops, with an event that says so; the library would cut it.
         AppStatus.disable_automatic_graceful_drain()
         super().__init__(content, headers=headers, ping=PING)
         self._finish = finish
@@ -45,17 +45,17 @@ class EventStream(EventSourceResponse):
             self._finish()
 
 
-async def told(
-    drawing: Drawing,
-    answer: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+async def stream(
+    job: Job[Stored],
+    answer: Callable[[StoredImage], Mapping[str, Any]],
     previews: bool,
     request_id: str,
     retry_after: Callable[[], int | None],
 ) -> AsyncIterator[ServerSentEvent]:
-    """`queued`, `step`, then `done` with the `answer` for the stored record, or `error` with a problem, which has
+    """`queued`, `step`, then `done` with the `answer` for the stored image, or `error` with a problem, which has
     `retry_after` in seconds where a header would say so."""
     try:
-        async for event in drawing.events(PREVIEWS if previews else 0):
+        async for event in events(job, PREVIEWS if previews else 0):
             match event:
                 case Queued():
                     eta = None if event.eta is None else round(event.eta, 2)
@@ -64,7 +64,7 @@ async def told(
                     seen = {} if event.preview is None else {"preview": data_url(event.preview)}
                     yield _event("step", {"step": event.step, "steps": event.steps} | seen)
                 case Done():
-                    yield _event("done", answer(event.record))
+                    yield _event("done", answer(event.stored.image))
     except Exception as error:
         if known(error) is None:
             log.error("request %s failed", request_id, exc_info=error)

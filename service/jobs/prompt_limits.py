@@ -1,4 +1,4 @@
-"""What the text encoders cut: prompts counted in tokens. Knows tokenizers, and no image."""
+"""Prompt limits: what the text encoders read of a prompt, and what they cut."""
 
 import copy
 import threading
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-class TokenCounter:
+class PromptLimits:
     """Has tokenizers of its own, and one thread at a time: a tokenizer that two threads share fails with "Already
     borrowed", or encodes for the one with the other's truncation."""
 

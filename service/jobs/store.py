@@ -4,15 +4,14 @@ Beside every image `<id>.png` stands its record `<id>.json`, and `newest/<time>-
 sorts the newest first. They are written in the order name, image, record and deleted in the order record, image,
 name: an image is listed only while it can be fetched, and an interruption leaves nothing that `remove_older` does not
 find.
-`jobs/<id>.json` are images that were promised and are not drawn yet. Several processes may write them: `swap_job`
-takes the place of exactly the version that was read.
+`jobs/<id>.json` are durable jobs that are not done yet. Several processes may write them: `swap_job` takes the place
+of exactly the version that was read. What the two kinds of `.json` hold, `records.py` says.
 
 An id is a UUID, minted or derived by the caller; anything else is unknown, and never becomes part of a path.
 """
 
 import contextlib
 import heapq
-import json
 import logging
 import os
 import re
@@ -33,6 +32,8 @@ from obstore.store import LocalStore, from_url
 
 from sdxl_lab.config import ConfigError, canonical
 from sdxl_lab.images import read_record
+from sdxl_lab.record import RecordError
+from service.jobs.records import JobRecord, StoredImage
 
 SCHEMES = ("s3", "gs", "az", "file", "memory")
 EXAMPLE = "s3://bucket/prefix"
@@ -61,8 +62,8 @@ class StoreUnreachable(OSError):
     """The store does not answer."""
 
 
-class JobChanged(RuntimeError):
-    """Somebody else wrote the job since it was read, or before us."""
+class RecordChanged(RuntimeError):
+    """Somebody else wrote the job's record since it was read, or before us."""
 
 
 class _Unconditional(Exception):
@@ -85,7 +86,7 @@ class JobName:
 class Page:
     """Some images' records, the newest first; `cursor` asks for the next ones, None after the last."""
 
-    records: list[dict[str, Any]]
+    records: list[StoredImage]
     cursor: str | None
 
 
@@ -98,7 +99,7 @@ def image_id(text: str | uuid.UUID) -> uuid.UUID:
 
 
 class Store:
-    """Images, their records, and the jobs that are promised.
+    """Images, their records, and the records of durable jobs.
 
     `place` is a folder, which is made, or a URL: `file:///folder`, `s3://bucket/prefix`, `gs://bucket/prefix`,
     `az://container/prefix`, or `memory://`, which lasts as long as the process. Credentials come from the environment,
@@ -122,34 +123,30 @@ class Store:
 
     # --- images --------------------------------------------------------------------------------------------------
 
-    def put(self, image_id: uuid.UUID, png: bytes, record: dict[str, Any]) -> dict[str, Any]:
-        """Keep an image, durably by the time this returns, in place of an earlier one with this id. Returns its record
-        with `id` and `created` (seconds since 1970). Raises `StoreRefused`; then nothing is listed."""
-        _check_id(image_id)
-        created = round(time.time(), 3)
-        kept = {**record, "id": str(image_id), "created": created}
-        self._write(_newest(image_id, created), b"")
-        self._write(f"{image_id}.png", png)
-        self._write(f"{image_id}.json", canonical(kept).encode())
-        return kept
+    def put(self, image: StoredImage, png: bytes) -> None:
+        """Keep an image, durably by the time this returns, in place of an earlier one with this id. Raises
+        `StoreRefused`; then nothing is listed."""
+        self._write(_newest(image.id, image.created), b"")
+        self._write(f"{image.id}.png", png)
+        self._write(f"{image.id}.json", canonical(image.to_dict()).encode())
 
     def get(self, image_id: uuid.UUID) -> bytes:
         """The PNG; `UnknownImage` where there is none."""
         _check_id(image_id)
         return self._read(f"{image_id}.png", image_id)
 
-    def record(self, image_id: uuid.UUID) -> dict[str, Any]:
-        """The image's record; `UnknownImage` where there is none."""
+    def record(self, image_id: uuid.UUID) -> StoredImage:
+        """The image's record; `UnknownImage` where there is none, `RecordError` for one that is not ours."""
         _check_id(image_id)
-        record: dict[str, Any] = json.loads(self._read(f"{image_id}.json", image_id))
-        return record
+        name = f"{image_id}.json"
+        return StoredImage.read(self._read(name, image_id), name)
 
     def delete(self, image_id: uuid.UUID) -> None:
         """Remove an image; `UnknownImage` where there is none, `StoreRefused` where the store is read-only."""
         self.get(image_id)
         try:
-            created = self.record(image_id)["created"]
-        except UnknownImage:
+            created = self.record(image_id).created
+        except (UnknownImage, RecordError):
             created = None
         self._remove(image_id, None if created is None else _newest(image_id, created))
 
@@ -158,7 +155,7 @@ class Store:
         page."""
         if cursor is not None and not re.fullmatch(CURSOR, cursor):
             raise ConfigError("cursor", cursor, "what an earlier page gave as next", f"{0:015d}-{uuid.UUID(int=0)}")
-        records: list[dict[str, Any]] = []
+        records: list[StoredImage] = []
         names = self._names(cursor)
         with ThreadPoolExecutor(8, thread_name_prefix="records") as pool:
             while len(records) < limit:
@@ -168,7 +165,7 @@ class Store:
                 for name, record in zip(batch, pool.map(self._listed, batch), strict=True):
                     cursor = name
                     # A name of an earlier writing of the same image is passed over.
-                    if record is not None and _newest(uuid.UUID(record["id"]), record["created"]).endswith(name):
+                    if record is not None and _newest(record.id, record.created).endswith(name):
                         records.append(record)
         return Page(records, cursor if next(names, None) else None)
 
@@ -180,7 +177,7 @@ class Store:
         for name in self._names(f"{LAST - round(1000 * bound):015d}-"):
             old = uuid.UUID(name[16:])
             record = self._listed(name)
-            if record is not None and record["created"] > bound:
+            if record is not None and record.created > bound:
                 self._erase(f"newest/{name}")  # it was written again since
                 continue
             self._remove(old, f"newest/{name}")
@@ -200,42 +197,43 @@ class Store:
 
     # --- jobs ------------------------------------------------------------------------------------------------------
 
-    def put_job(self, job_id: uuid.UUID, job: Mapping[str, Any]) -> None:
-        """Keep what was promised, durably by the time this returns. Raises `StoreRefused`."""
-        _check_id(job_id)
-        self._write(f"jobs/{job_id}.json", canonical({**job, "id": str(job_id)}).encode())
+    def put_job(self, job: JobRecord) -> None:
+        """Keep a job's record, durably by the time this returns. Raises `StoreRefused`."""
+        self._write(f"jobs/{job.id}.json", canonical(job.to_dict()).encode())
 
-    def job(self, job_id: uuid.UUID) -> dict[str, Any]:
-        """What was promised under this id; `UnknownImage` where nothing was."""
+    def job(self, job_id: uuid.UUID) -> JobRecord:
+        """The record of the job with this id; `UnknownImage` where there is none, `RecordError` for one that is not
+        ours."""
         return self.read_job(job_id)[0]
 
-    def read_job(self, job_id: uuid.UUID) -> tuple[dict[str, Any], Version]:
-        """A job and its version; `UnknownImage` where nothing was promised."""
+    def read_job(self, job_id: uuid.UUID) -> tuple[JobRecord, Version]:
+        """A job's record and its version. Raises as `job` does."""
         _check_id(job_id)
-        content, version = self._read_version(f"jobs/{job_id}.json", job_id)
-        return json.loads(content), version
+        name = f"jobs/{job_id}.json"
+        content, version = self._read_version(name, job_id)
+        return JobRecord.read(content, name), version
 
-    def swap_job(self, job_id: uuid.UUID, job: Mapping[str, Any], version: Version | None) -> None:
-        """Put a job in place of this version, None: where there is none. Raises `JobChanged` where the store has
+    def swap_job(self, job: JobRecord, version: Version | None) -> None:
+        """Put a record in place of this version, None: where there is none. Raises `RecordChanged` where the store has
         another. A folder, and an object store that knows no conditions, take what comes last."""
-        _check_id(job_id)
         if self.folder is not None:  # LocalStore cannot compare, and creates by a hard link, which not all disks have
-            return self.put_job(job_id, job)
-        content = canonical({**job, "id": str(job_id)}).encode()
+            return self.put_job(job)
         try:
-            self._write(f"jobs/{job_id}.json", content, "create" if version is None else dict(version))
+            self._write(
+                f"jobs/{job.id}.json", canonical(job.to_dict()).encode(), "create" if version is None else dict(version)
+            )
         except _Unconditional:
-            self.put_job(job_id, job)
+            self.put_job(job)
 
     def job_names(self) -> Iterator[JobName]:
-        """All that is promised, without reading it; in any order."""
+        """All jobs that have a record, without reading it; in any order."""
         for meta in self._listing("jobs"):
             name = re.fullmatch(r"jobs/([0-9a-f-]{36})\.json", meta["path"])
             if name:
                 yield JobName(uuid.UUID(name[1]), meta["last_modified"].timestamp(), meta["e_tag"] or "")
 
     def drop_job(self, job_id: uuid.UUID) -> None:
-        """Forget what was promised; nothing happens where nothing was."""
+        """Remove a job's record; nothing happens where there is none."""
         _check_id(job_id)
         self._erase(f"jobs/{job_id}.json")
 
@@ -247,7 +245,7 @@ class Store:
             if self.folder is not None:
                 _settle(self.folder / path)
         except (AlreadyExistsError, PreconditionError) as error:
-            raise JobChanged(path) from error
+            raise RecordChanged(path) from error
         except (NotImplementedError, NotSupportedError) as error:
             raise _Unconditional from error
         except (BaseError, OSError) as error:
@@ -300,10 +298,13 @@ class Store:
         except (BaseError, OSError) as error:
             raise StoreUnreachable(f"the store does not answer: {reason(error)}") from error
 
-    def _listed(self, name: str) -> dict[str, Any] | None:
+    def _listed(self, name: str) -> StoredImage | None:
         try:
             return self.record(uuid.UUID(name[16:]))
         except UnknownImage:
+            return None
+        except RecordError as error:  # damaged, or of a newer version: it hides no other image
+            log.error("%s", error)
             return None
 
     def _adopt(self) -> None:
@@ -312,10 +313,10 @@ class Store:
             if path.with_suffix(".json").exists() or not re.fullmatch(r"[0-9a-f-]{36}", path.stem):
                 continue
             try:
-                record, created = read_record(path), round(path.stat().st_mtime, 3)
-                self._write(_newest(uuid.UUID(path.stem), created), b"")
-                kept = {**record, "id": path.stem, "created": created}
-                self._write(f"{path.stem}.json", canonical(kept).encode())
+                created = round(path.stat().st_mtime, 3)
+                found = StoredImage(id=uuid.UUID(path.stem), created=created, record=read_record(path))
+                self._write(_newest(found.id, created), b"")
+                self._write(f"{found.id}.json", canonical(found.to_dict()).encode())
             except (StoreRefused, ValueError):  # no image of ours, or a name that only looks like an id
                 continue  # it can still be fetched
 

@@ -31,10 +31,9 @@ export class Form {
   }
 
   /** Take over what is promoted: limits, hints and defaults. What the user has changed stays changed. */
-  promote({ config, schedulers }) {
+  promote({ config, limits, schedulers }) {
     const kept = this.#promoted ? changed(this.values, this.#promoted) : {};
     this.#promoted = valuesOf(config);
-    const { limits } = config;
     const ranges = { steps: limits.steps, guidance_scale: limits.guidance_scale, width: limits.side, height: limits.side };
     for (const [name, [low, high]] of Object.entries(ranges)) {
       for (const input of [element(name), SLIDERS.includes(name) && element(`${name}-range`)]) {

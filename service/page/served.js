@@ -68,7 +68,7 @@ export class Served {
   async #read() {
     const served = await ask("config");
     put("slot", served.slot);
-    put("digest", served.digest);
+    put("digest", short(served.digest));
     put("attested", served.attested ? "Attested" : "Not attested");
     element("attested").dataset.attested = served.attested;
     element("about-open").hidden = false;
@@ -85,11 +85,14 @@ export class Served {
   }
 }
 
+/** A digest's first 12 digits, for people. */
+const short = (digest) => digest.slice(0, 12);
+
 function facts({ slot, digest, attested, attested_reason: reason, config, runtime, evidence, evidence_note: note, version }) {
   const { base, revision, refiner } = config.model;
   return [
     ["Slot", slot],
-    ["Digest", make("code", {}, digest)],
+    ["Digest", make("code", {}, short(digest))],
     ["Attested", attested ? "Yes: the golden images were drawn again and are the same" : `No: ${reason ?? "not yet"}`],
     ["Model", revision ? `${base} at ${revision.slice(0, 12)}` : base],
     ["Refiner", refiner ?? "none"],

@@ -55,11 +55,11 @@ class Auth:
         for known in self._hashes:
             for each in given:
                 if hmac.compare_digest(known, each):
-                    found = client_of(known)
+                    found = client_name(known)
         return found
 
 
-def client_of(key_hash: bytes) -> str:
+def client_name(key_hash: bytes) -> str:
     """A name for a key's holder that may be stored and logged: the key does not follow from it."""
     return hashlib.sha256(b"client" + key_hash).hexdigest()[:16]
 

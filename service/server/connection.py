@@ -1,7 +1,7 @@
 """One client's connection: it may not keep us waiting for ever.
 
 uvicorn waits for a request's head, and for a client to read its answer, as long as it takes, and keeps a head of any
-length. Bodies are the edge's. Only `python -m service` has this; another ASGI server has limits of its own.
+length. The middleware looks after bodies. Only `python -m service` has this; another ASGI server has limits of its own.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """The outermost layer of every request: its id, its size, its log line, and the answer when something went wrong.
 
-Knows no route. It is plain ASGI, so that streams pass unbuffered and a client that leaves is seen at once.
+It is plain ASGI, so that streams pass unbuffered and a client that leaves is seen at once.
 """
 
 import asyncio
@@ -16,32 +16,30 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import openai_schemas as openai
-from service.api.problems import BodyTooLarge, BodyTooSlow, Stopping, known, problem_of
-from service.jobs.manager import Studio
+from service.api.problems import BodyTooLarge, BodyTooSlow, ClientGone, known, problem_of
+from service.deployment import Deployment, Stopping
 from service.server import logging as logs
+from service.server.telemetry import Telemetry
+from service.settings import Settings
 
 MAX_BODY = 64 * 1024
 BODY_SECONDS = 30.0
 log = logging.getLogger("service.access")
 
 
-class ClientGone(Exception):
-    """The client left before its answer: none is sent."""
-
-
-class Edge:
+class Middleware:
     """Wraps the whole application."""
 
-    def __init__(self, app: ASGIApp, studio: Studio) -> None:
-        self.app, self.studio = app, studio
+    def __init__(self, app: ASGIApp, settings: Settings, deployment: Deployment, telemetry: Telemetry) -> None:
+        self.app, self.settings, self.deployment, self.telemetry = app, settings, deployment, telemetry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        _prefixed(scope, self.studio.settings.root_path)
+        _prefixed(scope, self.settings.root_path)
         request_id = _request_id(Headers(scope=scope))
-        logs.begin(request=request_id, digest=self.studio.served.slot.digest)
+        logs.begin(request=request_id, digest=self.deployment.slot.digest)
         scope.setdefault("state", {})["request_id"] = request_id
         began = time.monotonic()
         status = 0
@@ -52,7 +50,7 @@ class Edge:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
-                headers["X-Config-Digest"] = self.studio.served.slot.digest
+                headers["X-Config-Digest"] = self.deployment.slot.digest
             await send(message)
 
         try:
@@ -61,18 +59,18 @@ class Edge:
             status = 499
         except asyncio.CancelledError:
             if not status:  # and raised no further: the server that cancelled us would log a traceback
-                answer = told(scope, Stopping("the service stops before the image is done"))
+                answer = problem_response(scope, Stopping())
                 await answer(scope, receive, send_marked)
         except Exception as error:
             if known(error) is None:
                 log.exception("request %s failed", request_id)
             if status:
                 raise  # half an answer is out: the server has to break the connection
-            answer = told(scope, error, self.studio.served.retry_after)
+            answer = problem_response(scope, error, self.deployment.retry_after)
             await answer(scope, receive, send_marked)
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            self.studio.metrics.answers.labels(route, status).inc()
+            self.telemetry.answers.labels(route, status).inc()
             # The path alone: queries, headers and bodies hold what a log must not.
             path, method = quote(scope["path"]), scope["method"]
             fields = {"method": method, "path": path, "status": status}
@@ -80,7 +78,7 @@ class Edge:
             log.info("%s %s %d", method, path, status, extra={"fields": fields})
 
 
-def told(scope: Scope, error: Exception, measured: Callable[[], int | None] | None = None) -> Response:
+def problem_response(scope: Scope, error: Exception, measured: Callable[[], int | None] | None = None) -> Response:
     """The answer that tells an error, in the shape that the path's clients understand."""
     request_id = scope["state"]["request_id"]
     if openai.speaks(scope["path"].removeprefix(scope.get("root_path", ""))):

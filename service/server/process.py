@@ -1,6 +1,6 @@
 """The life of the serving process: it drains when it is told to stop, and ends when its engine is broken.
 
-Only `python -m service` has it; another ASGI server has ways of its own. Knows the studio, and no route.
+Only `python -m service` has it; another ASGI server has ways of its own.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 import uvicorn
 from starlette.types import ASGIApp
 
-from service.jobs.manager import Studio
+from service.jobs.manager import JobManager
 from service.server.connection import Connection
 
 if TYPE_CHECKING:
@@ -38,15 +38,15 @@ class Server(uvicorn.Server):
     `failure` says why the process must end with an error; None for a stop that was asked for.
     """
 
-    def __init__(self, app: ASGIApp, studio: Studio) -> None:
+    def __init__(self, app: ASGIApp, jobs: JobManager) -> None:
         options = uvicorn.Config(app, http=Connection, log_config=None, access_log=False)
         options.timeout_graceful_shutdown = ANSWER_SECONDS  # type: ignore[assignment]  # it takes fractions as well
         super().__init__(options)
         self.failure: str | None = None
-        self._studio = studio
+        self._jobs = jobs
         self._watchdog = Watchdog()
         # It has to outlast the longest step, the first one of a compiled UNet with it.
-        self._patience = studio.settings.watchdog
+        self._patience = jobs.settings.watchdog
         self._seconds: float | None = None
         self._draining: asyncio.Task[None] | None = None
 
@@ -57,19 +57,19 @@ class Server(uvicorn.Server):
     def _stop(self, seconds: float) -> None:
         if self._seconds is None:
             self._seconds = seconds
-            self._studio.close()
+            self._jobs.close()
             # From C, whatever Python's threads are stuck in: prints where they are, exits with 1.
             faulthandler.dump_traceback_later(seconds + END_SECONDS, exit=True)
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn calls it ten times a second."""
-        engine = self._studio.served.engine
+        engine = self._jobs.deployment.engine
         standing = 0.0 if engine is None else self._watchdog.standing(engine)
         if self._seconds is None:
             if counter % (10 * REARM_SECONDS) == 0:
                 # For an engine that is stuck with Python's own lock, when not even this would be called.
                 faulthandler.dump_traceback_later(self._patience + REARM_SECONDS + END_SECONDS, exit=True)
-            self.failure = self._studio.served.failure if engine is None else engine.failure
+            self.failure = self._jobs.deployment.failure if engine is None else engine.failure
             if self.failure is None and standing >= self._patience:
                 self.failure = f"the engine is stuck: it has images to draw, and made no step in {standing:.0f} s"
             if self.failure is not None:
@@ -80,10 +80,10 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def _drain(self, seconds: float) -> None:
-        engine = self._studio.served.engine
+        engine = self._jobs.deployment.engine
         told = engine.stats() if engine is not None else None
         try:
-            await self._studio.drain(seconds, TOLD_SECONDS)
+            await self._jobs.drain(seconds, TOLD_SECONDS)
             if self.failure is None and engine and told and told.running and told.ticks == engine.stats().ticks:
                 self.failure = "the engine is stuck: it made no step since it was told to stop"
                 log.critical("the process ends with an error: %s", self.failure)

@@ -161,7 +161,7 @@ def test_the_panel_works_while_a_cell_runs_and_after(
 
 
 def test_it_looks_as_the_readme_shows(lab: Lab, page: Page, tmp_path: Path) -> None:
-    """Drawn by nano; no label is cut, nothing sticks out, in the light and in the dark theme."""
+    """HistoryEntry by nano; no label is cut, nothing sticks out, in the light and in the dark theme."""
     steps = 25 if SCREENSHOT else 6
     lab.write("nano.ipynb", steps=steps, seed=6, schedulers=["euler_a"], out="images")
     page.set_viewport_size({"width": 1440, "height": 1560})

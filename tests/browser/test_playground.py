@@ -119,9 +119,9 @@ def test_a_changed_setting_and_a_fixed_seed_make_the_image_they_name(home, visit
     page.get_by_label("Scheduler", exact=True).select_option("ddim")
     image = draw(page)
     record = read_record(fetched(home, f"download/{image}"))
-    assert (record["prompt"], record["seed"]) == (PROMPT, 2**63 - 1)
-    assert (record["config"]["steps"], record["config"]["scheduler"]) == (3, "ddim")
-    assert sorted(record["overridden"]) == ["scheduler", "steps"]
+    assert (record.prompt, record.seed) == (PROMPT, 2**63 - 1)
+    assert (record.config.steps, record.config.scheduler) == (3, "ddim")
+    assert sorted(record.overridden) == ["scheduler", "steps"]
     assert fact(page, "Seed") == str(2**63 - 1)  # JavaScript's own numbers would end in ...808
     assert fact(page, "Steps") == f"3 (promoted {promoted.steps})"
     page.get_by_role("button", name=f"Reset to {promoted.steps}: steps").click()
@@ -134,10 +134,10 @@ def test_the_digest_and_the_attestation_are_in_sight(home, visit, promoted):
     page = visit(home).page
     served = json.loads(fetched(home, "config"))
     chip = page.locator("#about-open")
-    expect(chip).to_contain_text(promoted.digest)
+    expect(chip).to_contain_text(promoted.short_digest)
     expect(chip).to_contain_text("Attested" if served["attested"] else "Not attested")
     chip.click()
-    expect(page.get_by_role("dialog", name="What is served")).to_contain_text(promoted.digest)
+    expect(page.get_by_role("dialog", name="What is served")).to_contain_text(promoted.short_digest)
 
 
 def test_steps_and_previews_come_in_and_cancel_stops_the_image(home, live, visit):
@@ -152,7 +152,7 @@ def test_steps_and_previews_come_in_and_cancel_stops_the_image(home, live, visit
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator("#making")).to_be_hidden()
     expect(page.locator("#toast")).to_have_text("Cancelled")
-    wait_for(lambda: not live.studio.drawings.making)
+    wait_for(lambda: not live.jobs.active)
     assert json.loads(fetched(home, "images"))["images"] == []
     expect(page.locator("#problem")).to_be_hidden()
     draw(page, steps=2, width=64, height=64)
@@ -215,7 +215,7 @@ def test_a_image_is_refined(home, visit):
     second = shown(page, "a green star")
     assert second != first
     record = read_record(fetched(home, f"download/{second}"))
-    assert (record["source"]["id"], record["strength"], record["prompt"]) == (first, 0.5, "a green star")
+    assert (record.source.id, record.strength, record.prompt) == (first, 0.5, "a green star")
     page.get_by_role("button", name=first[:8]).click()
     expect(page.locator("#caption")).to_have_text(PROMPT)
     assert shown(page) == first
@@ -256,7 +256,7 @@ def test_the_copied_command_makes_the_same_pixels(home, visit, tmp_path):
         command = page.evaluate("navigator.clipboard.readText()")
         subprocess.run([shutil.which("bash"), "-c", command], cwd=tmp_path, check=True, capture_output=True)
         made = (tmp_path / f"sdxl-lab-{image[:8]}.png").read_bytes()
-        assert read_record(made)["prompt"] == QUOTED
+        assert read_record(made).prompt == QUOTED
         assert np.array_equal(pixels(made), pixels(fetched(home, f"download/{image}")))
 
 
@@ -320,7 +320,7 @@ def test_the_keyboard_is_enough(home, live, visit):
     expect(page.locator("#making-title")).to_have_text(re.compile("Step"))
     page.keyboard.press("Escape")
     expect(page.locator("#making")).to_be_hidden()
-    wait_for(lambda: not live.studio.drawings.making)
+    wait_for(lambda: not live.jobs.active)
     assert len(json.loads(fetched(home, "images"))["images"]) == 1
 
 
@@ -421,7 +421,8 @@ def behind(app):
 @pytest.fixture(params=["taken off by the proxy", "told to the service"])
 def prefixed(request, slot, tmp_path):
     told = request.param == "told to the service"
-    settings = Settings(slot=slot, store=tmp_path / "images", root_path=PREFIX if told else "")
+    prefix = {"root_path": PREFIX} if told else {}
+    settings = Settings(slot=slot, store=tmp_path / "images", **prefix)
     with serving(settings, *([] if told else [behind])) as live:
         yield f"http://127.0.0.1:{live.port}{PREFIX}/"
 

@@ -108,7 +108,7 @@ def at_hand(monkeypatch: pytest.MonkeyPatch, tiny_models: Any, tiny_config: Any)
 def clean_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     """The work tree has a commit and no changes, whatever this one has."""
     from sdxl_lab.evaluation import comparison
-    from sdxl_lab.release import slot as promotion
+    from sdxl_lab.release import promote as promotion
 
     for module in (promotion, comparison):
         monkeypatch.setattr(module, "git_state", lambda: ("c0ffee", False))

@@ -14,14 +14,16 @@ import pytest
 
 from sdxl_lab import cli
 from sdxl_lab.cli import STOPPED, main
-from sdxl_lab.config import GenerationConfig, RefinerConfig, RuntimeProfile
+from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import ModelError
-from sdxl_lab.evaluation import comparison, regression
+from sdxl_lab.diffusion.inventory import ModelError
+from sdxl_lab.evaluation import comparison
 from sdxl_lab.images import max_difference, open_image, read_record
 from sdxl_lab.job import ImageRequest, SourceImage
-from sdxl_lab.release import slot as promotion
+from sdxl_lab.release import promote as promotion
+from sdxl_lab.release import verify as verifying
+from sdxl_lab.release.slot import load_slot
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,19 +55,88 @@ def test_generate_draws_the_image_that_its_options_say(tiny_model, out, capsys):
     command = ["generate", "A cat in a hat", "--out", str(out), "--model", str(tiny_model), "--refiner"]
     assert main([*command, *(word for pair in options.items() for word in pair)]) == 0
     record = read_record(out)
-    config = record["config"]
-    assert (record["prompt"], record["seed"]) == ("A cat in a hat", 7)
-    assert (config["steps"], config["scheduler"], config["guidance_scale"]) == (4, "ddim", 2.5)
-    assert (config["negative_prompt"], config["refiner"]["handover"]) == ("blurry", 0.8)
+    config = record.config
+    assert (record.prompt, record.seed) == ("A cat in a hat", 7)
+    assert (config.steps, config.scheduler, config.guidance_scale) == (4, "ddim", 2.5)
+    assert (config.negative_prompt, config.refiner) == ("blurry", RefinerConfig())
     assert open_image(out).size == (72, 64)
-    assert capsys.readouterr().out.startswith(f"{out}  seed 7  config {record['digest']}  ")
+    assert capsys.readouterr().out.startswith(f"{out}  seed 7  config {record.config.short_digest}  ")
+
+
+OPTIONS = [
+    ("--scheduler heun", {"scheduler": "heun"}),
+    ("--steps 4", {"steps": 4}),
+    ("--guidance-scale 2.5", {"guidance_scale": 2.5}),
+    ("--guidance-rescale 0.7", {"guidance_rescale": 0.7}),
+    ("--guidance-interval 0.28 5.42", {"guidance_interval": (0.28, 5.42)}),
+    ("--width 72 --height 64", {"width": 72, "height": 64}),
+    ("--original-size 72 64 --target-size 64 72", {"original_size": (72, 64), "target_size": (64, 72)}),
+    ("--crop 8 16", {"crop": (8, 16)}),
+    ("--negative-prompt none", {"negative_prompt": "none"}),  # a word like others; --without leaves it out
+    ("--without negative-prompt --without guidance-interval", {"negative_prompt": None, "guidance_interval": None}),
+    ("--clip-skip 2", {"clip_skip": 2}),
+    ("--refiner", {"refiner": RefinerConfig()}),
+    ("--refiner --handover 0.5", {"refiner": RefinerConfig(handover=0.5)}),
+    ("--handover 0.5", {"refiner": RefinerConfig(handover=0.5)}),
+    (
+        "--aesthetic-score 7 --negative-aesthetic-score 2",
+        {"refiner": RefinerConfig(aesthetic_score=7, negative_aesthetic_score=2)},
+    ),
+    ("--no-refiner", {}),
+    ("--watermark --width 512 --height 512", {"watermark": True, "width": 512, "height": 512}),
+    ("--no-watermark", {}),
+    ("--vae a/vae --vae-revision v1", {"model": ModelRef(refiner="nano", vae="a/vae", vae_revision="v1")}),
+    ("--revision abc", {"model": ModelRef(refiner="nano", revision="abc")}),
+    (
+        "--refiner-model a/refiner --refiner-revision abc",
+        {"model": ModelRef(refiner="a/refiner", refiner_revision="abc")},
+    ),
+    ("--without refiner-model", {"model": ModelRef()}),
+]
+
+
+class Reached(Exception):
+    """Drawing would begin, with this configuration."""
+
+
+def asked_for(words, monkeypatch):
+    """The configuration that `generate` would draw with."""
+
+    def load(config, *_):
+        raise Reached(config)
+
+    monkeypatch.setattr(Engine, "load", load)
+    with pytest.raises(Reached) as caught:
+        main(["generate", "a cat", "--out", "x.png", *words])
+    return caught.value.args[0]
+
+
+@pytest.mark.parametrize(("words", "changes"), OPTIONS, ids=[words for words, _ in OPTIONS])
+def test_an_option_changes_its_setting(words, changes, monkeypatch, tmp_path):
+    start = GenerationConfig(negative_prompt="blurry", guidance_interval=(1, 2))
+    (tmp_path / "config.toml").write_text(start.to_toml())
+    found = asked_for(["--config", str(tmp_path / "config.toml"), *words.split()], monkeypatch)
+    assert found == start.with_(**changes)
+
+
+def test_generate_has_an_option_for_every_setting_with_its_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for setting in GenerationConfig.settings().values():
+        if setting.name not in ("model", "model.base"):  # --model
+            assert f"--{setting.option}" in printed, setting.name
+            assert setting.help in printed, setting.name
+    assert "--guidance-interval LOW HIGH" in printed
+    used = {word.removeprefix("--no-").removeprefix("--") for words, _ in OPTIONS for word in words.split()}
+    assert {setting.option for setting in GenerationConfig.settings().values() if setting.option} <= used
 
 
 def test_generate_repeats_its_own_seed_and_draws_a_new_one_where_none_is_given(config_file, tmp_path):
     seeds = []
     for name in ("one.png", "two.png"):
         assert main(["generate", "a cat", "--config", str(config_file), "--out", str(tmp_path / name)]) == 0
-        seeds.append(read_record(tmp_path / name)["seed"])
+        seeds.append(read_record(tmp_path / name).seed)
     assert seeds[0] != seeds[1]
 
 
@@ -79,11 +150,11 @@ def test_like_draws_the_same_pixels(config_file, tmp_path):
 
 def test_like_draws_a_refined_image_of_a_refined_image_again(tiny_config, tiny_models, tmp_path):
     first, second = tmp_path / "first.png", tmp_path / "second.png"
-    config = tiny_config.with_(steps=4, refiner=RefinerConfig(0.5))
+    config = tiny_config.with_(steps=4, refiner=RefinerConfig(handover=0.5))
     with Engine.load(config, RuntimeProfile()) as drawing:
         image = drawing.draw(ImageRequest(config, "a cat", 3))
         for seed, strength in ((4, 0.5), (5, 0.75)):
-            source = SourceImage(image.image, strength, dict(image.record))
+            source = SourceImage(image.image, strength, image.record)
             image = drawing.draw(ImageRequest(config, "a red cat", seed, source))
     image.save(first)
     assert main(["generate", "--like", str(first), "--out", str(second)]) == 0
@@ -97,8 +168,8 @@ def test_like_takes_changes_on_top(config_file, tmp_path):
     changes = ["a dog", "--seed", "2", "--scheduler", "ddim", "--no-refiner"]
     assert main(["generate", *changes, "--like", str(first), "--out", str(second)]) == 0
     record = read_record(second)
-    assert (record["prompt"], record["seed"], record["config"]["scheduler"]) == ("a dog", 2, "ddim")
-    assert record["config"]["steps"] == 3
+    assert (record.prompt, record.seed, record.config.scheduler) == ("a dog", 2, "ddim")
+    assert record.config.steps == 3
     assert max_difference(open_image(first), open_image(second)) > 0.01
 
 
@@ -106,7 +177,7 @@ def test_show_prints_the_record_or_the_a1111_text(config_file, out, capsys):
     assert main(["generate", "a çat", "--config", str(config_file), "--seed", "9", "--out", str(out)]) == 0
     capsys.readouterr()
     assert main(["show", str(out)]) == 0
-    assert json.loads(capsys.readouterr().out) == read_record(out)
+    assert json.loads(capsys.readouterr().out) == read_record(out).to_dict()
     assert main(["show", str(out), "--parameters"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("a çat\nSteps: 3, Sampler: Euler, CFG scale: 5.0, Seed: 9, Size: 64x64")
@@ -143,26 +214,26 @@ def test_promote_draws_the_goldens_and_writes_a_new_slot(config_file, tmp_path, 
     assert not slot.exists()
     monkeypatch.undo()
     assert main([*command, "--allow-dirty"]) == 0
-    written = promotion.load_slot(slot)
+    written = load_slot(slot)
     assert [golden.prompt for golden in written.goldens] == ["a cat", "a dog"]
-    assert (written.evidence["why"], written.evidence["who"], written.evidence["seeds"]) == ("sharper hats", "Ada", [5])
+    assert (written.evidence.why, written.evidence.who, written.evidence.seeds) == ("sharper hats", "Ada", (5,))
     printed = capsys.readouterr().out
-    assert printed.startswith(f"### a new slot → `{written.digest}`")
-    assert printed.endswith(f"{slot} now holds {written.digest}, with 2 golden images\n")
+    assert printed.startswith(f"### a new slot → `{written.config.short_digest}`")
+    assert printed.endswith(f"{slot} now holds {written.config.short_digest}, with 2 golden images\n")
 
 
 def test_promote_holds_the_candidate_against_what_is_served(slot, config_file, tmp_path, capsys):
-    before = promotion.load_slot(slot)
+    before = load_slot(slot)
     costly = candidate(config_file, tmp_path, steps=6)
     assert main(promote_command(costly, slot)) == 1
     captured = capsys.readouterr()
     assert "must pass all of its gates; failed: " in captured.err
     assert "unet_rows: at most 20 % worse with 95 % confidence (improvement -6 [-6, -6]" in captured.err
     assert "| **fail** | unet_rows" in captured.out
-    assert promotion.load_slot(slot) == before
+    assert load_slot(slot) == before
     assert main(promote_command(costly, slot, FIVE, "--gate", "unet_rows: at most 12")) == 0
-    after = promotion.load_slot(slot)
-    assert (after.config.steps, after.evidence["replaces"]) == (6, before.digest)
+    after = load_slot(slot)
+    assert (after.config.steps, after.evidence.replaces) == (6, before.digest)
     assert "| `steps` | 3 | 6 |" in capsys.readouterr().out
 
 
@@ -171,27 +242,27 @@ def test_promote_takes_a_plan_and_an_image(slot, config_file, tmp_path):
     assert main(["generate", "a cat", "--config", str(config_file), "--steps", "2", "--out", str(image)]) == 0
     plan.write_text(f'prompts = {FIVE}\nseeds = [8]\ngates = ["unet_rows: better"]\ngoldens = 1\n')
     assert main(["promote", str(image), str(slot), "--plan", str(plan), *REASONS]) == 0
-    promoted = promotion.load_slot(slot)
+    promoted = load_slot(slot)
     assert (promoted.config.steps, [golden.seed for golden in promoted.goldens]) == (2, [8])
 
 
 def test_promote_takes_what_a_comparison_found_before_while_it_is_true(slot, config_file, tmp_path, capsys):
     file, evidence = candidate(config_file, tmp_path, steps=2), tmp_path / "evidence.json"
     plan = comparison.ComparisonPlan(prompts=FIVE, seeds=(5,), gates=("unet_rows: better",), metrics=(), goldens=1)
-    found = comparison.compare(GenerationConfig.from_toml(file), slot, plan).evidence()
+    found = comparison.compare(GenerationConfig.from_toml(file), slot, plan).findings()
     command = ["promote", str(file), str(slot), "--evidence", str(evidence), *REASONS]
     for field, value in (("libraries", {"torch": "1.0"}), ("weights", {"base": "other"}), ("version", "0.0.1")):
-        evidence.write_text(json.dumps(found | {field: value}))
+        evidence.write_text(found.with_(**{field: value}).to_json())
         assert main(command) == 1
         assert f"the evidence is stale: its {field} are not those" in capsys.readouterr().err
     evidence.write_text("{")
     assert main(command) == 1
     assert "evidence.json must be JSON" in capsys.readouterr().err
-    evidence.write_text(json.dumps(found))
+    evidence.write_text(found.to_json())
     assert main([*command, "--seed", "7"]) == 1
     assert "--evidence says what was tried, and must come without --seed" in capsys.readouterr().err
     assert main(command) == 0
-    assert promotion.load_slot(slot).config.steps == 2
+    assert load_slot(slot).config.steps == 2
     assert main(command) == 1, "the slot no longer holds what was compared"
     assert "must hold what the candidate was compared with" in capsys.readouterr().err
 
@@ -202,7 +273,7 @@ def test_verify_ends_with_1_and_the_reason_where_a_golden_differs(slot, capsys, 
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "01-a-cat-5.png  as promoted  max-abs 0.0000, allowed 0.0039"
     assert len(printed) == 3
-    monkeypatch.setattr(regression, "ImageRequest", lambda config, *pair: ImageRequest(config.with_(steps=4), *pair))
+    monkeypatch.setattr(verifying, "ImageRequest", lambda config, *pair: ImageRequest(config.with_(steps=4), *pair))
     assert main(["verify", str(slot)]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith(f"error: {slot} has regressed: golden 01-a-cat-5.png: the image differs by")
@@ -233,6 +304,16 @@ BAD = [
     (["--steps", "0"], "steps must be a whole number from 1 to 1000; received 0. Example: steps = 25"),
     (["--scheduler", "lcm", "--steps", "60"], "steps must be at most 50 with the scheduler lcm; received 60"),
     (["--guidance-scale", "101"], "guidance_scale must be a number from 0 to 100; received 101.0"),
+    (
+        ["--guidance-interval", "5", "1"],
+        "guidance_interval must be two values, each a number from 0 to 1000, the first",
+    ),
+    (
+        ["--handover", "1"],
+        "refiner.handover must be a number above 0 and below 1; received 1.0. Example: refiner.handov",
+    ),
+    (["--no-refiner", "--handover", "0.5"], "refiner.handover must be left out where refiner is; received 0.5"),
+    (["--without", "vae", "--vae", "x"], "--without vae leaves out a setting; received it with --vae, too"),
     (["--seed", "-1"], "seed must be a whole number from 0"),
     (["--model", "/nowhere"], "the base model must be a folder with the model_index.json of an SDXL pipeline"),
     (["--model", "/nowhere", "--refiner"], "refiner must be left out, since the model '/nowhere' has no refiner"),
@@ -268,7 +349,19 @@ def test_a_image_without_a_record_is_refused(tmp_path, capsys, command):
     assert "theirs.png carries no sdxl_lab record" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["paint"], ["generate", "a cat"], ["generate", "--seed", "x", "--out", "y"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["paint"],
+        ["generate", "a cat"],
+        ["generate", "--seed", "x", "--out", "y"],
+        ["generate", "--steps", "many", "--out", "y"],
+        ["generate", "--crop", "8", "--out", "y"],
+        ["generate", "--without", "steps", "--out", "y"],
+    ],
+    ids=" ".join,
+)
 def test_a_command_that_does_not_parse_exits_with_the_usage(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main(command)

@@ -24,19 +24,14 @@ from sdxl_lab.images import (
     read_record,
     read_watermark,
 )
+from sdxl_lab.record import ImageRecord
+from tests.made import image_record
 
 
-def record(config: GenerationConfig | None = None, **more: object) -> dict[str, object]:
+def record(config: GenerationConfig | None = None, **more: object) -> ImageRecord:
     config = config or GenerationConfig(scheduler="dpmpp_2m_karras", negative_prompt="blurry, 模糊")
-    return {
-        "version": "0.1.0",
-        "prompt": "A cat in a hat, déjà vu",
-        "negative_prompt": config.negative_prompt,
-        "seed": 2**63 - 1,
-        "config": config.to_dict(),
-        "sampler": "DPM++ 2M Karras",
-        **more,
-    }
+    said = {"prompt": "A cat in a hat, déjà vu", "seed": 2**63 - 1, "sampler": "DPM++ 2M Karras"}
+    return image_record(config, **(said | more))
 
 
 def scene(size: int = 256) -> np.ndarray:
@@ -69,15 +64,15 @@ def test_the_record_comes_back_from_the_file_as_it_went_in(tmp_path):
 
 def test_the_file_holds_the_canonical_json_and_the_a1111_text():
     image = open_image(encode_png(Image.new("RGB", (8, 8)), record()))
-    assert image.text[RECORD_KEY] == canonical(record())
+    assert image.text[RECORD_KEY] == canonical(record().to_dict())
     assert image.text["parameters"] == a1111_parameters(record())
 
 
 def test_equal_content_has_equal_canonical_text():
     assert canonical({"b": 1, "a": {"d": "é", "c": [1.5]}}) == '{"a":{"c":[1.5],"d":"é"},"b":1}'
-    shuffled = dict(reversed(record().items()))
-    assert canonical(shuffled) == canonical(record())
-    assert json.loads(canonical(record())) == record()
+    shuffled = dict(reversed(record().to_dict().items()))
+    assert canonical(shuffled) == canonical(record().to_dict())
+    assert json.loads(canonical(record().to_dict())) == record().to_dict()
 
 
 def test_the_a1111_text_is_what_a1111_writes():
@@ -89,11 +84,20 @@ def test_the_a1111_text_is_what_a1111_writes():
     ]
 
 
+REFINING = GenerationConfig(refiner=RefinerConfig())
 A1111 = [
     (record(GenerationConfig()), "Negative prompt", False),
-    (record(GenerationConfig(refiner=RefinerConfig(0.7))), "Refiner: nano, Refiner switch at: 0.7", True),
-    (record(source={}, strength=0.3), "Denoising strength: 0.3", True),
-    (record(GenerationConfig(refiner=RefinerConfig()), source={}, strength=0.3), "Refiner switch at", False),
+    (record(GenerationConfig(refiner=RefinerConfig(handover=0.7))), "Refiner: nano, Refiner switch at: 0.7", True),
+    (record(source=image_record(), strength=0.3), "Denoising strength: 0.3", True),
+    (record(REFINING, source=image_record(), strength=0.3), "Refiner switch at", False),
+    (record(GenerationConfig()), "Clip skip", False),
+    (record(GenerationConfig(clip_skip=0)), "Model: nano, Clip skip: 2, Version", True),
+    (record(GenerationConfig(clip_skip=1, refiner=RefinerConfig())), "Clip skip: 3, Refiner: nano", True),
+    (
+        record(GenerationConfig(clip_skip=1), source=image_record(), strength=0.3),
+        "Denoising strength: 0.3, Clip skip: 3",
+        True,
+    ),
     (record(GenerationConfig(width=320, height=64)), "Size: 320x64", True),
     (record(GenerationConfig(model=ModelRef(base="some/model"))), "Model: some/model", True),
 ]
@@ -212,10 +216,19 @@ def test_the_magnified_difference_is_white_where_it_is_largest() -> None:
     assert (same.getextrema(), gain) == (((0, 0),) * 3, 1.0)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "null"])
-def test_a_damaged_record_is_no_record(text):
-    info, buffer = PngInfo(), io.BytesIO()
-    info.add_itxt(RECORD_KEY, text)
-    Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=info)
-    with pytest.raises(ImageError, match="record of the image is damaged"):
-        read_record(buffer.getvalue())
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "must be JSON"),
+        ("[1]", "must be a JSON object; received"),
+        ("null", "must be a JSON object; received None"),
+        ("{}", "must hold a configuration"),
+        (
+            canonical(record().to_dict() | {"seed": "7"}),
+            "seed must be a valid integer; received '7'. Example: seed = 7",
+        ),
+    ],
+)
+def test_a_damaged_record_is_no_record(text, said):
+    with pytest.raises(ImageError, match=f"the record of the image .*{said}"):
+        read_record(png(Image.new("RGB", (8, 8)), **{RECORD_KEY: text}))

@@ -10,7 +10,6 @@ from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig
 from sdxl_lab.errors import Cancelled
-from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import (
     OVER,
     TRANSITIONS,
@@ -22,9 +21,10 @@ from sdxl_lab.job import (
     SourceImage,
     Stepped,
 )
+from tests.made import image, image_record
 
 REQUEST = ImageRequest(GenerationConfig(), "a cat", 1)
-DRAWN = GeneratedImage(Image.new("RGB", (8, 8)), {}, {})
+DRAWN = image()
 SECONDS = 60
 
 
@@ -52,7 +52,7 @@ def moves(job):
     return {
         JobState.QUEUED: lambda: job.queue(Engine()),
         JobState.RUNNING: job.run,
-        JobState.STORING: lambda: job.drawn(DRAWN),
+        JobState.STORING: lambda: job.deliver(DRAWN),
     }
 
 
@@ -85,7 +85,7 @@ def test_the_table_has_a_row_for_every_state_and_nothing_follows_an_end():
 @pytest.mark.parametrize("to", [JobState.QUEUED, JobState.RUNNING])
 @pytest.mark.parametrize("state", JobState)
 def test_what_the_table_does_not_allow_is_refused_and_changes_nothing(state, to):
-    job = job_in(state, to_store=True)
+    job = job_in(state, on_drawn=print)
     if to in TRANSITIONS[state]:
         moves(job)[to]()
         assert job.state is to
@@ -97,7 +97,8 @@ def test_what_the_table_does_not_allow_is_refused_and_changes_nothing(state, to)
 
 @pytest.mark.parametrize("to_store", [True, False])
 def test_a_job_goes_its_way_and_everybody_who_watches_sees_it(to_store):
-    job, seen = Job(REQUEST, to_store=to_store), []
+    drawn, seen = [], []
+    job = Job(REQUEST, on_drawn=drawn.append if to_store else None)
     job.watch(seen.append)
     job.queue(Engine())
     assert (job.position, job.eta, job.preview()) == (3, 1.5, DRAWN.image)
@@ -105,9 +106,9 @@ def test_a_job_goes_its_way_and_everybody_who_watches_sees_it(to_store):
     job.step(1, 2)
     job.step(2, 2)
     assert job.progress == (2, 2)
-    job.drawn(DRAWN)
+    job.deliver(DRAWN)
     if to_store:
-        assert (job.state, job.image) == (JobState.STORING, DRAWN)
+        assert (job.state, job.image, drawn) == (JobState.STORING, DRAWN, [job])
         job.finish("stored")
     way = ["queued", "running", Stepped(1, 2), Stepped(2, 2), *(["storing"] if to_store else []), "done"]
     assert seen == [Moved(JobState(each)) if isinstance(each, str) else each for each in way]
@@ -166,6 +167,29 @@ def test_an_asyncio_waiter_that_is_cancelled_leaves_the_job_alone():
     assert job.result() is DRAWN
 
 
+def test_a_job_that_somebody_stores_is_failed_by_that_one():
+    told = []
+    job = Job(REQUEST, on_drawn=told.append)
+    job.queue(Engine())
+    job.run()
+    job.deliver(ArithmeticError("the culprit's own"))
+    assert (job.state, str(job.failure), told) == (JobState.RUNNING, "the culprit's own", [job])
+    job.fail(job.failure)
+    assert (job.state, job.failure) == (JobState.FAILED, None)
+
+
+@pytest.mark.parametrize("drawn", [DRAWN, ArithmeticError("the culprit's own")], ids=["image", "failure"])
+def test_where_nobody_is_left_to_store_the_waiters_are_answered_all_the_same(drawn):
+    def gone(_):
+        raise RuntimeError("the loop is closed")
+
+    job = Job(REQUEST, on_drawn=gone)
+    job.queue(Engine())
+    job.run()
+    job.deliver(drawn)
+    assert job.state is JobState.FAILED
+
+
 def test_waiting_has_an_end():
     with pytest.raises(TimeoutError, match=r"accepted after 0\.01 s"):
         Job(REQUEST).result(0.01)
@@ -177,7 +201,7 @@ def test_of_several_ends_the_first_stands():
     assert not job.fail(ValueError())
     assert not job.finish("another")
     job.cancel()
-    job.drawn(DRAWN)
+    job.deliver(DRAWN)
     assert (job.state, job.result(), job.cancel_reason) == (JobState.DONE, DRAWN, None)
 
 
@@ -202,14 +226,17 @@ def test_a_job_that_nobody_has_in_hand_is_cancelled_at_once():
 
 
 def test_a_job_of_another_replica_follows_the_record_and_comes_here_when_that_one_is_gone():
-    job, seen, there = Job(REQUEST, to_store=True), [], Engine()
+    job, seen, there = Job(REQUEST, on_drawn=print), [], Engine()
     job.watch(lambda change: seen.append(change.state))
-    for state in (JobState.QUEUED, JobState.STORING, JobState.STORING, JobState.QUEUED, JobState.RUNNING):
+    for state in (JobState.QUEUED, JobState.STORING, JobState.STORING, JobState.RUNNING):
         job.follow(state, there)
-    assert seen == ["queued", "running", "storing", "running"]
-    job.queue(Engine(), REQUEST)
+    assert seen == ["queued", "running", "storing", "queued", "running"]
+    here = Engine()
+    job.queue(here)
+    with pytest.raises(IllegalTransition):
+        job.queue(here)  # the very same has it already
     job.run()
-    job.drawn(DRAWN)
+    job.deliver(DRAWN)
     assert job.finish("stored")
 
 
@@ -255,6 +282,6 @@ def test_a_request_out_of_range_is_refused_before_any_work():
     config, source = GenerationConfig(), Image.new("RGB", (64, 64))
     for strength in (0, 1.5, "much", 0.001):
         with pytest.raises(ConfigError, match="strength must be"):
-            ImageRequest(config.with_(steps=20), "a cat", 1, SourceImage(source, strength, {}))
+            ImageRequest(config.with_(steps=20), "a cat", 1, SourceImage(source, strength, image_record()))
     with pytest.raises(ConfigError, match="seed"):
         ImageRequest(config, "a cat", -1)

@@ -1,15 +1,15 @@
-"""The explore notebook under papermill: judged by what it raises and writes, never by the notebook it leaves."""
+"""The explore notebook under papermill: tested by what it raises and writes, not by the notebook it leaves."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sdxl_lab.config import GenerationConfig
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.images import max_difference, open_image, read_record
 from sdxl_lab.job import ImageRequest
 from sdxl_lab.notebook.runner import EXECUTED, ROOT, NotebookError, run_notebook
-from sdxl_lab.release.slot import load_slot
 
 
 def execute(**parameters: Any) -> None:
@@ -19,21 +19,20 @@ def execute(**parameters: Any) -> None:
 
 
 @pytest.mark.slow
-def test_explore_draws_compares_and_promotes(tmp_path: Path) -> None:
-    slot_folder = tmp_path / "slot"
-    execute(steps=6, seed=3, out=str(tmp_path / "images"), slot=str(slot_folder))
+def test_explore_draws_compares_and_saves_a_candidate(tmp_path: Path) -> None:
+    execute(steps=6, seed=3, out=str(tmp_path))
+    images = {path.name for path in tmp_path.glob("*.png")}
+    assert images == {"image.png", "refined.png", "refiner.png", "schedulers.png"}
+    assert read_record(tmp_path / "image.png").prompt == "A cat in a hat"
 
-    written = sorted(path.name for path in (tmp_path / "images").iterdir())
-    assert written == ["golden.png", "image.png", "refiner.png", "schedulers.png"]
-    assert read_record(tmp_path / "images" / "image.png")["prompt"] == "A cat in a hat"
-
-    slot = load_slot(slot_folder)
-    assert slot.config.steps == 6
-    assert slot.config.refiner is not None
-    assert len(slot.goldens) == 2
-    with Engine.load(slot.config) as engine:
-        again = engine.draw(ImageRequest(slot.config, "A cat in a hat", 3))
-    assert max_difference(again.image, open_image(tmp_path / "images" / "golden.png")) == 0
+    (file,) = tmp_path.glob("candidate-*.toml")
+    candidate = GenerationConfig.from_toml(file)
+    assert candidate.digest.startswith(file.stem.removeprefix("candidate-"))
+    assert candidate.steps == 6
+    assert candidate.refiner is not None
+    with Engine.load(candidate) as engine:
+        again = engine.draw(ImageRequest(candidate, "A cat in a hat", 3))
+    assert max_difference(again.image, open_image(tmp_path / "refined.png")) == 0
 
 
 @pytest.mark.slow

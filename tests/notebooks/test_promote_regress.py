@@ -11,7 +11,8 @@ from sdxl_lab.config import GenerationConfig
 from sdxl_lab.evaluation.comparison import ComparisonPlan, compare
 from sdxl_lab.images import open_image
 from sdxl_lab.notebook.runner import EXECUTED, ROOT, NotebookError, run_notebook
-from sdxl_lab.release.slot import load_slot, promote
+from sdxl_lab.release.promote import promote
+from sdxl_lab.release.slot import load_slot
 
 NANO = ROOT / "service/promoted/nano"
 PROMPTS = ["a cat", "a dog", "a red hat", "a blue boat", "a tree"]
@@ -34,7 +35,7 @@ def slot(model: Path, tiny_config: GenerationConfig, tmp_path: Path) -> Path:
     config = tiny_config.with_(model=tiny_config.model.named(str(model)))
     found = compare(config, tmp_path / "slot", ComparisonPlan(prompts=tuple(PROMPTS), seeds=(0,), goldens=2))
     promote(
-        config, tmp_path / "slot", images=found.goldens, why="w", who="Ada", evidence=found.evidence(), allow_dirty=True
+        config, tmp_path / "slot", images=found.goldens, why="w", who="Ada", findings=found.findings(), allow_dirty=True
     )
     return tmp_path / "slot"
 
@@ -48,8 +49,8 @@ def test_promoting_rehearses_by_default_and_leaves_the_slot_alone(slot, tmp_path
     assert {path: path.read_bytes() for path in slot.rglob("*") if path.is_file()} == before
     rehearsed = load_slot(out / "slot")
     assert rehearsed.config == load_slot(slot).config.with_(steps=3)
-    assert rehearsed.evidence["replaces"] == load_slot(slot).digest
-    notebook = rehearsed.evidence["notebook"]
+    assert rehearsed.evidence.replaces == load_slot(slot).digest
+    notebook = rehearsed.evidence.notebook
     assert (notebook["file"], notebook["parameters"]["changes"]) == ("04_promote.ipynb", {"steps": 3})
     assert len(rehearsed.goldens) == 3
     assert "| `steps` | 4 | 3 |" in (out / "difference.md").read_text()

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from recipes.nano import judge as judging
-from recipes.nano.judge import UNKNOWN, Seen, judge, look
+from recipes.nano.judge import UNKNOWN, FoundThing, judge, look
 from recipes.nano.scenes import COLOURS, NOUNS, RELATIONS, Scene, Thing, render, sample_scene
 
 Description = tuple[str, list[tuple[str, str]], str | None]
@@ -191,7 +191,7 @@ def test_a_thing_of_two_colours_has_no_colour() -> None:
 
 
 def test_things_are_matched_to_the_best_of_what_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = [Seen("cat", "red", 0.2, 0.5, 0.2), Seen("fish", "red", 0.8, 0.5, 0.2)]
+    seen = [FoundThing("cat", "red", 0.2, 0.5, 0.2), FoundThing("fish", "red", 0.8, 0.5, 0.2)]
     monkeypatch.setattr(judging, "look", lambda _: ("white", seen))
     image = Image.new("RGB", (8, 8))
     assert judge(image, "white", [("red", "fish"), ("red", "cat")], "right of").right

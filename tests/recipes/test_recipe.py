@@ -13,9 +13,9 @@ from diffusers import AutoencoderKL
 
 from recipes.nano.__main__ import TINY, main, train
 from recipes.nano.evaluate import sides_in_noise
-from sdxl_lab.config import GenerationConfig, Limits, ModelRef, RefinerConfig, RuntimeProfile
+from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import NANO
+from sdxl_lab.diffusion.inventory import NANO
 from sdxl_lab.job import ImageRequest
 
 ROOT = Path(__file__).parents[2]
@@ -89,12 +89,10 @@ def test_diffusers_loads_the_base_like_any_other_checkpoint_and_draws(trained):
 
 def test_the_engine_draws_with_base_and_refiner(trained):
     model = ModelRef.named(str(trained[1]))
-    config = GenerationConfig(
-        model=model, steps=5, width=64, height=64, refiner=RefinerConfig(), limits=Limits(side=(64, 512))
-    )
+    config = GenerationConfig(model=model, steps=5, width=64, height=64, refiner=RefinerConfig())
     with Engine.load(config, RuntimeProfile(device="cpu")) as engine:
         image = engine.draw(ImageRequest(config, "A cat in a hat", 1))
-    assert image.record["unet_calls"] == {"base": 4, "refiner": 1}
+    assert image.record.unet_calls == {"base": 4, "refiner": 1}
 
 
 def test_training_goes_on_from_shipped_weights_without_anyones_checkpoints(tiny_model, tmp_path):

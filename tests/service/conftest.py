@@ -1,9 +1,9 @@
 """A slot with the tiny model, and services that serve it."""
 
-import json
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,20 +14,23 @@ import uvicorn
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
-from sdxl_lab.config import GenerationConfig, Limits, ModelRef
-from sdxl_lab.release.slot import promote
+from sdxl_lab.config import GenerationConfig, ModelRef, ServingLimits
+from sdxl_lab.release.promote import promote
 from service.app import create_app
-from service.jobs.manager import Studio
+from service.jobs.manager import JobManager
+from service.jobs.records import JobRecord
 from service.server.connection import Connection
 from service.settings import Settings
+from tests.made import evidence
 
+LIMITS = ServingLimits(side=(64, 512))  # of the slots of these tests
 Serve = Callable[..., TestClient]
 NOBODYS = "5f2b8c1e-3d47-4a6b-9e0f-7c1d2a3b4c5d"  # a well-formed id that no image has
 
 
 class Live(NamedTuple):
     port: int
-    studio: Studio
+    jobs: JobManager
     server: uvicorn.Server
 
 
@@ -35,7 +38,7 @@ class Live(NamedTuple):
 def promoted(tiny_model: Path) -> GenerationConfig:
     """What the slot of these tests holds."""
     model = ModelRef(base=str(tiny_model / "base"), refiner=str(tiny_model / "refiner"))
-    return GenerationConfig(model=model, steps=4, width=64, height=64, limits=Limits(side=(64, 512)))
+    return GenerationConfig(model=model, steps=4, width=64, height=64)
 
 
 @pytest.fixture(scope="session")
@@ -48,14 +51,24 @@ def slot(promoted: GenerationConfig, tmp_path_factory: pytest.TempPathFactory) -
     with Engine.load(promoted) as engine:
         goldens = [engine.draw(ImageRequest(promoted, prompt, seed)) for prompt, seed in (("a ring", 3), ("a boat", 4))]
     promote(promoted, folder, images=goldens, why="a test", who="the tests", allow_dirty=True)
+    (folder / "serving.toml").write_text(LIMITS.to_toml())
     return folder
 
 
-def write_slot(folder: Path, config: GenerationConfig, evidence: dict[str, Any] | None = None) -> Path:
+def left_behind(config: GenerationConfig, age: float = 0.0, **more: Any) -> JobRecord:
+    """The record of a job as a replica leaves it that was killed so many seconds ago."""
+    lease = {"state": "running", "holder": "another", "renewed": time.time() - age, "lease": 30}
+    asked = {"fingerprint": "", "prompt": "a ring", "seed": 1, "config": config.to_dict(), "promoted": config.digest}
+    begun = {"id": uuid.uuid4(), "created": 1.0, "attempts": 1, "overridden": ()}
+    return JobRecord(**asked | begun | lease | more)
+
+
+def write_slot(folder: Path, config: GenerationConfig, **said: Any) -> Path:
     """A slot without goldens: to be served it takes `attest="off"`."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(config.to_toml())
-    (folder / "evidence.json").write_text(json.dumps(evidence or {"digest": config.digest, "why": "a test"}))
+    (folder / "serving.toml").write_text(LIMITS.to_toml())
+    (folder / "evidence.json").write_text(evidence(config, **said).to_json())
     return folder
 
 
@@ -74,9 +87,9 @@ def serve(slot: Path, tmp_path: Path) -> Iterator[Serve]:
         def start(*, ready: bool = True, **settings: Any) -> TestClient:
             chosen = Settings(**{"slot": slot, "store": tmp_path / "images"} | settings)
             client = stack.enter_context(TestClient(create_app(chosen)))
-            studio = client.app.state.studio
+            jobs = client.app.state.jobs
             # Two loads at a time in a process mix up: transformers builds modules under a global meta device.
-            stack.callback(wait_for, lambda: bool(studio.served.engine or studio.served.failure))
+            stack.callback(wait_for, lambda: bool(jobs.deployment.engine or jobs.deployment.failure))
             return wait_until_ready(client) if ready else client
 
         yield start
@@ -113,10 +126,10 @@ def serving(settings: Settings, front: Callable[[ASGIApp], ASGIApp] = lambda app
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    studio = app.state.studio
+    jobs = app.state.jobs
     try:
-        wait_for(lambda: studio.served.trouble is None)
-        yield Live(port, studio, server)
+        wait_for(lambda: jobs.deployment.trouble is None)
+        yield Live(port, jobs, server)
     finally:
         server.should_exit = True
         thread.join()

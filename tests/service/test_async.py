@@ -17,12 +17,11 @@ from sdxl_lab.diffusion import engine as engines
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.images import max_difference, open_image
 from sdxl_lab.job import ImageRequest
-from service.api.problems import Stopping
-from service.jobs import drawings
-from service.jobs import recovery as keeper
-from service.jobs.job import Order, Step
+from service.deployment import Stopping
+from service.jobs import recovery, registry
+from service.jobs.manager import Terms
 from service.jobs.store import UnknownImage
-from tests.service.conftest import wait_for
+from tests.service.conftest import left_behind, wait_for
 
 PROMPT = {"prompt": "a red ring"}
 LATER = {"Prefer": "respond-async"}
@@ -73,7 +72,7 @@ def test_the_states_of_two_images_from_the_queue_to_their_ends(serve):
         assert state(client, each) == "cancelled"
         again = client.delete(f"/jobs/{each}")
         assert (again.status_code, again.json()["type"]) == (409, "urn:sdxl-lab:already-over")
-    assert not client.app.state.studio.drawings.making
+    assert not client.app.state.jobs.active
     assert client.get("/images").json()["images"] == []
 
 
@@ -95,7 +94,7 @@ def test_a_image_that_fails_says_so(client, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(client.app.state.studio.drawings, "_put", broken)
+    monkeypatch.setattr(client.app.state.jobs.registry, "_put", broken)
     image = client.post("/generate", json=PROMPT, headers=LATER).json()["id"]
     wait_for(lambda: state(client, image) == "failed")
     assert client.get(f"/download/{image}").status_code == 404
@@ -103,45 +102,44 @@ def test_a_image_that_fails_says_so(client, monkeypatch):
 
 def test_an_engine_that_fails_ends_all_that_it_draws(serve, monkeypatch):
     client = serve()
-    studio = client.app.state.studio
+    jobs = client.app.state.jobs
     kept = client.post("/generate", json=PROMPT).json()
     image = client.post("/generate", json=LONG, headers=LATER).json()["id"]
 
     def broken(*_):
         raise MemoryError("the engine's own bug")
 
-    monkeypatch.setattr(studio.served.engine, "_tick", broken)
-    wait_for(lambda: not studio.drawings.making)
+    monkeypatch.setattr(jobs.deployment.engine, "_tick", broken)
+    wait_for(lambda: not jobs.active)
     assert state(client, image) == "failed"
     assert client.post("/generate", json=PROMPT).status_code == 503
     assert client.get(kept["url"]).status_code == 200
 
 
 def test_what_ended_without_a_image_is_forgotten_in_time(client, monkeypatch):
-    studio = client.app.state.studio
+    jobs = client.app.state.jobs
 
     async def ended():
-        drawing = await studio.submit(Order(studio.served.slot.config, "a ring"))
-        drawing.leave()
-        await asyncio.wait({drawing.task})
-        return drawing
+        job = await jobs.submit(ImageRequest(jobs.deployment.slot.config, "a ring", 1))
+        jobs.leave(job)
+        await asyncio.wait({jobs.registry._entries[job.id].task})
+        return job
 
     first = client.portal.call(ended)
-    assert studio.drawings.ended[first.id] is first
-    assert (first.ticket, first.state) == (None, "cancelled")
-    monkeypatch.setattr(drawings, "MOST_REMEMBERED", 1)
+    assert jobs.registry.ended[first.id].state == first.state == "cancelled"
+    monkeypatch.setattr(registry, "MOST_REMEMBERED", 1)
     second = client.portal.call(ended)
-    assert list(studio.drawings.ended) == [second.id]
-    monkeypatch.setattr(drawings, "REMEMBERED", 0)
+    assert list(jobs.registry.ended) == [second.id]
+    monkeypatch.setattr(registry, "REMEMBERED", 0)
     client.portal.call(ended)
-    assert not studio.drawings.ended
+    assert not jobs.registry.ended
 
 
 def drawn(client, promoted, asked, image):
     """Whether the stored image is what the engine draws of this request."""
     info = client.get(f"/images/{image}").json()
     config = promoted.with_(**{name: value for name, value in asked.items() if name != "prompt"})
-    expected = client.app.state.studio.served.engine.draw(ImageRequest(config, asked["prompt"], info["seed"])).image
+    expected = client.app.state.jobs.deployment.engine.draw(ImageRequest(config, asked["prompt"], info["seed"])).image
     stored = open_image(client.get(info["url"]).content)
     return max_difference(stored, expected) <= 1 / 255  # another batch rounds another pixel
 
@@ -152,7 +150,7 @@ def test_what_a_service_that_stops_has_promised_the_next_one_draws(serve, promot
     client = serve(max_rows=2)
     ids = [client.post("/generate", json=asked, headers=LATER).json()["id"] for _ in range(2)]
     seeds = [client.get(f"/images/{each}").json()["seed"] for each in ids]
-    client.portal.call(client.app.state.studio.drain, 0)
+    client.portal.call(client.app.state.jobs.drain, 0)
     for each in ids:
         assert state(client, each) == "queued"
         missing = client.get(f"/download/{each}")
@@ -162,47 +160,41 @@ def test_what_a_service_that_stops_has_promised_the_next_one_draws(serve, promot
         wait_for(lambda each=each: state(next_one, each) == "done")
         assert next_one.get(f"/images/{each}").json()["seed"] == seed
         assert drawn(next_one, promoted, asked, each)
-    assert list(next_one.app.state.studio.store.job_names()) == []
+    assert list(next_one.app.state.jobs.store.job_names()) == []
 
 
-def promise(client, **more):
-    """What a process that was killed leaves of a promised image."""
-    studio = client.app.state.studio
-    config = studio.served.slot.config.to_dict()
-    asked = {"request": "", "prompt": "a ring", "seed": 1, "config": config, "promoted": "", "overridden": []}
-    begun = {"state": "queued", "created": 1.0, "holder": "another", "renewed": 1.0, "lease": 30, "attempts": 1}
-    image = uuid.uuid4()
-    studio.store.put_job(image, asked | begun | {"source": None, "strength": None} | more)
-    return image
+def leave_behind(client, config, **more):
+    """What a process that was killed leaves of a durable job."""
+    record = left_behind(config, renewed=1.0, **more)
+    client.app.state.jobs.store.put_job(record)
+    return record.id
 
 
-def take_up(client):
-    client.portal.call(client.app.state.studio.keeper.take_up)
+def claim_unheld(client):
+    client.portal.call(client.app.state.jobs.recovery.claim_unheld)
 
 
-def test_a_promise_that_ends_the_process_each_time_is_given_up(client):
-    image = promise(client, attempts=keeper.ATTEMPTS)
-    take_up(client)
+def test_a_job_that_ends_the_process_each_time_is_given_up(client, promoted):
+    image = leave_behind(client, promoted, attempts=recovery.ATTEMPTS)
+    claim_unheld(client)
     assert state(client, image) == "failed"
 
 
-def test_a_promise_for_other_models_fails(client, promoted):
-    other = promoted.with_(model=promoted.model.with_(base="elsewhere")).to_dict()
-    image = promise(client, config=other)
-    take_up(client)
+def test_a_job_for_other_models_fails(client, promoted):
+    image = leave_behind(client, promoted.with_(model=promoted.model.with_(base="elsewhere")))
+    claim_unheld(client)
     assert state(client, image) == "failed"
 
 
-def test_a_promise_that_was_kept_is_not_drawn_again(client):
-    studio = client.app.state.studio
+def test_a_job_whose_image_is_stored_is_not_drawn_again(client, promoted):
+    jobs = client.app.state.jobs
     body = client.post("/generate", json=PROMPT, headers={"Idempotency-Key": "kept"}).json()
-    record = studio.store.record(uuid.UUID(body["id"]))
-    studio.store.put_job(uuid.UUID(body["id"]), record | {"state": "queued", "holder": "", "renewed": 1.0, "lease": 30})
-    before = studio.served.engine.stats().ticks
-    take_up(client)
-    assert studio.served.engine.stats().ticks == before
+    leave_behind(client, promoted, id=uuid.UUID(body["id"]))
+    before = jobs.deployment.engine.stats().ticks
+    claim_unheld(client)
+    assert jobs.deployment.engine.stats().ticks == before
     with pytest.raises(UnknownImage):
-        studio.store.job(uuid.UUID(body["id"]))
+        jobs.store.job(uuid.UUID(body["id"]))
 
 
 def test_a_full_store_promises_nothing(client, monkeypatch):
@@ -211,33 +203,33 @@ def test_a_full_store_promises_nothing(client, monkeypatch):
 
     monkeypatch.setattr(obstore, "put", full)
     assert client.post("/generate", json=PROMPT, headers=LATER).status_code == 507
-    wait_for(lambda: client.app.state.studio.served.engine.stats().running == 0)
-    assert not client.app.state.studio.drawings.making
+    wait_for(lambda: client.app.state.jobs.deployment.engine.stats().running == 0)
+    assert not client.app.state.jobs.active
 
 
 def test_a_service_that_drains_ends_what_runs_and_tells_the_rest(serve):
     client = serve(max_rows=2)
-    studio = client.app.state.studio
-    config = studio.served.slot.config
+    jobs = client.app.state.jobs
+    config = jobs.deployment.slot.config
 
     async def drained():
-        running = await studio.submit(Order(config.with_(steps=30, width=128, height=128), "a ring"))
-        await anext(event async for event in running.events() if isinstance(event, Step))
-        waiting = await studio.submit(Order(config, "a ring"))
-        await studio.drain(30)
+        running = await jobs.submit(ImageRequest(config.with_(steps=30, width=128, height=128), "a ring", 1))
+        await asyncio.to_thread(wait_for, lambda: running.progress[0])
+        waiting = await jobs.submit(ImageRequest(config, "a ring", 1))
+        await jobs.drain(30)
         with pytest.raises(Stopping):
-            await waiting.result()
-        return await running.result()
+            await waiting
+        return await running
 
-    record = client.portal.call(drained)
-    assert client.get(f"/download/{record['id']}").status_code == 200
+    stored = client.portal.call(drained)
+    assert client.get(f"/download/{stored.image.id}").status_code == 200
     answer = client.post("/generate", json=PROMPT)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
 
 
 def test_a_drain_does_not_wait_for_an_engine_that_is_stuck(serve, monkeypatch):
     client = serve()
-    studio = client.app.state.studio
+    jobs = client.app.state.jobs
     gate, step = threading.Event(), Engine._step
 
     def stuck(*arguments):
@@ -247,19 +239,19 @@ def test_a_drain_does_not_wait_for_an_engine_that_is_stuck(serve, monkeypatch):
     monkeypatch.setattr(Engine, "_step", stuck)
 
     async def drained():
-        drawing = await studio.submit(Order(studio.served.slot.config, "a ring"))
-        lasting = await studio.submit(Order(studio.served.slot.config, "a ring", lasting=True))
-        await asyncio.to_thread(wait_for, lambda: drawing.state == "running")
-        await studio.drain(0.1)
+        request = ImageRequest(jobs.deployment.slot.config, "a ring", 1)
+        job, durable = await jobs.submit(request), await jobs.submit(request, Terms(durable=True))
+        await asyncio.to_thread(wait_for, lambda: job.state == "running")
+        await jobs.drain(0.1)
         with pytest.raises(Stopping):
-            await drawing.result()
-        return lasting.id
+            await job
+        return durable.id
 
     try:
-        lasting = client.portal.call(drained)
+        durable = client.portal.call(drained)
     finally:
         gate.set()
-    assert studio.store.job(lasting)["lease"] == 0
+    assert jobs.store.job(durable).lease == 0
 
 
 def test_every_answer_of_ours_is_documented(client):
@@ -307,7 +299,7 @@ def test_retry_after_is_within_a_factor_of_two_of_the_wait(serve, monkeypatch):
     ids = []
     while (answer := client.post("/generate", json=load, headers=LATER)).status_code == 202:
         ids.append(answer.json()["id"])
-        wait_for(lambda: client.app.state.studio.served.engine.stats().running == 1)
+        wait_for(lambda: client.app.state.jobs.deployment.engine.stats().running == 1)
     wait_for(lambda: client.get(f"/images/{ids[0]}").json().get("step", 0) > 5)
     ratios = []
     for _ in range(3):
@@ -337,8 +329,8 @@ def test_a_failed_image_keeps_nothing_of_what_it_was_drawn_with(serve, monkeypat
         assert client.post("/generate", json=PROMPT).status_code == 500
     finally:
         logging.disable(logging.NOTSET)
-    studio = client.app.state.studio
-    wait_for(lambda: len(studio.drawings.ended) == 1)
+    jobs = client.app.state.jobs
+    wait_for(lambda: len(jobs.registry.ended) == 1)
     assert held
 
     def let_go():
@@ -346,8 +338,8 @@ def test_a_failed_image_keeps_nothing_of_what_it_was_drawn_with(serve, monkeypat
         return all(reference() is None for reference in held)
 
     wait_for(let_go, 20)  # the engine's thread may still be about to
-    (ended,) = studio.drawings.ended.values()
-    assert (str(ended.error), str(ended.error.__cause__)) == ("the call failed", "for a reason")
+    (ended,) = jobs.registry.ended.values()
+    assert ended.state == "failed"
 
 
 def held_back(monkeypatch, owner, name):
@@ -366,7 +358,7 @@ def held_back(monkeypatch, owner, name):
 
 def test_a_image_cancelled_after_its_last_step_is_not_stored(client, monkeypatch):
     decoding, go = held_back(monkeypatch, Engine, "_decode")
-    monkeypatch.setattr(drawings, "ANSWER", 0.1)
+    monkeypatch.setattr(registry, "ANSWER", 0.1)
     image = client.post("/generate", json=PROMPT, headers=LATER).json()["id"]
     assert decoding.wait(60)
     assert client.delete(f"/jobs/{image}").status_code == 204
@@ -376,8 +368,8 @@ def test_a_image_cancelled_after_its_last_step_is_not_stored(client, monkeypatch
 
 
 def test_whoever_cancels_a_image_that_is_being_stored_learns_what_came_first(client, monkeypatch):
-    storing, go = held_back(monkeypatch, client.app.state.studio.store, "put")
-    monkeypatch.setattr(drawings, "ANSWER", 0.1)
+    storing, go = held_back(monkeypatch, client.app.state.jobs.store, "put")
+    monkeypatch.setattr(registry, "ANSWER", 0.1)
     image = client.post("/generate", json=PROMPT, headers=LATER).json()["id"]
     assert storing.wait(60)
     threading.Timer(0.5, go.set).start()
@@ -387,37 +379,31 @@ def test_whoever_cancels_a_image_that_is_being_stored_learns_what_came_first(cli
 
 def test_a_drain_does_not_wait_for_a_store_that_is_stuck(serve, monkeypatch):
     client = serve()
-    studio = client.app.state.studio
-    storing, go = held_back(monkeypatch, studio.store, "put")
+    jobs = client.app.state.jobs
+    storing, go = held_back(monkeypatch, jobs.store, "put")
 
     async def drained():
-        drawing = await studio.submit(Order(studio.served.slot.config, "a ring", 1))
+        job = await jobs.submit(ImageRequest(jobs.deployment.slot.config, "a ring", 1))
         await asyncio.to_thread(storing.wait, 60)
-        await studio.drain(0.1, 0.1)
+        await jobs.drain(0.1, 0.1)
         with pytest.raises(Stopping):
-            await asyncio.wait_for(drawing.result(), 5)
+            await asyncio.wait_for(job, 5)
 
     try:
         client.portal.call(drained)
     finally:
         go.set()
-    wait_for(lambda: not studio.drawings.making)
+    wait_for(lambda: not jobs.active)
 
 
-def test_a_key_counts_how_often_its_image_was_begun(client, promoted, monkeypatch):
+def test_a_key_counts_how_often_its_image_was_begun(client, promoted):
     """An image that ends the process must not do so for ever because its client comes back."""
-    studio, keyed = client.app.state.studio, {"Idempotency-Key": "again and again"}
-    begun = []
-    begin = studio.drawings.begin
-    monkeypatch.setattr(studio.drawings, "begin", lambda *of, **more: begun.append(more) or begin(*of, **more))
+    jobs, keyed = client.app.state.jobs, {"Idempotency-Key": "again and again"}
     image = uuid.UUID(client.post("/generate", json=PROMPT, headers=keyed).json()["id"])
-    record = studio.store.record(image)
-    asked = {"request": record["request"], "prompt": "a red ring", "seed": record["seed"], "config": promoted.to_dict()}
-    asked |= {"promoted": promoted.digest, "overridden": [], "source": None, "strength": None}
-    asked |= {"state": "running", "created": 1.0, "holder": "another", "renewed": 1.0, "lease": 30}
-    for attempts, status in ((2, 200), (keeper.ATTEMPTS, 500)):
+    mark, begun = jobs.store.record(image).fingerprint, []
+    jobs.registry.observers.append(lambda job: begun.append(jobs.registry.record(job.id).attempts))
+    for attempts, status in ((2, 200), (recovery.ATTEMPTS, 500)):
         client.delete(f"/images/{image}")
-        studio.store.put_job(image, asked | {"attempts": attempts})
+        leave_behind(client, promoted, id=image, fingerprint=mark, attempts=attempts)
         assert client.post("/generate", json=PROMPT, headers=keyed).status_code == status
-    assert begun[1]["before"]["attempts"] == 2
-    assert len(begun) == 2
+    assert begun == [3]

@@ -13,7 +13,8 @@ from sdxl_lab.config import ModelRef
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.images import encode_png, open_image, read_record
 from sdxl_lab.job import ImageRequest
-from sdxl_lab.release.slot import load_slot, promote
+from sdxl_lab.release.promote import promote
+from sdxl_lab.release.slot import load_slot
 from service.app import create_app
 from service.settings import Settings
 from tests.service.conftest import wait_for
@@ -29,7 +30,7 @@ def copy(slot, tmp_path) -> Path:
 
 def settled(client):
     """`/readyz` when the goldens have been judged."""
-    wait_for(lambda: not client.app.state.studio.served.attesting)
+    wait_for(lambda: not client.app.state.jobs.deployment.attesting)
     return client.get("/readyz")
 
 
@@ -47,7 +48,7 @@ def repaint(folder: Path) -> None:
 
 def reseed(folder: Path) -> None:
     path = first_golden(folder)
-    path.write_bytes(encode_png(open_image(path), {**read_record(path), "seed": 99}))
+    path.write_bytes(encode_png(open_image(path), read_record(path).with_(seed=99)))
 
 
 def change_field(folder: Path) -> None:
@@ -69,15 +70,24 @@ def change_evidence(folder: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def another_dtype(folder: Path) -> None:
+    """Goldens of another runtime, where their structure is asked for; one of them is another image."""
+    path = first_golden(folder)
+    record, pixels = read_record(path), np.array(open_image(path), dtype=np.int16)
+    pixels += np.random.default_rng(0).normal(0, 5, pixels.shape).round().astype(np.int16)
+    elsewhere = record.with_(runtime=record.runtime | {"dtype": "bfloat16"})
+    path.write_bytes(encode_png(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), elsewhere))
+
+
 DAMAGE = [
+    ("a golden of another structure, of another runtime", another_dtype, "01-a-ring-3.png: the SSIM is 0."),
     ("a missing golden", lambda folder: first_golden(folder).unlink(), "01-a-ring-3.png is missing"),
     ("a golden with another pixel", repaint, "01-a-ring-3.png: the image differs by 0.0118 (max-abs on [0, 1])"),
     ("a golden with another record", reseed, "must have the seed 3 of its slot; received 99"),
     ("half a golden", lambda folder: halve(first_golden(folder)), "01-a-ring-3.png"),
     ("a changed field", change_field, "must have the digest"),
-    ("no goldens", lambda folder: change_evidence(folder, goldens=[]), "has no golden images to compare with"),
-    ("goldens without seeds", lambda folder: change_evidence(folder, goldens=[{"file": "a.png"}]), "file, prompt and"),
-    ("no evidence", lambda folder: (folder / "evidence.json").unlink(), "has no golden images to compare with"),
+    ("no goldens", lambda folder: change_evidence(folder, goldens=[]), "must have golden images to be held against"),
+    ("no evidence", lambda folder: (folder / "evidence.json").unlink(), "must have golden images to be held against"),
 ]
 
 
@@ -123,6 +133,12 @@ def test_a_field_changed_in_config_toml_alone_is_refused_before_anything_is_load
         create_app(Settings(slot=copy))
 
 
+def test_evidence_that_cannot_be_read_is_refused_before_anything_is_loaded(copy):
+    change_evidence(copy, goldens=[{"file": "a.png"}])
+    with pytest.raises(ValueError, match=r"evidence\.json is damaged: it lacks goldens\.0\.prompt"):
+        create_app(Settings(slot=copy))
+
+
 def test_an_attested_slot_tells_its_comparisons(client):
     assert client.get("/readyz").json() == {"status": "ready", "attested": True}
     told = client.get("/config").json()
@@ -149,7 +165,7 @@ def test_off_draws_no_golden_and_says_so(serve, slot):
     client = serve(attest="off")
     assert client.get("/readyz").json()["attested_reason"] == "switched off by SDXL_ATTEST=off"
     assert client.get("/config").json()["comparisons"] == []
-    assert client.app.state.studio.served.engine.stats().calls == 0
+    assert client.app.state.jobs.deployment.engine.stats().calls == 0
 
 
 def test_a_service_that_stops_while_it_attests_does_not_wait_for_the_goldens(serve, monkeypatch):
@@ -163,10 +179,10 @@ def test_a_service_that_stops_while_it_attests_does_not_wait_for_the_goldens(ser
 
     monkeypatch.setattr(Engine, "_predict", slow)
     client = serve(ready=False)
-    studio = client.app.state.studio
+    jobs = client.app.state.jobs
     wait_for(lambda: drawn)
     assert "golden images are being drawn" in client.get("/readyz").json()["detail"]
-    studio.served.engine.close()
-    wait_for(lambda: not studio.served.attesting)
+    jobs.deployment.engine.close()
+    wait_for(lambda: not jobs.deployment.attesting)
     assert len(drawn) < 8
-    assert "cancelled" in studio.served.attestation.reason
+    assert "cancelled" in jobs.deployment.attestation.reason

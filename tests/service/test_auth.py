@@ -9,7 +9,7 @@ import pytest
 
 from service.app import create_app
 from service.server.auth import OPEN, Auth
-from service.server.logging import JsonLines
+from service.server.logging import json_lines
 from service.settings import Settings, SettingsError
 
 KEYS = ("first-key-0123456789", "second-key-0123456789")
@@ -118,7 +118,7 @@ def test_each_key_has_a_client_of_its_own_that_does_not_give_it_away():
 def test_neither_keys_nor_foreign_tokens_are_logged_or_answered(closed):
     written = io.StringIO()
     handler = logging.StreamHandler(written)
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(json_lines())
     root = logging.getLogger()
     before = root.level
     root.addHandler(handler)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_lab.config import MAX_SEED, SCHEDULERS
+from sdxl_lab.config import MAX_SEED, SCHEDULERS, GenerationConfig
 from service.api.openai_schemas import ImagesRequest
 from service.api.schemas import GenerateRequest, RefineRequest
 from service.settings import Settings
-from tests.service.conftest import serving
+from tests.service.conftest import LIMITS, serving
 
 # Positive data are accepted only where fields agree with each other, which a schema of fields cannot say: `quality`
 # goes with webp, `lcm` takes few steps; and 25.0 is an integer for JSON Schema, not for us.
@@ -53,14 +53,24 @@ def test_schemathesis_finds_nothing(live, tmp_path, part):
     assert int(generated) > 0  # how many is the machine's to say
 
 
-def test_the_document_has_the_limits_of_the_slot(document, promoted):
+def test_the_document_has_the_limits_of_the_slot(document):
     for name in ("GenerateRequest", "RefineRequest"):
         fields = document["components"]["schemas"][name]["properties"]
         assert fields["seed"]["anyOf"][0]["maximum"] == MAX_SEED
-        assert (fields["steps"]["anyOf"][0]["minimum"], fields["steps"]["anyOf"][0]["maximum"]) == promoted.limits.steps
+        assert (fields["steps"]["anyOf"][0]["minimum"], fields["steps"]["anyOf"][0]["maximum"]) == LIMITS.steps
     sides = {"type": "integer", "minimum": 64, "maximum": 512, "multipleOf": 8}
     assert fields_of(document, "GenerateRequest", "width") == fields_of(document, "GenerateRequest", "height") == sides
     assert fields_of(document, "GenerateRequest", "scheduler")["enum"] == list(SCHEDULERS)
+
+
+def test_the_document_has_a_field_for_every_setting_that_a_client_may_change(document):
+    fields = document["components"]["schemas"]["GenerateRequest"]["properties"]
+    settings = {name: setting for name, setting in GenerationConfig.settings().items() if setting.client}
+    assert list(fields) == ["prompt", *settings, "seed"]
+    for name, setting in settings.items():
+        assert fields[name]["description"].startswith(setting.help)
+        assert ("within the promoted limits" in fields[name]["description"]) == bool(setting.limited_by)
+    assert fields["guidance_scale"]["anyOf"][0] == {"type": "number", "minimum": 0.0, "maximum": 30.0}
 
 
 def fields_of(document, model, field):

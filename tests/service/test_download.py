@@ -15,7 +15,7 @@ def test_the_png_is_served_to_be_kept(client, image):
     answer = client.get(image["url"])
     assert answer.headers["content-type"] == "image/png"
     assert answer.headers["cache-control"] == "private, max-age=31536000, immutable"
-    assert read_record(answer.content)["seed"] == 3
+    assert read_record(answer.content).seed == 3
     assert "parameters" in Image.open(io.BytesIO(answer.content)).text
 
 

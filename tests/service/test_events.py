@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from service.api import sse as events
-from service.jobs.job import _due
+from service.jobs.events import due as is_due
 from tests.service.conftest import wait_for
 
 PROMPT = {"prompt": "a red ring"}
@@ -57,7 +57,7 @@ def test_previews_are_small_jpegs_where_they_are_asked_for(client):
 
 @pytest.mark.parametrize(("steps", "previews"), [(25, 3), (4, 3), (4, 8), (1, 8), (100, 1), (25, 0)])
 def test_previews_are_evenly_spread_and_never_of_the_last_step(steps, previews):
-    due = [step for step in range(1, steps + 1) if _due(step, steps, previews)]
+    due = [step for step in range(1, steps + 1) if is_due(step, steps, previews)]
     assert len(due) == min(previews, steps - 1)
     assert steps not in due
     gaps = {b - a for a, b in zip([0, *due], [*due, steps], strict=True)}
@@ -80,7 +80,7 @@ def test_a_failure_under_way_is_an_error_event(client, monkeypatch):
     def put(*_):
         raise ZeroDivisionError("the secret inside")
 
-    monkeypatch.setattr(client.app.state.studio.store, "put", put)
+    monkeypatch.setattr(client.app.state.jobs.store, "put", put)
     answer = client.post("/generate", json=PROMPT, headers=EVENTS)
     name, problem = parsed(answer.text)[-1]
     assert (answer.status_code, name, problem["status"]) == (200, "error", 500)
@@ -106,28 +106,28 @@ def read_until(connection, mark):
 
 
 def test_a_listener_that_goes_away_frees_its_rows(live):
-    port, studio, _ = live
+    port, jobs, _ = live
     with stream(port, LONG) as connection:
         read_until(connection, b"event: step")
-        (drawing,) = studio.drawings.making.values()
-        assert studio.served.engine.stats().rows_in_flight == 2
-    wait_for(lambda: not studio.drawings.making)
-    assert drawing.state == "cancelled"
-    assert drawing.progress[0] < drawing.progress[1]
-    assert studio.served.engine.stats().rows_in_flight == 0
+        (job,) = jobs.active.values()
+        assert jobs.deployment.engine.stats().rows_in_flight == 2
+    wait_for(lambda: not jobs.active)
+    assert job.state == "cancelled"
+    assert job.progress[0] < job.progress[1]
+    assert jobs.deployment.engine.stats().rows_in_flight == 0
 
 
 def test_a_listener_that_only_waits_in_the_queue_can_go_away_too(live):
-    port, studio, _ = live
-    studio.served.engine.rows = 2
+    port, jobs, _ = live
+    jobs.deployment.engine.rows = 2
     with stream(port, LONG) as first:
         read_until(first, b"event: step")
         with stream(port, LONG) as second:
             text = read_until(second, b"event: queued")
             read_until(first, b"event: step")
         assert b'"position": 1' in text
-        wait_for(lambda: len(studio.drawings.making) == 1)
-        assert studio.served.engine.stats().queued == 0
+        wait_for(lambda: len(jobs.active) == 1)
+        assert jobs.deployment.engine.stats().queued == 0
 
 
 def test_a_comment_keeps_the_connection_alive(live, monkeypatch):

@@ -76,7 +76,7 @@ def test_a_store_that_is_gone_is_told_and_comes_back(serve, tmp_path):
 @pytest.mark.parametrize("jump", [-(10**8), 10**8], ids=["back three years", "ahead three years"])
 def test_a_clock_that_jumps_changes_no_wait_and_loses_nothing(serve, monkeypatch, jump):
     client = serve()
-    studio = client.app.state.studio
+    jobs = client.app.state.jobs
     before = client.post("/generate", json=PROMPT).json()
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + jump)
@@ -84,7 +84,7 @@ def test_a_clock_that_jumps_changes_no_wait_and_loses_nothing(serve, monkeypatch
     promised = client.post("/generate", json=PROMPT, headers=keyed).json()
     during = client.post("/generate", json=PROMPT).json()
     assert 0 < during["timings"]["total_ms"] < 60_000
-    assert (studio.served.retry_after() or 0) < 60
+    assert (jobs.deployment.retry_after() or 0) < 60
     events = client.post("/generate", json=PROMPT | {"steps": 3}, headers={"Accept": "text/event-stream"}).text
     assert events.count("event: step") == 3
     monkeypatch.setattr(time, "time", now)

@@ -7,12 +7,12 @@ import urllib.request
 import uuid
 
 import numpy as np
+import obstore
 import pytest
 
 from sdxl_lab.images import open_image, read_record
 from sdxl_lab.job import ImageRequest
-from service.api.problems import Stopping
-from service.jobs.job import Order
+from service.deployment import Stopping
 from tests.service.conftest import wait_for
 
 PROMPT = {"prompt": "a red circle on a blue background"}
@@ -50,15 +50,15 @@ def test_the_pixels_are_those_of_the_engine(client, promoted, asked, overridden)
     assert body["overridden"] == overridden
     png = client.get(body["url"]).content
     record = read_record(png)
-    assert (record["id"], record["promoted"], record["overridden"]) == (body["id"], promoted.digest, overridden)
-    config = type(promoted).from_dict(record["config"])
-    assert record["digest"] == config.digest
+    assert (record.id, record.promoted, record.overridden) == (body["id"], promoted.digest, tuple(overridden))
+    config = record.config
+    assert record.digest == config.digest
     changes = {name: value for name, value in asked.items() if name not in ("refiner", "seed") and value is not None}
     if asked.get("refiner"):
         changes["refiner"] = config.refiner
-        assert record["unet_calls"] == {"base": 3, "refiner": 1}
+        assert record.unet_calls == {"base": 3, "refiner": 1}
     assert config == promoted.with_(**changes)
-    engine = client.app.state.studio.served.engine
+    engine = client.app.state.jobs.deployment.engine
     drawn = engine.draw(ImageRequest(config, PROMPT["prompt"], body["seed"])).image
     assert np.array_equal(np.asarray(open_image(png)), np.asarray(drawn))
 
@@ -77,7 +77,7 @@ def test_the_largest_seed_and_any_text_are_taken(client):
     prompt = "Katze 🐈 mit Hut\n\t\x7f‮ ' \" \\ </script> {}" + "é" * 200
     body = client.post("/generate", json={"prompt": prompt, "seed": 2**63 - 1}).json()
     assert body["seed"] == 2**63 - 1
-    assert read_record(client.get(body["url"]).content)["prompt"] == prompt
+    assert read_record(client.get(body["url"]).content).prompt == prompt
 
 
 def test_a_prompt_beyond_77_tokens_is_drawn_with_a_warning(client):
@@ -113,60 +113,78 @@ def post(port, body):
 
 
 def test_a_client_that_goes_away_cancels_its_image(live):
-    port, studio, _ = live
+    port, jobs, _ = live
     connection = post(port, LONG)
-    wait_for(lambda: any(drawing.progress[0] for drawing in studio.drawings.making.values()))
-    (drawing,) = studio.drawings.making.values()
-    assert studio.served.engine.stats().rows_in_flight == 2
+    wait_for(lambda: any(job.progress[0] for job in jobs.active.values()))
+    (job,) = jobs.active.values()
+    assert jobs.deployment.engine.stats().rows_in_flight == 2
     connection.close()
-    wait_for(lambda: not studio.drawings.making)
-    calls, total = drawing.progress
-    assert drawing.state == "cancelled"
+    wait_for(lambda: not jobs.active)
+    calls, total = job.progress
+    assert job.state == "cancelled"
     assert 0 < calls < total
-    assert studio.served.engine.stats().rows_in_flight == 0
-    assert not list(studio.store.folder.glob("*"))
+    assert jobs.deployment.engine.stats().rows_in_flight == 0
+    assert not list(jobs.store.folder.glob("*"))
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as answer:
         assert answer.status == 200
 
 
 def test_health_answers_while_a_image_is_drawn(live):
-    port, studio, _ = live
+    port, jobs, _ = live
     with post(port, LONG):
-        wait_for(lambda: any(drawing.state == "running" for drawing in studio.drawings.making.values()))
-        (drawing,) = studio.drawings.making.values()
+        wait_for(lambda: any(job.state == "running" for job in jobs.active.values()))
+        (job,) = jobs.active.values()
         began = time.monotonic()
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
             assert answer.status == 200
-        assert drawing.state == "running", f"the answer took {time.monotonic() - began:.2f} s"
+        assert job.state == "running", f"the answer took {time.monotonic() - began:.2f} s"
 
 
 def test_a_service_that_stops_answers_those_who_still_wait(live, caplog):
-    port, studio, server = live
+    port, jobs, server = live
     with post(port, LONG) as connection:
-        wait_for(lambda: any(drawing.state == "running" for drawing in studio.drawings.making.values()))
+        wait_for(lambda: any(job.state == "running" for job in jobs.active.values()))
         server.should_exit = True
         connection.settimeout(60)
         answer = connection.makefile("rb").read().decode()
     assert answer.startswith("HTTP/1.1 503 ")
     assert "retry-after: 5" in answer
-    wait_for(lambda: not studio.served.engine.healthy)
+    wait_for(lambda: not jobs.deployment.engine.healthy)
     assert not [entry for entry in caplog.records if entry.exc_info]
 
 
 def test_a_cancelled_request_leaves_the_engine_whole(client):
     """A server that ends cancels its tasks: the engine's future must not be cancelled from outside."""
-    studio = client.app.state.studio
+    jobs = client.app.state.jobs
 
     async def cancelled():
-        drawing = await studio.submit(Order(studio.served.slot.config.with_(steps=100), "a ring"))
-        waiting = asyncio.create_task(drawing.result())
+        job = await jobs.submit(ImageRequest(jobs.deployment.slot.config.with_(steps=100), "a ring", 1))
+        waiting = asyncio.ensure_future(job)
         await asyncio.sleep(0.05)
         waiting.cancel()
-        drawing.task.cancel()
+        jobs.registry._entries[job.id].task.cancel()
         with pytest.raises(Stopping):
-            await drawing.result()
+            await job
 
     client.portal.call(cancelled)
-    assert not studio.drawings.making
+    assert not jobs.active
     assert client.post("/generate", json=PROMPT).status_code == 200
-    assert studio.served.engine.healthy
+    assert jobs.deployment.engine.healthy
+
+
+READ_NOTHING = {
+    "JSON": ("/generate", PROMPT, {}),
+    "PNG": ("/generate", PROMPT, {"Accept": "image/png"}),
+    "WebP": ("/generate", PROMPT, {"Accept": "image/webp"}),
+    "events": ("/generate", PROMPT, {"Accept": "text/event-stream"}),
+    "OpenAI": ("/v1/images/generations", PROMPT | {"n": 2}, {}),
+    "OpenAI, events": ("/v1/images/generations", PROMPT | {"stream": True}, {}),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "headers"), READ_NOTHING.values(), ids=READ_NOTHING)
+def test_an_image_that_was_just_drawn_is_not_read_back_from_the_store(client, monkeypatch, path, body, headers):
+    get, read = obstore.get, []
+    monkeypatch.setattr(obstore, "get", lambda objects, name: (read.append(name), get(objects, name))[1])
+    assert client.post(path, json=body, headers=headers).status_code == 200
+    assert read == []

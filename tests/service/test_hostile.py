@@ -31,10 +31,10 @@ def live(slot, tmp_path_factory):
 def still_draws(live):
     """After every test: nothing is in the making, an image is drawn, and no request failed by a bug."""
     yield
-    wait_for(lambda: not live.studio.drawings.making)
+    wait_for(lambda: not live.jobs.active)
     status, _, body = exchange(live, post("/generate", json.dumps(PROMPT | {"steps": 1})))
     assert status == 200, body
-    assert live.studio.served.engine.stats().rows_in_flight == 0
+    assert live.jobs.deployment.engine.stats().rows_in_flight == 0
 
 
 def exchange(live, request):
@@ -215,8 +215,8 @@ def test_of_a_name_that_comes_twice_the_last_counts(live):
     twice = '{"prompt": "a", "steps": 1000, "steps": 1, "prompt": "b", "seed": 3}'
     status, _, body = exchange(live, post("/generate", twice))
     assert status == 200, body
-    record = live.studio.store.record(uuid.UUID(json.loads(body)["id"]))
-    assert (record["prompt"], record["config"]["steps"]) == ("b", 1)
+    record = live.jobs.store.record(uuid.UUID(json.loads(body)["id"]))
+    assert (record.record.prompt, record.record.config.steps) == ("b", 1)
 
 
 @pytest.mark.parametrize("body", [b'{"prompt": "a", "prompt": 7}', b'{"steps": 1, "steps": 1000, "prompt": "a"}'])
@@ -358,14 +358,14 @@ def test_two_hundred_connections_opened_and_dropped(live):
     sockets = [connect(live) for _ in range(200)]
     for number, sock in enumerate(sockets):
         sock.sendall(stages[number % 4] if number % 2 else full)
-    wait_for(lambda: live.studio.drawings.making)
+    wait_for(lambda: live.jobs.active)
     for number, sock in enumerate(sockets):
         if number % 3 == 0:  # with a reset
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         sock.close()
-    wait_for(lambda: not live.studio.drawings.making)
+    wait_for(lambda: not live.jobs.active)
     wait_for(lambda: not live.server.server_state.connections)
-    assert live.studio.served.engine.stats().queued == 0
+    assert live.jobs.deployment.engine.stats().queued == 0
 
 
 def test_slow_clients_do_not_hold_up_the_others(live):

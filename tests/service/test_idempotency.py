@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sdxl_lab.images import open_image, read_record
-from service.jobs.job import derived
-from tests.service.conftest import wait_for
+from service.jobs.manager import Key
+from tests.service.conftest import left_behind, wait_for
 
 PROMPT = {"prompt": "a red ring"}
 LONG = {**PROMPT, "steps": 40, "width": 128, "height": 128}
@@ -21,14 +21,14 @@ def keyed(key, **more):
 
 
 def test_a_repeat_gives_the_stored_image(client):
-    ticks = client.app.state.studio.served.engine.stats
+    ticks = client.app.state.jobs.deployment.engine.stats
     first = client.post("/generate", json=PROMPT, headers=keyed("repeat"))
     before = ticks().ticks
     again = client.post("/generate", json=PROMPT, headers=keyed("repeat"))
     assert first.json() == again.json()
     assert ticks().ticks == before
-    image, seed = derived("anyone", "repeat")
-    assert (first.json()["id"], first.json()["seed"]) == (str(image), seed)
+    key = Key("anyone", "repeat")
+    assert (first.json()["id"], first.json()["seed"]) == (str(key.id), key.seed)
     assert uuid.UUID(first.json()["id"]).version == 5
 
 
@@ -70,8 +70,8 @@ def test_a_seed_that_is_given_stands(client):
 
 
 def test_whoever_asks_has_keys_of_their_own():
-    assert derived("alice", "key") != derived("bob", "key")
-    assert derived("a", "bkey") != derived("ab", "key")
+    assert Key("alice", "key").id != Key("bob", "key").id
+    assert Key("a", "bkey").id != Key("ab", "key").id
 
 
 @pytest.mark.parametrize("key", ["", "x" * 129, "tab\there", "é".encode("latin-1")])
@@ -86,7 +86,7 @@ def test_a_key_has_up_to_128_printable_characters(client):
 
 
 def test_a_concurrent_repeat_joins_the_running_one(client):
-    studio = client.app.state.studio
+    jobs = client.app.state.jobs
     answers = []
 
     def ask():
@@ -95,7 +95,7 @@ def test_a_concurrent_repeat_joins_the_running_one(client):
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: len(studio.drawings.making) == 1)
+    wait_for(lambda: len(jobs.active) == 1)
     conflict = client.post("/generate", json=PROMPT, headers=keyed("joined"))
     for thread in threads:
         thread.join()
@@ -105,14 +105,14 @@ def test_a_concurrent_repeat_joins_the_running_one(client):
 
 
 def test_a_image_with_a_key_is_drawn_although_its_client_leaves(live):
-    port, studio, _ = live
+    port, jobs, _ = live
     content = json.dumps(LONG).encode()
     with socket.create_connection(("127.0.0.1", port)) as connection:
         head = f"POST /generate HTTP/1.1\r\nHost: x\r\nIdempotency-Key: left\r\nContent-Length: {len(content)}\r\n"
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
-        wait_for(lambda: any(drawing.progress[0] for drawing in studio.drawings.making.values()))
-    wait_for(lambda: not studio.drawings.making)
-    assert studio.store.record(derived("anyone", "left")[0])["prompt"] == "a red ring"
+        wait_for(lambda: any(job.progress[0] for job in jobs.active.values()))
+    wait_for(lambda: not jobs.active)
+    assert jobs.store.record(Key("anyone", "left").id).record.prompt == "a red ring"
 
 
 def test_after_a_crash_the_very_same_image_is_made_under_the_very_same_id(serve, tmp_path):
@@ -126,36 +126,35 @@ def test_after_a_crash_the_very_same_image_is_made_under_the_very_same_id(serve,
     assert elsewhere.get(body["url"]).content == png
 
 
-def test_a_repeat_of_a_promise_keeps_the_configuration_of_then(serve, promoted, tmp_path):
+def test_a_repeat_of_a_job_keeps_the_configuration_of_then(serve, promoted, tmp_path):
     """Another configuration was promoted since: the image is still the one that was promised."""
     client = serve()
-    studio = client.app.state.studio
+    jobs = client.app.state.jobs
     drawn = client.post("/generate", json=PROMPT, headers=keyed("then")).json()
     png = client.get(drawn["url"]).content
-    record = studio.store.record(uuid.UUID(drawn["id"]))
-    promise = {"state": "queued", "created": 0.0, "holder": "", "renewed": 0.0, "lease": 30, "attempts": 1}
-    promise |= {name: record[name] for name in ("request", "prompt", "seed", "config", "promoted", "overridden")}
+    mark = jobs.store.record(uuid.UUID(drawn["id"])).fingerprint
     client.delete(f"/images/{drawn['id']}")
-    studio.store.put_job(uuid.UUID(drawn["id"]), promise | {"source": None, "strength": None})
-    object.__setattr__(studio.served.slot, "config", promoted.with_(steps=7))
+    seed, image = drawn["seed"], uuid.UUID(drawn["id"])
+    jobs.store.put_job(left_behind(promoted, 31, id=image, fingerprint=mark, prompt="a red ring", seed=seed))
+    object.__setattr__(jobs.deployment.slot, "config", promoted.with_(steps=7))
     again = client.post("/generate", json=PROMPT, headers=keyed("then")).json()
     now = client.get(again["url"]).content
-    assert read_record(now)["config"]["steps"] == 4
+    assert read_record(now).config.steps == 4
     assert np.array_equal(np.asarray(open_image(now)), np.asarray(open_image(png)))
 
 
 def test_a_failed_image_is_tried_again(client, monkeypatch):
-    studio = client.app.state.studio
-    keep = studio.drawings._put
+    jobs = client.app.state.jobs
+    keep = jobs.registry._put
 
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(studio.drawings, "_put", broken)
+    monkeypatch.setattr(jobs.registry, "_put", broken)
     assert client.post("/generate", json=PROMPT, headers=keyed("again")).status_code == 500
-    image = derived("anyone", "again")[0]
+    image = Key("anyone", "again").id
     assert client.get(f"/images/{image}").json()["state"] == "failed"
-    monkeypatch.setattr(studio.drawings, "_put", keep)
+    monkeypatch.setattr(jobs.registry, "_put", keep)
     assert client.post("/generate", json=PROMPT, headers=keyed("again")).status_code == 200
     assert client.get(f"/images/{image}").json()["state"] == "done"
-    assert image not in [name.id for name in studio.store.job_names()]
+    assert image not in [name.id for name in jobs.store.job_names()]

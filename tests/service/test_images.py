@@ -27,7 +27,7 @@ def test_a_image_is_told_with_all_that_repeats_it(client, image, promoted):
         "settings": {"scheduler": "euler", "steps": 3, "guidance_scale": 5.0, "refiner": False},
     }
     assert info["config"] == promoted.digest
-    assert read_record(client.get(image["url"]).content).items() <= record.items()
+    assert read_record(client.get(image["url"]).content).to_dict().items() <= record.items()
 
 
 def test_a_refined_image_names_its_source(client, image):

@@ -121,7 +121,7 @@ def test_a_image_has_a_line_and_its_request_another(client, promoted, lines):
     found = lines()
     assert "secret" not in json.dumps(found)
     image, request = (
-        next(line for line in found if line["logger"] == name) for name in ("service.jobs.drawings", "service.access")
+        next(line for line in found if line["logger"] == name) for name in ("service.images", "service.access")
     )
     for line in (image, request):
         assert line["request"] == "r-1"

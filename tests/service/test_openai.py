@@ -13,7 +13,7 @@ import openai
 import pytest
 from PIL import Image
 
-from sdxl_lab.config import GenerationConfig
+from sdxl_lab.config import GenerationConfig, ServingLimits
 from sdxl_lab.images import open_image, read_record
 from service.api.openai_schemas import QUALITIES, ImagesRequest, answers
 from service.settings import Settings
@@ -53,7 +53,7 @@ def long(monkeypatch):
 @pytest.fixture
 def busy(live, monkeypatch):
     """One image is being drawn for some seconds, one waits, and the queue takes no more."""
-    engine = live.studio.served.engine
+    engine = live.jobs.deployment.engine
     monkeypatch.setattr(engine, "rows", 2)
     jobs = [later(live, {"prompt": PROMPT, "steps": 100, "width": 128, "height": 128}) for _ in range(2)]
     wait_for(lambda: engine.queued == 1)
@@ -61,7 +61,7 @@ def busy(live, monkeypatch):
     yield
     for job in jobs:
         delete(live, job)
-    wait_for(lambda: not live.studio.drawings.making)
+    wait_for(lambda: not live.jobs.active)
 
 
 def later(live, body):
@@ -88,7 +88,7 @@ def test_a_prompt_is_enough(client, promoted):
     answer = client.images.generate(prompt=PROMPT)
     (image,) = answer.data
     record = read_record(decoded(image.b64_json))
-    assert (record["prompt"], record["digest"]) == (PROMPT, promoted.digest)
+    assert (record.prompt, record.digest) == (PROMPT, promoted.digest)
     assert image.url is None
     assert (answer.output_format, answer.size, answer.quality, answer.background) == (
         "png",
@@ -101,10 +101,10 @@ def test_a_prompt_is_enough(client, promoted):
 
 def test_the_image_is_the_one_that_generate_draws(live, client):
     png = decoded(client.images.generate(prompt=PROMPT, size="64x128").data[0].b64_json)
-    body = {"prompt": PROMPT, "width": 64, "height": 128, "seed": read_record(png)["seed"]}
+    body = {"prompt": PROMPT, "width": 64, "height": 128, "seed": read_record(png).seed}
     job = later(live, body)
-    wait_for(lambda: uuid.UUID(job) not in live.studio.drawings.making)
-    again = live.studio.store.get(uuid.UUID(job))
+    wait_for(lambda: uuid.UUID(job) not in live.jobs.active)
+    again = live.jobs.store.get(uuid.UUID(job))
     assert np.array_equal(np.asarray(open_image(png)), np.asarray(open_image(again)))
 
 
@@ -131,7 +131,7 @@ def test_images_come_in_the_form_and_size_asked_for(live, client, asked, kind, s
     with Image.open(io.BytesIO(content)) as opened:
         assert (opened.format, opened.size) == (kind.upper(), size)
     if kind == "png":
-        assert content == live.studio.store.get(uuid.UUID(image_id))
+        assert content == live.jobs.store.get(uuid.UUID(image_id))
 
 
 def test_a_url_has_the_prefix_of_the_proxy(serve):
@@ -151,13 +151,13 @@ def test_compression_is_the_quality_of_the_form(client):
 
 
 def test_three_images_share_calls_and_have_seeds_of_their_own(live, client):
-    before = live.studio.served.engine.stats()
+    before = live.jobs.deployment.engine.stats()
     answer = client.images.with_raw_response.generate(prompt=PROMPT, n=3, quality="max", size="128x128")
-    after = live.studio.served.engine.stats()
+    after = live.jobs.deployment.engine.stats()
     records = [read_record(decoded(image.b64_json)) for image in answer.parse().data]
-    seeds = [record["seed"] for record in records]
+    seeds = [record.seed for record in records]
     assert len(set(seeds)) == 3
-    assert [record["id"] for record in records] == answer.headers["x-image-id"].split(", ")
+    assert [record.id for record in records] == answer.headers["x-image-id"].split(", ")
     calls, rows = after.calls - before.calls, after.rows_in_calls - before.rows_in_calls
     assert rows == 3 * 2 * 12
     assert calls < 2 * 12  # each alone would take 36
@@ -166,14 +166,14 @@ def test_three_images_share_calls_and_have_seeds_of_their_own(live, client):
 @pytest.mark.parametrize(("quality", "steps"), [(None, 4), *((name, round(4 * f)) for name, f in QUALITIES.items())])
 def test_quality_is_a_number_of_steps(quality, steps, promoted):
     asked = ImagesRequest.model_validate({"prompt": PROMPT, "quality": quality})
-    assert asked.over(promoted).steps == steps
+    assert asked.over(promoted, ServingLimits()).steps == steps
     assert asked.told_quality in ("low", "medium", "high", "xhigh", "max")
 
 
 @pytest.mark.parametrize(("steps", "quality", "taken"), [(1, "low", 1), (60, "max", 100)])
 def test_quality_stays_within_the_limits(steps, quality, taken):
     config = GenerationConfig(steps=steps)
-    assert ImagesRequest(prompt=PROMPT, quality=quality).over(config).steps == taken
+    assert ImagesRequest(prompt=PROMPT, quality=quality).over(config, ServingLimits()).steps == taken
 
 
 HARMLESS = {
@@ -229,7 +229,7 @@ def test_partial_images_come_before_the_image(live, client, partial_images):
         told = (event.size, event.quality, event.output_format, event.background)
         assert told == ("128x64", "high", "webp", "opaque")
     assert len({event.b64_json for event in events}) == len(events)
-    assert live.studio.store.record(uuid.UUID(image))["prompt"] == PROMPT
+    assert live.jobs.store.record(uuid.UUID(image)).record.prompt == PROMPT
 
 
 def test_several_images_are_streamed_with_their_index(client):
@@ -245,25 +245,25 @@ def test_several_images_are_streamed_with_their_index(client):
 def test_a_listener_that_leaves_frees_its_rows(live, client, long):
     stream = client.images.generate(**long, stream=True, n=2, partial_images=3)
     next(iter(stream))
-    drawings = list(live.studio.drawings.making.values())
-    assert len(drawings) == 2
+    here = list(live.jobs.active.values())
+    assert len(here) == 2
     stream.close()
-    wait_for(lambda: not live.studio.drawings.making)
-    assert [drawing.state for drawing in drawings] == ["cancelled"] * 2
-    assert live.studio.served.engine.stats().rows_in_flight == 0
+    wait_for(lambda: not live.jobs.active)
+    assert [job.state for job in here] == ["cancelled"] * 2
+    assert live.jobs.deployment.engine.stats().rows_in_flight == 0
 
 
 @pytest.mark.slow
 def test_an_error_in_the_middle_is_the_last_event(live, client, long):
     stream = iter(client.images.generate(**long, stream=True, n=3, partial_images=3))
     assert next(stream).type == "image_generation.partial_image"
-    drawings = list(live.studio.drawings.making.values())
-    delete(live, drawings[0].id)
+    here = list(live.jobs.active.values())
+    delete(live, here[0].id)
     with pytest.raises(openai.APIError, match="cancelled") as caught:
         list(stream)
     assert (caught.value.code, caught.value.type) == ("cancelled_by_client", "invalid_request_error")
-    wait_for(lambda: not live.studio.drawings.making)
-    assert [drawing.state for drawing in drawings] == ["cancelled"] * 3
+    wait_for(lambda: not live.jobs.active)
+    assert [job.state for job in here] == ["cancelled"] * 3
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -354,13 +354,13 @@ def test_a_full_queue_says_when_to_come_back(busy, client):
 
 @pytest.mark.slow
 def test_the_client_comes_back_by_itself_when_it_is_told(live, busy, monkeypatch):
-    monkeypatch.setattr(live.studio.served, "retry_after", lambda: 2)
+    monkeypatch.setattr(live.jobs.deployment, "retry_after", lambda: 2)
     with Watched(live) as watched, connect(live, http_client=watched.http, max_retries=20) as retrying:
         answers = []
         asking = threading.Thread(target=lambda: answers.append(retrying.images.generate(prompt=PROMPT)))
         asking.start()
         wait_for(lambda: watched.statuses)
-        live.studio.served.engine.max_queue = 100
+        live.jobs.deployment.engine.max_queue = 100
         asking.join()
         assert watched.statuses == [429, 200]
         assert watched.retry_after[0] == "2"
@@ -369,14 +369,14 @@ def test_the_client_comes_back_by_itself_when_it_is_told(live, busy, monkeypatch
 
 
 def test_all_images_are_taken_or_none(live, client, long, monkeypatch):
-    engine = live.studio.served.engine
+    engine = live.jobs.deployment.engine
     monkeypatch.setattr(engine, "rows", 2)
     monkeypatch.setattr(engine, "max_queue", 2)
-    before = len(live.studio.store.page(100).records)
+    before = len(live.jobs.store.page(100).records)
     with pytest.raises(openai.RateLimitError):
         client.images.generate(**long, n=10)
-    wait_for(lambda: not live.studio.drawings.making)
-    assert len(live.studio.store.page(100).records) == before
+    wait_for(lambda: not live.jobs.active)
+    assert len(live.jobs.store.page(100).records) == before
 
 
 def test_if_one_image_fails_the_others_are_cancelled(live, client, long):
@@ -389,17 +389,17 @@ def test_if_one_image_fails_the_others_are_cancelled(live, client, long):
 
     asking = threading.Thread(target=ask)
     asking.start()
-    wait_for(lambda: len(live.studio.drawings.making) == 3)
-    drawings = list(live.studio.drawings.making.values())
-    delete(live, drawings[1].id)
+    wait_for(lambda: len(live.jobs.active) == 3)
+    here = list(live.jobs.active.values())
+    delete(live, here[1].id)
     asking.join()
     assert caught[0].code == "cancelled_by_client"
-    wait_for(lambda: not live.studio.drawings.making)
-    assert [drawing.state for drawing in drawings] == ["cancelled"] * 3
+    wait_for(lambda: not live.jobs.active)
+    assert [job.state for job in here] == ["cancelled"] * 3
 
 
 def test_a_service_that_cannot_draw_says_so(live, client, monkeypatch):
-    monkeypatch.setattr(live.studio.served, "failure", "no weights")
+    monkeypatch.setattr(live.jobs.deployment, "failure", "no weights")
     with pytest.raises(openai.InternalServerError, match="no weights") as caught:
         client.images.generate(prompt=PROMPT)
     assert (caught.value.status_code, caught.value.code) == (503, "not_ready")
@@ -411,7 +411,7 @@ def test_a_bug_is_told_by_its_request_id(live, client, monkeypatch, stream):
     def broken(*_):
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(live.studio.drawings, "_put", broken)
+    monkeypatch.setattr(live.jobs.registry, "_put", broken)
     with pytest.raises(openai.APIError, match=r"request id: [0-9a-f]{32}") as caught:
         list(client.images.generate(prompt=PROMPT, stream=stream))
     assert (caught.value.code, caught.value.type) == ("bug", "server_error")

@@ -13,7 +13,7 @@ from sdxl_lab.images import open_image
 from sdxl_lab.release.slot import SlotError
 from service.app import create_app
 from service.settings import Settings
-from tests.service.conftest import wait_for, write_slot
+from tests.service.conftest import LIMITS, wait_for, write_slot
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 def test_config_says_what_is_served_and_on_what_ground(client, promoted):
     body = client.get("/config").json()
     assert body["config"] == promoted.to_dict()
+    assert body["limits"] == LIMITS.to_dict()
     assert promoted.scheduler in body["schedulers"]
     assert body["digest"] == promoted.digest == client.get("/healthz").headers["x-config-digest"]
     assert (body["evidence"]["digest"], body["evidence"]["why"]) == (promoted.digest, "a test")
@@ -65,7 +66,7 @@ def test_while_the_models_load_the_service_is_alive_and_not_ready(serve, monkeyp
 def test_models_that_cannot_be_loaded_are_told_by_readyz(serve, promoted, tmp_path):
     broken = promoted.with_(model=ModelRef(base=str(tmp_path / "nothing")))
     client = serve(ready=False, slot=write_slot(tmp_path / "broken", broken))
-    wait_for(lambda: client.app.state.studio.served.failure is not None)
+    wait_for(lambda: client.app.state.jobs.deployment.failure is not None)
     answer = client.get("/readyz")
     assert answer.status_code == 503
     assert "could not be loaded" in answer.json()["detail"]
@@ -73,7 +74,7 @@ def test_models_that_cannot_be_loaded_are_told_by_readyz(serve, promoted, tmp_pa
 
 
 def test_a_slot_that_is_not_what_it_says_is_refused(promoted, tmp_path):
-    folder = write_slot(tmp_path / "forged", promoted, {"digest": "0" * 12})
+    folder = write_slot(tmp_path / "forged", promoted, digest="0" * 64)
     with pytest.raises(SlotError, match=promoted.digest):
         create_app(Settings(slot=folder))
     with pytest.raises(SlotError, match=r"config\.toml"):

@@ -112,7 +112,7 @@ def test_a_service_that_is_stopped_finishes_what_it_can_and_tells_the_others(slo
     log = served.log()
     lines = [json.loads(line) for line in log.splitlines()]
     assert len({line["request"] for line in lines if line["logger"] == "service.access"}) > 6
-    states = sorted(line["state"] for line in lines if line["logger"] == "service.jobs.drawings" and "state" in line)
+    states = sorted(line["state"] for line in lines if line["logger"] == "service.images" and "state" in line)
     assert states == ["cancelled", "cancelled", "done"]
     assert KEY not in log
     assert "token-of-the-proxy" not in log

@@ -5,6 +5,8 @@ import pytest
 
 from sdxl_lab.images import open_image, read_record
 from sdxl_lab.job import ImageRequest, SourceImage
+from service.jobs.records import StoredImage
+from tests.made import image_record
 from tests.service.conftest import NOBODYS
 
 
@@ -21,12 +23,12 @@ def test_a_stored_image_is_refined_as_the_engine_does_it(client, promoted, sourc
     assert (body["width"], body["height"], body["seed"], body["config"]) == (128, 64, 5, promoted.digest)
     png, before = (client.get(url).content for url in (body["url"], source["url"]))
     record = read_record(png)
-    assert (record["prompt"], record["negative_prompt"], record["strength"]) == ("a red ring", "blue", 0.3)
-    assert record["source"] == read_record(before)
-    assert record["id"] == body["id"]
+    assert (record.prompt, record.config.negative_prompt, record.strength) == ("a red ring", "blue", 0.3)
+    assert record.source == read_record(before)
+    assert record.id == body["id"]
     config = promoted.with_(width=128, height=64, negative_prompt="blue")
     job = ImageRequest(config, "a red ring", 5, SourceImage(open_image(before), 0.3, read_record(before)))
-    drawn = client.app.state.studio.served.engine.draw(job).image
+    drawn = client.app.state.jobs.deployment.engine.draw(job).image
     assert np.array_equal(np.asarray(open_image(png)), np.asarray(drawn))
 
 
@@ -35,14 +37,14 @@ def test_what_is_asked_goes_before_what_the_image_had(client, source):
     body = client.post("/refine", json=asked).json()
     assert body["source"] == source["id"]
     record = read_record(client.get(body["url"]).content)
-    assert (record["prompt"], record["negative_prompt"], record["strength"]) == ("a blue ring", "", 1)
-    assert record["unet_calls"] == {"refiner": 2}
+    assert (record.prompt, record.config.negative_prompt, record.strength) == ("a blue ring", "", 1)
+    assert record.unet_calls == {"refiner": 2}
 
 
 def test_a_refined_image_can_be_refined(client, source):
     once = client.post("/refine", json={"id": source["id"]}).json()
     twice = client.post("/refine", json={"id": once["id"]}).json()
-    assert read_record(client.get(twice["url"]).content)["source"]["source"]["id"] == source["id"]
+    assert read_record(client.get(twice["url"]).content).source.source.id == source["id"]
 
 
 @pytest.mark.parametrize("unknown", [NOBODYS, "../../etc/passwd", "", "\0", "é", "nil"])
@@ -69,7 +71,7 @@ def test_a_bad_value_is_refused_by_name(client, source, asked, field):
 
 def test_a_image_that_is_not_ours_is_refused(client, source):
     foreign = uuid.uuid4()
-    client.app.state.studio.store.put(foreign, b"no image", {})
+    client.app.state.jobs.store.put(StoredImage(id=foreign, created=1.0, record=image_record()), b"no image")
     answer = client.post("/refine", json={"id": str(foreign)})
     assert (answer.status_code, answer.json()["field"]) == (422, "id")
 

@@ -19,14 +19,16 @@ def trajectory_of(job: Job[Any]) -> Trajectory:
     return TRAJECTORIES[job]
 
 
-@pytest.fixture(autouse=True)
-def trajectories_are_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="module")
+def trajectories_are_kept() -> Iterator[None]:
+    """For a whole module: its images are drawn by fixtures, too."""
     decode = Engine._decode
 
     def keep(self: Engine, finished: list[Any]) -> None:
         TRAJECTORIES.update({work.job: work.trajectory for work in finished})
         decode(self, finished)
 
-    monkeypatch.setattr(Engine, "_decode", keep)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_decode", keep)
+        yield
     TRAJECTORIES.clear()

@@ -5,7 +5,6 @@ compared as floats, before they are rounded to 8 bits. What the reference does i
 documentation, never taken from the code under test.
 """
 
-import dataclasses
 import json
 import logging
 import threading
@@ -21,12 +20,14 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from sdxl_lab.config import ConfigError, GenerationConfig, Limits, ModelRef, RefinerConfig, RuntimeProfile
+from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import schedulers
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import NANO, load
+from sdxl_lab.diffusion.inventory import NANO
+from sdxl_lab.diffusion.models import load
 from sdxl_lab.job import ImageRequest, SourceImage
 from tests.lab.diffusion.conftest import trajectory_of
+from tests.made import image_record
 
 log = logging.getLogger(__name__)  # shown by --log-cli-level=INFO
 
@@ -97,6 +98,7 @@ class Pipelines:
             "original_size": config.original_size,
             "crops_coords_top_left": config.crop,
             "target_size": config.target_size,
+            "clip_skip": config.clip_skip,
             "generator": torch.Generator("cpu").manual_seed(request.seed),
         }
         refining = settings | {
@@ -147,7 +149,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     folder = NANO if request.param == "nano" else request.getfixturevalue("lively_model")
     ref = ModelRef(base=str(folder / "base"), refiner=str(folder / "refiner"))
     profile = RuntimeProfile(device="cpu", dtype="float32", rows=256)
-    config = GenerationConfig(model=ref, steps=4, width=64, height=64, limits=Limits(side=(64, 512)))
+    config = GenerationConfig(model=ref, steps=4, width=64, height=64)
     with Engine(load(ref, profile), profile, {}) as engine:
         yield Bench(engine, Pipelines.load(folder), config)
 
@@ -167,7 +169,7 @@ def mixed_jobs(config: GenerationConfig) -> dict[tuple[str, bool], ImageRequest]
             negative_prompt=(None, "blurry, yellow", "")[index // 3 % 3],
         )
         requests[name, False] = ImageRequest(settings, PROMPTS[index % 4], 100 + index)
-        refiner = RefinerConfig((0.5, 0.4, 0.55)[index % 3], aesthetic_score=5 + index % 3)
+        refiner = RefinerConfig(handover=(0.5, 0.4, 0.55)[index % 3], aesthetic_score=5 + index % 3)
         settings = settings.with_(refiner=refiner, steps=4 + index % 4, guidance_scale=(3.0, 8.0, 1.0)[index % 3])
         requests[name, True] = ImageRequest(settings, PROMPTS[(index + 1) % 4], 200 + index)
     return requests
@@ -203,7 +205,7 @@ def refined(bench: Bench) -> dict[str, tuple[ImageRequest, np.ndarray]]:
         settings = bench.config.with_(scheduler=name, negative_prompt=(None, "blurry")[index % 2])
         if index % 3 == 0:
             settings = settings.with_(guidance_rescale=0.7, guidance_scale=(1.0, 7.0)[index % 2])
-        source = SourceImage(image, 0.99 if index % 3 == 0 else 0.5, {})
+        source = SourceImage(image, 0.99 if index % 3 == 0 else 0.5, image_record())
         requests.append(ImageRequest(settings, PROMPTS[index % 4], 300 + index, source))
     return dict(zip(NAMES, zip(requests, bench.together(requests), strict=True), strict=True))
 
@@ -228,7 +230,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("handover", [None, 0.5])
 def test_sizes_and_micro_conditioning_are_those_of_the_pipeline(bench, handover):
-    refiner = None if handover is None else RefinerConfig(handover)
+    refiner = None if handover is None else RefinerConfig(handover=handover)
     requests = [ImageRequest(bench.config.with_(refiner=refiner, **shape), PROMPTS[0], 9) for shape in SHAPES]
     found = [
         difference(image, bench.pipelines.draw(request))
@@ -236,6 +238,35 @@ def test_sizes_and_micro_conditioning_are_those_of_the_pipeline(bench, handover)
     ]
     log.info("difference %.1e", max(found))
     assert max(found) <= TOLERANCE
+
+
+SKIPS = [
+    {"clip_skip": 0},
+    {"clip_skip": 1, "negative_prompt": "blurry, yellow"},
+    {"clip_skip": 1, "refiner": RefinerConfig(handover=0.5)},
+    {"clip_skip": 2, "negative_prompt": "", "refiner": RefinerConfig(handover=0.4)},
+    {"clip_skip": 2, "guidance_scale": 1.0},
+]
+
+
+@pytest.mark.parametrize("source", [False, True], ids=["from noise", "from an image"])
+def test_layers_of_the_text_encoders_are_skipped_as_the_pipelines_skip_them(bench, source):
+    image = Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    given = SourceImage(image, 0.6, image_record()) if source else None
+    requests = [ImageRequest(bench.config.with_(**skip), PROMPTS[0], 21, given) for skip in SKIPS]
+    drawn = bench.together(requests)
+    found = [difference(mine, bench.pipelines.draw(request)) for request, mine in zip(requests, drawn, strict=True)]
+    log.info("difference %.1e", max(found))
+    assert max(found) <= TOLERANCE
+    plain = bench.together([replace(r, config=r.config.with_(clip_skip=None)) for r in requests])
+    none, *moved = (difference(*pair) for pair in zip(plain, drawn, strict=True))
+    assert none <= TOLERANCE < min(moved), "0 skips nothing, and all others do"
+
+
+def test_more_layers_than_a_text_encoder_has_are_refused(bench):
+    rule = "clip_skip must be at most 2, since a text encoder of the model has 3 layers; received 3. Example: clip_skip"
+    with pytest.raises(ConfigError, match=rule):
+        bench.engine.draw(ImageRequest(bench.config.with_(clip_skip=3), "a cat", 1))
 
 
 # --- what the pipelines do not have ----------------------------------------------------------------------------------
@@ -308,18 +339,18 @@ MUTATIONS: dict[str, dict[str, Any]] = {
     "crop": {"crop": (0, 16)},
     "target_size": {"target_size": (64, 128)},
     "negative_prompt": {"negative_prompt": "blue"},
+    "clip_skip": {"clip_skip": 1},
     "width": {"width": 72},
     "height": {"height": 72},
     "refiner": {"refiner": None},
 }
 REFINER_MUTATIONS = {"handover": 0.7, "aesthetic_score": 4.0, "negative_aesthetic_score": 6.0}
-MOVES_NO_LATENTS = {"model", "watermark", "limits"}  # what they do is tested in test_models.py and test_engine.py
+MOVES_NO_LATENTS = {"model", "watermark"}  # what they do is tested in test_models.py and test_engine.py
 
 
 def test_the_mutations_reach_every_field():
-    fields = {field.name for field in dataclasses.fields(GenerationConfig)}
-    assert fields == set(MUTATIONS) | MOVES_NO_LATENTS
-    assert {field.name for field in dataclasses.fields(RefinerConfig)} == set(REFINER_MUTATIONS)
+    assert set(GenerationConfig.model_fields) == set(MUTATIONS) | MOVES_NO_LATENTS
+    assert set(RefinerConfig.model_fields) == set(REFINER_MUTATIONS)
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +382,7 @@ def test_the_comparison_turns_red_when_a_field_changes(bench, original, expected
 
 @pytest.mark.parametrize("field", REFINER_MUTATIONS)
 def test_the_comparison_turns_red_when_a_field_of_the_refiner_changes(bench, original, expected, field):
-    refiner = replace(original.config.refiner, **{field: REFINER_MUTATIONS[field]})
+    refiner = original.config.refiner.with_(**{field: REFINER_MUTATIONS[field]})
     request = replace(original, config=original.config.with_(refiner=refiner))
     found = difference(bench.together([request])[0], expected)
     log.info("difference %.1e", found)
@@ -368,7 +399,7 @@ def test_the_comparison_turns_red_when_seed_or_prompt_change(bench, original, ex
 @pytest.mark.parametrize("strength", [0.5, 0.9])
 def test_the_comparison_turns_red_when_the_strength_changes(bench, strength):
     image = Image.new("RGB", (64, 64), "orange")
-    request = ImageRequest(bench.config.with_(steps=10), PROMPTS[0], 1, SourceImage(image, 0.7, {}))
+    request = ImageRequest(bench.config.with_(steps=10), PROMPTS[0], 1, SourceImage(image, 0.7, image_record()))
     changed = replace(request, source=replace(request.source, strength=strength))
     assert difference(bench.together([changed])[0], bench.pipelines.draw(request)) > TOLERANCE
 
@@ -392,12 +423,14 @@ def test_a_job_out_of_range_is_refused_before_any_work(change, said):
 @pytest.mark.parametrize("strength", [0, -0.1, 1.01, "much", float("nan"), None])
 def test_a_strength_outside_its_range_is_refused(strength):
     with pytest.raises(ConfigError, match=r"strength must be a number above 0, at most 1; .* Example: strength = 0\.3"):
-        ImageRequest(GenerationConfig(), "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), strength, {}))
+        ImageRequest(GenerationConfig(), "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), strength, image_record()))
 
 
 def test_a_strength_that_leaves_no_step_is_refused():
     with pytest.raises(ConfigError, match=r"strength must be at least 1/steps, here 0\.04.*received 0\.03"):
-        ImageRequest(GenerationConfig(steps=25), "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.03, {}))
+        ImageRequest(
+            GenerationConfig(steps=25), "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.03, image_record())
+        )
 
 
 def test_refining_with_a_model_without_refiner_is_refused():
@@ -406,13 +439,15 @@ def test_refining_with_a_model_without_refiner_is_refused():
         ConfigError,
         match=r"model must be one with a refiner, since refining was asked; received 'nano'. Example: model = \"nano\"",
     ):
-        ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, {}))
+        ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, image_record()))
 
 
 @pytest.mark.parametrize(("handover", "lacking"), [(0.01, "base"), (0.999, "refiner")])
 def test_a_hand_over_that_leaves_a_stage_without_a_step_is_refused(bench, handover, lacking):
-    request = ImageRequest(bench.config.with_(scheduler="dpmpp_2m", refiner=RefinerConfig(handover)), "a cat", 1)
+    request = ImageRequest(
+        bench.config.with_(scheduler="dpmpp_2m", refiner=RefinerConfig(handover=handover)), "a cat", 1
+    )
     if lacking == "base":
-        request = replace(request, config=request.config.with_(scheduler="lcm", refiner=RefinerConfig(0.0001)))
+        request = replace(request, config=request.config.with_(scheduler="lcm", refiner=RefinerConfig(handover=0.0001)))
     with pytest.raises(ConfigError, match=rf"enough that both base and refiner get one \({lacking} has none\)"):
         bench.engine.submit(request).result(60)

@@ -15,14 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_lab.config import ConfigError, GenerationConfig, Limits, ModelRef, RefinerConfig, RuntimeProfile
+from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine as engines
 from sdxl_lab.diffusion.denoising import Trajectory
 from sdxl_lab.diffusion.engine import Engine, EngineStats
-from sdxl_lab.errors import Cancelled, EngineStopped, QueueFull
+from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import ImageError, max_difference, read_watermark
 from sdxl_lab.job import ImageRequest, Job, SourceImage
+from sdxl_lab.record import ImageRecord
 from tests.lab.diffusion.conftest import trajectory_of
+from tests.made import image_record
 
 # Other images in the call move float32 sums by 1e-6 at most; rounded, a pixel may fall to the other side.
 ROUNDING = 1 / 255 + 1e-9
@@ -175,7 +177,7 @@ def test_what_the_last_step_points_to_is_the_final_latent(start, config, schedul
 )
 def test_no_runtime_option_changes_what_is_drawn(nano, options, tolerance, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    config = GenerationConfig(width=64, height=64, steps=4, limits=Limits(side=(64, 512)))
+    config = GenerationConfig(width=64, height=64, steps=4)
     # One number of rows is enough of the compiler, which takes half a minute for each.
     scales = (3.0,) if "compile" in options else (3.0, 1.0)
     asked = [ImageRequest(config.with_(guidance_scale=scale), "a cat", 5) for scale in scales]
@@ -186,7 +188,7 @@ def test_no_runtime_option_changes_what_is_drawn(nano, options, tolerance, tmp_p
             for request, job in zip(asked, jobs, strict=True):
                 assert max_difference(job.result(800).image, nano.draw(request).image) <= tolerance
                 assert trajectory_of(job).latents.dtype == torch.float32
-                assert job.result().record["runtime"].items() >= options.items()
+                assert job.result().record.runtime.items() >= options.items()
     finally:
         torch.set_num_threads(threads)
 
@@ -260,7 +262,7 @@ def test_eight_threads_each_get_their_own_image(start, config):
     asked = requests(config, 8)
     with ThreadPoolExecutor(8) as threads:
         images = list(threads.map(engine.draw, asked))
-    assert [image.record["prompt"] for image in images] == [request.prompt for request in asked]
+    assert [image.record.prompt for image in images] == [request.prompt for request in asked]
     for request, image in zip(asked, images, strict=True):
         assert max_difference(image.image, engine.draw(request).image) <= ROUNDING
     assert len({image.image.tobytes() for image in images}) == 8
@@ -349,14 +351,14 @@ def test_an_unguided_image_takes_one_row(start, config, monkeypatch):
 
 def test_progress_is_honest_through_both_stages(start, config):
     seen = []
-    request = ImageRequest(config.with_(steps=5, refiner=RefinerConfig(0.5)), "a cat", 1)
+    request = ImageRequest(config.with_(steps=5, refiner=RefinerConfig(handover=0.5)), "a cat", 1)
     engine = start()
     job = engine.submit(request, on_step=lambda *step: seen.append(step))
     image = job.result(SECONDS)
     assert seen == [(call, 5) for call in range(1, 6)]
     assert job.progress == (5, 5)
-    assert sum(image.record["unet_calls"].values()) == 5
-    assert set(image.record["unet_calls"]) == {"base", "refiner"}
+    assert sum(image.record.unet_calls.values()) == 5
+    assert set(image.record.unet_calls) == {"base", "refiner"}
 
 
 def test_a_running_image_is_cancelled_within_a_step(start, config):
@@ -503,7 +505,7 @@ def test_a_image_that_fails_fails_alone(start, config, monkeypatch, method):
 def test_a_job_that_cannot_start_fails_alone(start, config):
     engine = start()
     hopeless = ImageRequest(
-        config.with_(scheduler="dpmpp_2m", refiner=RefinerConfig(0.9999)), "no step for the refiner", 1
+        config.with_(scheduler="dpmpp_2m", refiner=RefinerConfig(handover=0.9999)), "no step for the refiner", 1
     )
     job, other = engine.submit(hopeless), engine.submit(ImageRequest(config, "a cat", 1))
     with pytest.raises(ConfigError, match="refiner has none"):
@@ -680,15 +682,51 @@ def test_when_the_thread_fails_everybody_learns_it(start, config, monkeypatch, p
 # --- what an engine refuses, and what it records ---------------------------------------------------------------------
 
 
-def test_a_refiner_that_the_engine_does_not_have_is_refused_at_once(tiny_models, config):
-    profile = RuntimeProfile(device="cpu", dtype="float32")
-    request = ImageRequest(config.with_(refiner=RefinerConfig()), "a cat", 1)
-    with Engine(replace(tiny_models, refiner=None), profile, {}) as engine:
-        with pytest.raises(ConfigError, match="refiner must be left out: the engine's models have no refiner"):
+OTHER_MODELS = {
+    "base": {"base": "nano"},
+    "revision": {"revision": "0" * 40},
+    "vae": {"vae": "nano"},
+    "revision of the vae": {"vae_revision": "0" * 40},
+}
+OTHER_REFINERS = {
+    "refiner": {"refiner": "nano"},
+    "revision of the refiner": {"refiner_revision": "0" * 40},
+}
+
+
+def refined(config):
+    return ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, image_record()))
+
+
+@pytest.mark.parametrize("change", OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_a_request_of_another_model_is_refused_at_once(engine, config, change):
+    asked = config.with_(model=config.model.with_(**change))
+    with pytest.raises(ModelMismatch, match="model must be the one that this engine was loaded for") as caught:
+        engine.submit(ImageRequest(asked, "a cat", 1))
+    assert str(asked.model.to_dict()) in str(caught.value)
+    assert engine.stats().queued == engine.stats().running == 0
+
+
+@pytest.mark.parametrize("change", OTHER_REFINERS.values(), ids=OTHER_REFINERS)
+def test_another_refiner_is_refused_where_the_request_uses_it(engine, config, change):
+    other = config.with_(model=config.model.with_(**change))
+    for request in (ImageRequest(other.with_(refiner=RefinerConfig()), "a cat", 1), refined(other)):
+        with pytest.raises(ModelMismatch, match="loaded for"):
             engine.submit(request)
-        refining = ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, {}))
-        with pytest.raises(ConfigError, match=r"refiner must be left out: .* without a refiner"):
-            engine.submit(refining).result(SECONDS)
+    assert (
+        max_difference(
+            engine.draw(ImageRequest(other, "a cat", 1)).image, engine.draw(ImageRequest(config, "a cat", 1)).image
+        )
+        == 0
+    )
+
+
+def test_a_refiner_that_the_engine_does_not_have_is_refused_at_once(tiny_models, config):
+    alone = replace(tiny_models, refiner=None, ref=tiny_models.ref.with_(refiner=None))
+    with Engine(alone, RuntimeProfile(device="cpu", dtype="float32"), {}) as engine:
+        for request in (ImageRequest(config.with_(refiner=RefinerConfig()), "a cat", 1), refined(config)):
+            with pytest.raises(ModelMismatch, match="loaded for"):
+                engine.submit(request)
         assert engine.healthy
 
 
@@ -696,47 +734,43 @@ def test_the_record_says_all_that_decides_the_pixels(start, config):
     request = ImageRequest(config.with_(scheduler="dpmpp_2m_karras", negative_prompt="blurry"), "a cat", 17)
     image = start().draw(request)
     record = image.record
-    assert GenerationConfig.from_dict(record["config"]) == request.config
-    assert (record["prompt"], record["seed"], record["digest"]) == ("a cat", 17, request.config.digest)
-    assert (record["sampler"], record["negative_prompt"]) == ("DPM++ 2M Karras", "blurry")
-    assert record["scheduler"]["class"] == "DPMSolverMultistepScheduler"
-    assert record["scheduler"]["use_karras_sigmas"] is True
-    assert record["weights"] == {"base": "random"}
-    assert record["runtime"]["dtype"] == "float32"
-    assert set(record["libraries"]) == {"diffusers", "torch", "transformers"}
+    assert (record.config, record.digest) == (request.config, request.config.digest)
+    assert (record.prompt, record.seed, record.config.negative_prompt) == ("a cat", 17, "blurry")
+    assert record.sampler == "DPM++ 2M Karras"
+    assert record.scheduler["class"] == "DPMSolverMultistepScheduler"
+    assert record.scheduler["use_karras_sigmas"] is True
+    assert record.weights == {"base": "random"}
+    assert record.runtime["dtype"] == "float32"
+    assert set(record.libraries) == {"diffusers", "torch", "transformers"}
+    assert (record.source, record.strength, record.id) == (None, None, None)
     assert set(image.timings) == {"queued_ms", "denoise_ms", "total_ms"}
+    assert ImageRecord.read(record.to_dict(), "a test") == record, "it comes back from its file"
 
 
 def test_options_of_one_scheduler_do_not_leak_into_the_next(start, config):
     engine = start()
     names = ("euler", "dpmpp_2m_sde_karras", "dpmpp_2m", "euler")
-    records = [
-        engine.draw(ImageRequest(config.with_(scheduler=name), "a cat", 1)).record["scheduler"] for name in names
-    ]
+    records = [engine.draw(ImageRequest(config.with_(scheduler=name), "a cat", 1)).record.scheduler for name in names]
     assert [record["use_karras_sigmas"] for record in records] == [False, True, False, False]
     assert records[2]["algorithm_type"] == "dpmsolver++"
     assert records[0] == records[3]
 
 
-def test_a_watermark_moves_pixels_and_the_limits_do_not(start, config):
+def test_a_watermark_moves_pixels(start, config):
     engine = start()
     plain = config.with_(width=256, height=256, steps=1)
-    one, marked, limited = (
-        engine.draw(ImageRequest(asked, "a cat", 1)).image
-        for asked in (plain, plain.with_(watermark=True), plain.with_(limits=type(plain.limits)(steps=(1, 2))))
-    )
+    one, marked = (engine.draw(ImageRequest(asked, "a cat", 1)).image for asked in (plain, plain.with_(watermark=True)))
     assert max_difference(one, marked) > 1e-3
-    assert max_difference(one, limited) == 0
     assert read_watermark(marked) != read_watermark(one)
 
 
 def test_another_model_draws_another_image(start, config, lively_model):
-    request = ImageRequest(config.with_(refiner=RefinerConfig(0.5)), "a cat", 1)
+    request = ImageRequest(config.with_(refiner=RefinerConfig(handover=0.5)), "a cat", 1)
     ref = ModelRef(base=str(lively_model / "base"), refiner=str(lively_model / "refiner"))
     profile = RuntimeProfile(device="cpu", dtype="float32")
     with Engine.load(config.with_(model=ref), profile) as other:
         theirs = other.draw(replace(request, config=request.config.with_(model=ref)))
     mine = start().draw(request)
     assert max_difference(mine.image, theirs.image) > 1e-3
-    assert mine.record["digest"] != theirs.record["digest"]
-    assert theirs.record["weights"]["refiner"].startswith("sha256 ")
+    assert mine.record.digest != theirs.record.digest
+    assert theirs.record.weights["refiner"].startswith("sha256 ")

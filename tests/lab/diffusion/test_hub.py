@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from sdxl_lab.config import ModelRef
-from sdxl_lab.diffusion.models import ModelError, load
+from sdxl_lab.diffusion.inventory import ModelError
+from sdxl_lab.diffusion.models import load
 
 ROOT = Path(__file__).parents[3]
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -35,21 +36,21 @@ def unresolved(*asked, **more):
 socket.getaddrinfo = unresolved
 
 from pathlib import Path
-from sdxl_lab.config import GenerationConfig, Limits, ModelRef, RuntimeProfile
+from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import ModelError
+from sdxl_lab.diffusion.inventory import ModelError
 from sdxl_lab.job import ImageRequest
 
 blob, revision, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 
 def draw(**change):
     named = {"base": "org/tiny", "revision": revision, "refiner": "org/tiny-refiner", "refiner_revision": revision}
-    sizes = {"width": 64, "height": 64, "limits": Limits(side=(64, 512))}
+    sizes = {"width": 64, "height": 64}
     config = GenerationConfig(model=ModelRef(**named | change), steps=2, **sizes)
     try:
         with Engine.load(config, RuntimeProfile(device="cpu", dtype="float32")) as engine:
             image = engine.submit(ImageRequest(config, "a cat", seed=1)).result()
-            return {"size": image.image.size, "weights": image.record["weights"]}
+            return {"size": image.image.size, "weights": image.record.weights}
     except ModelError as error:
         return str(error)
 

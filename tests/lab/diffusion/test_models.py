@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile
+from sdxl_lab.config import ModelRef, RuntimeProfile
 from sdxl_lab.diffusion import models
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import ModelError, identity, load, placement
+from sdxl_lab.diffusion.inventory import ModelError, identity
+from sdxl_lab.diffusion.models import Prompt, load, placement
 
 CPU = RuntimeProfile(device="cpu", dtype="float32")
 
@@ -159,14 +161,15 @@ def test_noise_levels_are_those_of_sdxl(tiny_models):
 
 
 def test_without_a_negative_prompt_the_base_gets_zeros_and_the_refiner_the_empty_prompt(tiny_models):
-    assert not tiny_models.base.embed_negative(None).hidden.any()
-    assert tiny_models.base.embed_negative("").hidden.any()
-    assert torch.equal(tiny_models.refiner.embed_negative(None).hidden, tiny_models.refiner.embed("").hidden)
+    base, refiner = tiny_models.base, tiny_models.refiner
+    assert not base.embed(Prompt(None)).hidden.any()
+    assert base.embed(Prompt("")).hidden.any()
+    assert torch.equal(refiner.embed(Prompt(None)).hidden, refiner.embed(Prompt("")).hidden)
 
 
 @pytest.mark.parametrize("prompt", ["x" * 2000, "日本 🐈 é", " ", "a cat " * 300])
 def test_any_text_becomes_an_embedding_of_77_tokens(tiny_models, prompt):
-    found = tiny_models.base.embed(prompt)
+    found = tiny_models.base.embed(Prompt(prompt))
     assert found.hidden.shape[:2] == (1, 77)
     assert torch.isfinite(found.hidden).all()
 
@@ -190,7 +193,7 @@ def test_a_vae_with_channel_statistics_encodes_and_decodes_as_diffusers_does(tin
 
     base = StableDiffusionXLPipeline.from_pretrained(tiny_model / "base", variant="fp16", dtype=torch.float32)
     base.vae.register_to_config(latents_mean=[0.5, -0.3, 0.1, 0.0], latents_std=[2.0, 0.5, 1.5, 1.0])
-    mine = models.Models(tiny_models.base, None, base.vae, torch.device("cpu"), torch.float32, tiny_models.latent_rgb)
+    mine = replace(tiny_models, refiner=None, vae=base.vae)
     pipe = StableDiffusionXLImg2ImgPipeline(**base.components)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     theirs = pipe.prepare_latents(
@@ -238,10 +241,6 @@ def test_weights_in_pickles_are_not_unpickled(copied):
 def test_the_folder_that_holds_a_model_names_its_vae(tiny_model):
     own, named = (load(ref(tiny_model, refiner=None, vae=vae), CPU) for vae in (None, str(tiny_model)))
     assert all(torch.equal(a, b) for a, b in zip(own.vae.parameters(), named.vae.parameters(), strict=True))
-    assert (
-        identity(ref(tiny_model, vae=str(tiny_model)))["vae"]
-        == identity(ModelRef(str(tiny_model / "base/vae")))["base"]
-    )
 
 
 def test_the_clip_beside_a_model_scores_a_image(tiny_model):
@@ -253,29 +252,6 @@ def test_the_clip_beside_a_model_scores_a_image(tiny_model):
     pixels = CLIPImageProcessorPil.from_pretrained(folder)(Image.new("RGB", (64, 64)), return_tensors="pt")
     with torch.no_grad():
         assert clip(**words, **pixels).logits_per_image.shape == (1, 2)
-
-
-# --- identity --------------------------------------------------------------------------------------------------------
-
-
-def test_the_identity_names_the_bytes_or_the_revision(copied):
-    before = identity(ref(copied))
-    assert set(before) == {"base", "refiner"}
-    assert all(value.startswith("sha256 ") and len(value) == 71 for value in before.values())
-    (copied / "base/model_index.json").write_text("{}")
-    assert identity(ref(copied)) == before, "only weights count"
-    path = copied / "base/unet/diffusion_pytorch_model.fp16.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    assert identity(ref(copied))["base"] != before["base"]
-    assert identity(ref(copied))["refiner"] == before["refiner"]
-
-
-def test_the_identity_of_a_hub_model_is_its_revision():
-    found = identity(GenerationConfig.for_model("sdxl").model)
-    assert found["base"] == "revision 462165984030d82259a11f4367a4eed129e94a7b"
-    assert set(found) == {"base", "refiner", "vae"}
 
 
 def test_a_folder_with_base_and_refiner_is_a_model(tiny_model, tiny_config):

@@ -2,15 +2,15 @@
 works for the miniature only."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench.truesize import TextlessDenoiser, random_unet
-from sdxl_lab.config import GenerationConfig, Limits, RuntimeProfile
+from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import Models
 from sdxl_lab.job import ImageRequest
 from tests.lab.diffusion.conftest import trajectory_of
 
@@ -32,8 +32,8 @@ def unet():
 def test_the_true_unet_takes_two_steps_in_the_engine(unet, tiny_models):
     assert sum(weight.numel() for weight in unet.parameters()) == 2_567_463_684
     base = TextlessDenoiser(unet, (), (), tiny_models.base.scheduler_config, zero_negative=True, aesthetic=False)
-    models = Models(base, None, tiny_models.vae, torch.device("cpu"), torch.bfloat16, tiny_models.latent_rgb)
-    config = GenerationConfig(width=128, height=128, steps=2, limits=Limits(side=(64, 512)))
+    models = replace(tiny_models, base=base, refiner=None, dtype=torch.bfloat16, ref=GenerationConfig().model)
+    config = GenerationConfig(width=128, height=128, steps=2)
     with Engine(models, RuntimeProfile(device="cpu", dtype="bfloat16"), {"base": "random"}) as engine:
         asked = [
             ImageRequest(config, "a cat", 1),

@@ -9,7 +9,7 @@ import torch
 
 from sdxl_lab.config import FEWER_STEPS, MAX_STEPS
 from sdxl_lab.diffusion import schedulers
-from sdxl_lab.diffusion.models import NANO
+from sdxl_lab.diffusion.inventory import NANO
 
 PRISTINE = json.loads((NANO / "base" / "scheduler" / "scheduler_config.json").read_text())  # SDXL's own
 

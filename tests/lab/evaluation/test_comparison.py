@@ -1,4 +1,4 @@
-"""A comparison: the same prompts and seeds for both, measured, judged, and written down as plain values."""
+"""A comparison: the same prompts and seeds for both, measured, findings, and written down as plain values."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,9 @@ from sdxl_lab.evaluation.gates import DEFAULT_GATES, Gate, GateError
 from sdxl_lab.evaluation.metrics import MetricError
 from sdxl_lab.images import max_difference
 from sdxl_lab.job import ImageRequest, SourceImage
-from sdxl_lab.release.slot import EVIDENCE_FIELDS, load_slot, promote
+from sdxl_lab.release.promote import promote
+from sdxl_lab.release.records import Findings
+from sdxl_lab.release.slot import load_slot
 
 FIVE = ("a cat", "a dog", "a red hat", "a blue boat", "a tree")
 PLAN = ComparisonPlan(
@@ -28,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("at_hand", "clean_tree")
 @pytest.fixture
 def slot(tiny_config, tmp_path) -> Path:
     found = compare(tiny_config, tmp_path / "slot", PLAN, FLOAT32)
-    promote(tiny_config, tmp_path / "slot", images=found.goldens, why="w", who="Ada", evidence=found.evidence())
+    promote(tiny_config, tmp_path / "slot", images=found.goldens, why="w", who="Ada", findings=found.findings())
     return tmp_path / "slot"
 
 
@@ -37,12 +39,12 @@ def test_both_draw_the_same_prompts_and_seeds_in_the_plans_order(tiny_config, sl
     found = compare(candidate, slot, PLAN, FLOAT32)
     assert PLAN.pairs == [(prompt, seed) for prompt in FIVE for seed in (3, 4)]
     for images, config in ((found.images, candidate), (found.served_images, tiny_config)):
-        assert [(p.record["prompt"], p.record["seed"]) for p in images] == PLAN.pairs
-        assert {p.record["digest"] for p in images} == {config.digest}
+        assert [(p.record.prompt, p.record.seed) for p in images] == PLAN.pairs
+        assert {p.record.digest for p in images} == {config.digest}
     np.testing.assert_array_equal(found.values["unet_rows"], np.full(10, 6.0))
     np.testing.assert_array_equal(found.served_values["unet_rows"], np.full(10, 8.0))
     assert found.passed
-    assert [(golden.record["prompt"], golden.record["seed"]) for golden in found.goldens] == [
+    assert [(golden.record.prompt, golden.record.seed) for golden in found.goldens] == [
         ("a cat", 3),
         ("a dog", 3),
     ]
@@ -61,52 +63,52 @@ def test_the_first_seed_of_each_prompt_is_shown_beside_what_is_served(tiny_confi
     assert new.panels[1][1] == new.images[2].image
 
 
-def test_what_was_judged_is_plain_and_complete(tiny_config, slot):
-    evidence = compare(tiny_config.with_(steps=5), slot, PLAN, FLOAT32).evidence({"file": "04_promote.ipynb"})
-    assert evidence == json.loads(json.dumps(evidence, allow_nan=False))
-    assert set(EVIDENCE_FIELDS) <= evidence.keys()
-    assert evidence["replaces"] == tiny_config.digest
-    assert evidence["notebook"] == {"file": "04_promote.ipynb"}
-    assert (evidence["commit"], evidence["dirty"]) == ("c0ffee", False)
-    assert evidence["prompts"] == list(FIVE)
-    rows = evidence["metrics"]["unet_rows"]
+def test_what_was_found_is_plain_and_complete(tiny_config, slot):
+    found = compare(tiny_config.with_(steps=5), slot, PLAN, FLOAT32).findings({"file": "04_promote.ipynb"})
+    findings = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert Findings.read(findings, "a test") == found
+    assert findings["replaces"] == tiny_config.digest
+    assert findings["notebook"] == {"file": "04_promote.ipynb"}
+    assert (findings["commit"], findings["dirty"]) == ("c0ffee", False)
+    assert findings["prompts"] == list(FIVE)
+    rows = findings["metrics"]["unet_rows"]
     assert rows["candidate"] == {"mean": 10.0, "low": 10.0, "high": 10.0, "count": 5}
     assert rows["difference"] == {"mean": 2.0, "low": 2.0, "high": 2.0, "count": 5}
     assert rows["values"] == [10.0] * 10
-    sharpness = evidence["metrics"]["sharpness"]
+    sharpness = findings["metrics"]["sharpness"]
     assert sharpness["candidate"]["low"] < sharpness["candidate"]["mean"] < sharpness["candidate"]["high"]
-    assert [gate["passed"] for gate in evidence["gates"]] == [False]
-    assert evidence["libraries"].keys() == {"torch", "diffusers", "transformers"}
+    assert [gate["passed"] for gate in findings["gates"]] == [False]
+    assert findings["libraries"].keys() == {"torch", "diffusers", "transformers"}
 
 
-def test_a_promotion_keeps_what_was_judged(tiny_config, slot):
+def test_a_promotion_keeps_what_was_found(tiny_config, slot):
     found = compare(tiny_config.with_(steps=3), slot, PLAN, FLOAT32)
-    evidence = found.evidence()
-    promote(found.candidate, slot, images=found.goldens, why="less work", who="Ada", evidence=evidence)
-    kept = load_slot(slot).evidence
-    assert {name: kept[name] for name in evidence if name != "goldens"} == {
-        name: value for name, value in evidence.items() if name != "goldens"
-    }
-    assert kept["model"] == tiny_config.model.to_dict()
+    findings = found.findings()
+    promote(found.candidate, slot, images=found.goldens, why="less work", who="Ada", findings=findings)
+    evidence = load_slot(slot).evidence
+    for name in type(findings).model_fields:
+        if name != "goldens":
+            assert getattr(evidence, name) == getattr(findings, name), name
+    assert evidence.model == tiny_config.model
 
 
 def test_a_new_slot_is_tried_against_nothing(tiny_config, tmp_path):
     plan = ComparisonPlan(prompts=("a cat",), seeds=(1,), metrics=("sharpness",))
     found = compare(tiny_config, tmp_path / "new", plan, FLOAT32)
-    evidence = found.evidence()
-    assert (found.served, found.served_images, evidence["replaces"]) == (None, (), None)
-    assert evidence["gates"] == [
-        {"gate": str(g), "passed": True, "figures": "nothing is served yet"} for g in DEFAULT_GATES
+    findings = found.findings()
+    assert (found.served, found.served_images, findings.replaces) == (None, (), None)
+    assert [(gate.gate, gate.passed, gate.figures) for gate in findings.gates] == [
+        (str(gate), True, "nothing is served yet") for gate in DEFAULT_GATES
     ]
-    assert evidence["metrics"]["sharpness"]["candidate"]["low"] is None, "one image has no interval"
-    assert evidence["metrics"]["sharpness"]["difference"] is None
+    assert findings.metrics["sharpness"].candidate.low is None, "one image has no interval"
+    assert findings.metrics["sharpness"].difference is None
 
 
 def test_models_that_differ_are_each_drawn_with_their_own(tiny_model, tiny_config, slot):
     alone = tiny_config.with_(model=ModelRef(base=str(tiny_model / "base")))
     found = compare(alone, slot, PLAN, FLOAT32)
-    assert "refiner" not in found.images[0].record["weights"]
-    assert "refiner" in found.served_images[0].record["weights"]
+    assert "refiner" not in found.images[0].record.weights
+    assert "refiner" in found.served_images[0].record.weights
     assert max_difference(found.images[0].image, found.served_images[0].image) == 0
 
 
@@ -123,7 +125,7 @@ def test_images_are_scored_by_the_clip_that_comes_with_their_model(tiny_model, t
     assert clip_of(tiny_config.model) == clip_of(ModelRef.named(str(tiny_model))) == str(tiny_model / "clip")
     assert clip_of(ModelRef.named("sdxl")) == "openai/clip-vit-large-patch14"
     plan = ComparisonPlan(prompts=("a cat",), seeds=(1,), metrics=("sharpness",), gates=())
-    assert compare(tiny_config, tmp_path / "new", plan, FLOAT32).evidence()["clip"] == str(tiny_model / "clip")
+    assert compare(tiny_config, tmp_path / "new", plan, FLOAT32).findings().clip == str(tiny_model / "clip")
 
 
 # --- the plan ------------------------------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ def test_a_plan_file_that_is_none_is_refused(tmp_path, content):
 
 
 def test_a_candidate_is_a_file_of_settings_or_a_image(tiny_config, tmp_path):
-    config = tiny_config.with_(steps=2, refiner=RefinerConfig(0.5))
+    config = tiny_config.with_(steps=2, refiner=RefinerConfig(handover=0.5))
     (tmp_path / "config.toml").write_text(config.to_toml())
     (image,) = comparison.draw([ImageRequest(config, "a cat", 1)], FLOAT32)
     image.save(tmp_path / "image.png")
@@ -182,7 +184,7 @@ def test_a_candidate_is_a_file_of_settings_or_a_image(tiny_config, tmp_path):
 
 def test_an_image_refined_from_another_is_no_candidate(tiny_config, tmp_path):
     (image,) = comparison.draw([ImageRequest(tiny_config, "a cat", 1)], FLOAT32)
-    source = SourceImage(image.image, 0.5, dict(image.record))
+    source = SourceImage(image.image, 0.5, image.record)
     (refined,) = comparison.draw([ImageRequest(tiny_config, "a cat", 1, source)], FLOAT32)
     refined.save(tmp_path / "refined.png")
     with pytest.raises(ConfigError, match="candidate must be an image drawn from a prompt alone"):

@@ -15,6 +15,7 @@ from sdxl_lab.evaluation.metrics import METRICS, MetricError, clip_score, find_m
 from sdxl_lab.evaluation.statistics import paired
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import ImageRequest
+from tests.made import image_record
 
 REFERENCED = [name for name, metric in METRICS.items() if metric.needs_reference]
 
@@ -22,7 +23,7 @@ REFERENCED = [name for name, metric in METRICS.items() if metric.needs_reference
 def generated(pixels, prompt="a red cat", **record):
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.asarray(pixels, dtype=np.uint8))
     return GeneratedImage(
-        image, {"prompt": prompt, **record}, {"queued_ms": 500.0, "denoise_ms": 1500.0, "total_ms": 2100.0}
+        image, image_record(prompt=prompt, **record), {"queued_ms": 500.0, "denoise_ms": 1500.0, "total_ms": 2100.0}
     )
 
 
@@ -186,7 +187,7 @@ def test_the_clip_score_is_a_hundred_times_the_cosine_that_transformers_gives():
     import torch
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-    from sdxl_lab.diffusion.models import NANO
+    from sdxl_lab.diffusion.inventory import NANO
 
     images = [
         generated(scene(seed), prompt) for seed, prompt in enumerate(["a red cat", "a blue boat on a red ground"])
@@ -195,7 +196,7 @@ def test_the_clip_score_is_a_hundred_times_the_cosine_that_transformers_gives():
     model = CLIPModel.from_pretrained(NANO / "clip", variant="fp16", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(NANO / "clip")
     pixels = CLIPImageProcessorPil.from_pretrained(NANO / "clip")([p.image for p in images], return_tensors="pt")
-    ids = tokenizer([p.record["prompt"] for p in images], padding="max_length", max_length=77, return_tensors="pt")
+    ids = tokenizer([p.record.prompt for p in images], padding="max_length", max_length=77, return_tensors="pt")
     with torch.no_grad():
         logits = model(input_ids=ids.input_ids, pixel_values=pixels.pixel_values).logits_per_image
         expected = 100 * logits.diagonal() / model.logit_scale.exp()

@@ -12,8 +12,9 @@ import pytest
 
 from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.errors import Cancelled
+from sdxl_lab.errors import Cancelled, ModelMismatch
 from sdxl_lab.images import max_difference, open_image, read_record
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.notebook.explorer import Explorer
 from sdxl_lab.notebook.form import FormError
 
@@ -39,20 +40,20 @@ def click_generate(explorer: Explorer) -> None:
 
 def set_(explorer: Explorer, **values: object) -> None:
     for name, value in values.items():
-        explorer.panel.controls[name].value = value
+        explorer.panel.controls[name.replace("__", ".")].value = value
 
 
 def test_generate_draws_what_the_controls_say(explorer: Explorer) -> None:
-    set_(explorer, prompt="a red cat", scheduler="heun", steps=3, seed="12", refiner=True, handover=0.5)
+    set_(explorer, prompt="a red cat", scheduler="heun", steps=3, seed="12", refiner=True, refiner__handover=0.5)
     click_generate(explorer)
     (drawn,) = explorer.history
     assert (drawn.prompt, drawn.seed, drawn.config.scheduler, drawn.config.steps) == ("a red cat", 12, "heun", 3)
     assert drawn.config.refiner == RefinerConfig(handover=0.5)
     shown = bytes(explorer.panel.image.value)
     assert max_difference(open_image(shown), drawn.image) == 0
-    assert read_record(shown)["digest"] == drawn.config.digest
+    assert read_record(shown).digest == drawn.config.digest
     assert "Done in" in explorer.panel.status.value
-    for text in ("#1: a red cat", "heun, 3 steps, guidance 5", "seed 12", "refiner at 0.5", drawn.config.digest):
+    for text in ("#1: a red cat", "heun, 3 steps, guidance 5", "seed 12", "refiner at 0.5", drawn.config.short_digest):
         assert text in explorer.panel.caption.value
     assert len(explorer.panel.strip.children) == 1
 
@@ -113,10 +114,10 @@ def test_stop_with_nothing_to_stop_says_so(explorer: Explorer) -> None:
 
 
 def test_a_bad_value_stays_and_is_told_beside_its_control(explorer: Explorer) -> None:
-    set_(explorer, steps=0, prompt="a house", refiner=True, handover=1.5)
+    set_(explorer, steps=0, prompt="a house", refiner=True, refiner__handover=1.5)
     wrong = explorer.panel.wrong
     assert "steps must be a whole number from 1 to 1000; received 0" in wrong["steps"].value
-    assert "handover must be a number above 0 and below 1; received 1.5" in wrong["handover"].value
+    assert "handover must be a number above 0 and below 1; received 1.5" in wrong["refiner.handover"].value
     assert not wrong["prompt"].value
     explorer.panel.generate.click()
     assert explorer._watcher is None
@@ -124,13 +125,13 @@ def test_a_bad_value_stays_and_is_told_beside_its_control(explorer: Explorer) ->
     assert (explorer.panel.controls["steps"].value, explorer.panel.controls["prompt"].value) == (0, "a house")
     with pytest.raises(FormError, match="steps must be"):
         explorer.draw()
-    set_(explorer, steps=2, handover=0.5)
+    set_(explorer, steps=2, refiner__handover=0.5)
     assert not any(each.value for each in wrong.values())
-    assert explorer.config.digest in explorer.panel.digest.value
+    assert explorer.config.short_digest in explorer.panel.digest.value
 
 
 def test_what_only_the_engine_can_refuse_is_told_at_the_control_too(explorer: Explorer) -> None:
-    set_(explorer, steps=1, refiner=True, handover=0.99)
+    set_(explorer, steps=1, refiner=True, refiner__handover=0.99)
     click_generate(explorer)
     assert "enough that both base and refiner get one" in explorer.panel.wrong["steps"].value
     assert "enough that both base and refiner get one" in explorer.panel.status.value
@@ -260,3 +261,15 @@ def test_closing_stops_the_drawing_and_ends_the_thread(explorer: Explorer) -> No
     assert not [thread for thread in threading.enumerate() if thread.name == "explore"]
     assert explorer.engine.healthy
     explorer.close()  # again does no harm
+
+
+def test_an_image_of_another_model_is_refused_and_not_drawn_under_its_name(
+    explorer: Explorer, tiny_config: GenerationConfig
+) -> None:
+    other = tiny_config.model.with_(base="nano")
+    with pytest.raises(ModelMismatch, match=r"loaded for, .*received \{'base': 'nano'"):
+        explorer.generate(model=other)
+    explorer.use(ImageRequest(tiny_config.with_(model=other), "a cat", 1))
+    explorer.panel.generate.click()
+    assert "loaded for" in explorer.panel.digest.value
+    assert explorer.history == []

@@ -6,7 +6,7 @@ import pytest
 
 from sdxl_lab.config import MAX_SEED, GenerationConfig, ModelRef, RefinerConfig
 from sdxl_lab.job import ImageRequest
-from sdxl_lab.notebook.form import FormError, differences, next_seed, request_of, settings, values_of
+from sdxl_lab.notebook.form import FormError, controls, differences, next_seed, request_of, settings, values_of
 
 PLAIN = GenerationConfig()
 RICH = GenerationConfig(
@@ -18,29 +18,52 @@ RICH = GenerationConfig(
     width=320,
     height=264,
     negative_prompt="blurry",
-    refiner=RefinerConfig(0.7, 6.5, 2.0),
+    refiner=RefinerConfig(handover=0.7, aesthetic_score=6.5, negative_aesthetic_score=2.0),
 )
-HIDDEN = PLAIN.with_(original_size=(512, 512), crop=(8, 16), target_size=(264, 320), watermark=True)
+SIZED = PLAIN.with_(original_size=(512, 512), crop=(8, 16), target_size=(264, 320), watermark=True)
 
 
-@pytest.mark.parametrize("config", [PLAIN, RICH, HIDDEN, PLAIN.with_(negative_prompt="")])
+@pytest.mark.parametrize(
+    "config", [PLAIN, RICH, SIZED, PLAIN.with_(negative_prompt=""), PLAIN.with_(negative_prompt="none")]
+)
 def test_the_controls_give_back_the_job_they_were_filled_from(config: GenerationConfig) -> None:
     request = ImageRequest(config, "A cat in a hat", MAX_SEED)
     assert request_of(values_of(request), config) == request
 
 
 def test_what_no_control_shows_comes_from_the_start() -> None:
-    assert request_of(values_of(ImageRequest(RICH, "a boat", 1)), HIDDEN).config == RICH.with_(
-        original_size=(512, 512), crop=(8, 16), target_size=(264, 320), watermark=True
+    other = ModelRef(base="some/base", refiner="some/refiner")
+    assert request_of(values_of(ImageRequest(RICH, "a boat", 1)), SIZED.with_(model=other)).config == RICH.with_(
+        model=other
     )
+
+
+def test_every_setting_but_the_model_has_its_controls() -> None:
+    shown = {control.setting.name for control in controls().values()}
+    assert shown == {name for name in GenerationConfig.settings() if not name.startswith("model")} | {"prompt", "seed"}
+    names = [name for name in controls() if name.startswith(("guidance_interval", "crop", "refiner"))]
+    assert names == [
+        "guidance_interval",
+        "guidance_interval.low",
+        "guidance_interval.high",
+        "crop.top",
+        "crop.left",
+        "refiner",
+        "refiner.handover",
+        "refiner.aesthetic_score",
+        "refiner.negative_aesthetic_score",
+    ]
+    assert {name: controls()[name].under for name in names} == {
+        name: None if "." not in name or name.startswith("crop") else name.split(".")[0] for name in names
+    }
 
 
 def test_switched_off_controls_do_not_count() -> None:
     values = values_of(ImageRequest(RICH, "a boat", 1)) | {
-        "interval": False,
-        "interval_low": -1,
+        "guidance_interval": False,
+        "guidance_interval.low": -1,
         "refiner": False,
-        "handover": 9,
+        "refiner.handover": 9,
     }
     config = request_of(values, RICH).config
     assert (config.guidance_interval, config.refiner) == (None, None)
@@ -54,8 +77,14 @@ BAD = [
     ({"width": 250}, "width", "a multiple of 8 from 64 to 4096 (pixels); received 250"),
     ({"seed": "seven"}, "seed", "seed must be a whole number from 0 to 9223372036854775807; received 'seven'"),
     ({"seed": "-1"}, "seed", "received -1"),
-    ({"interval": True, "interval_low": 6.0}, "interval", "or left out; received (6.0, 5.42)"),
-    ({"refiner": True, "handover": 1.0}, "handover", "a number above 0 and below 1; received 1.0"),
+    (
+        {"guidance_interval": True, "guidance_interval.low": 6.0},
+        "guidance_interval",
+        "or left out; received (6.0, 5.42)",
+    ),
+    ({"crop.left": -8}, "crop.top", "each a whole number from 0 to 8192 (pixels); received (0, -8)"),
+    ({"refiner": True, "refiner.handover": 1.0}, "refiner.handover", "above 0 and below 1; received 1.0"),
+    ({"watermark": True, "width": 64}, "watermark", "false below 256x256 pixels"),
     ({"negative_prompt": "x" * 2001}, "negative_prompt", "text of 0 to 2000 characters"),
 ]
 
@@ -73,15 +102,15 @@ def test_all_errors_come_at_once() -> None:
         "prompt": "",
         "steps": 0,
         "refiner": True,
-        "handover": 2,
+        "refiner.handover": 2,
     }
     with pytest.raises(FormError) as caught:
         request_of(values, PLAIN)
-    assert set(caught.value.errors) == {"prompt", "steps", "handover"}
+    assert set(caught.value.errors) == {"prompt", "steps", "refiner.handover"}
 
 
 def test_a_refiner_that_the_model_lacks_is_refused() -> None:
-    start = GenerationConfig(model=ModelRef("some/base"))
+    start = GenerationConfig(model=ModelRef(base="some/base"))
     with pytest.raises(FormError, match="has no refiner") as caught:
         request_of(values_of(ImageRequest(start, "a boat", 1)) | {"refiner": True}, start)
     assert list(caught.value.errors) == ["refiner"]

@@ -9,8 +9,9 @@ from PIL import Image
 from sdxl_lab.config import GenerationConfig
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.job import ImageRequest
-from sdxl_lab.notebook.form import values_of
-from sdxl_lab.notebook.widgets import SHOWN, Drawn, Panel
+from sdxl_lab.notebook.form import controls, values_of
+from sdxl_lab.notebook.widgets import SHOWN, HistoryEntry, Panel
+from tests.made import image_record
 
 JOB = ImageRequest(GenerationConfig(), 'a <b>"cat"</b>', 7)
 
@@ -22,33 +23,73 @@ def panel() -> Iterator[Panel]:
     panel.close()
 
 
-def drawn(number: int, width: int = 64) -> Drawn:
-    return Drawn(
-        number, JOB, GeneratedImage(Image.new("RGB", (width, 64), (number, 0, 0)), {"prompt": ""}, {"total_ms": 1.0})
+def drawn(number: int, width: int = 64) -> HistoryEntry:
+    return HistoryEntry(
+        number, JOB, GeneratedImage(Image.new("RGB", (width, 64), (number, 0, 0)), image_record(), {"total_ms": 1.0})
     )
 
 
 def test_the_panel_has_a_control_for_every_value_of_the_form(panel: Panel) -> None:
-    assert panel.controls.keys() == values_of(JOB).keys() | {"policy"}
+    assert panel.controls.keys() == values_of(JOB).keys() | {"policy"} == controls().keys() | {"policy"}
     panel.fill(values_of(JOB))
     assert panel.values() == values_of(JOB) | {"policy": "fixed"}
     assert all(control.description for control in panel.controls.values())
+    assert all(panel.controls[name].tooltip.startswith(control.setting.help) for name, control in controls().items())
+
+
+KINDS = {
+    "prompt": ipywidgets.Textarea,
+    "seed": ipywidgets.Text,  # a browser's numbers end at 2^53
+    "scheduler": ipywidgets.Dropdown,
+    "steps": ipywidgets.IntText,
+    "guidance_scale": ipywidgets.FloatText,
+    "guidance_interval": ipywidgets.Checkbox,
+    "guidance_interval.low": ipywidgets.FloatText,
+    "crop.top": ipywidgets.IntText,
+    "refiner.handover": ipywidgets.FloatText,
+    "watermark": ipywidgets.Checkbox,
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_control_is_made_by_the_kind_of_its_value(panel: Panel, name: str) -> None:
+    assert type(panel.controls[name]) is KINDS[name]
+
+
+def test_every_control_stands_on_the_panel_once(panel: Panel) -> None:
+    def inside(widget: ipywidgets.Widget) -> list:
+        return [widget, *(found for child in getattr(widget, "children", ()) for found in inside(child))]
+
+    places = [id(widget) for widget in inside(panel.view)]
+    assert {name: places.count(id(control)) for name, control in panel.controls.items()} == dict.fromkeys(
+        panel.controls, 1
+    )
+    assert len(places) == len(set(places))
 
 
 def test_controls_of_what_is_switched_off_are_hidden(panel: Panel) -> None:
     panel.fill(values_of(JOB))
     panel.switch()
-    assert [row.layout.display for row in panel.rows.values()] == ["none", "none"]
+    assert {row.layout.display for row in panel.rows.values()} == {"none"}
     panel.controls["refiner"].value = True
     panel.switch()
-    assert {name: row.layout.display for name, row in panel.rows.items()} == {"interval": "none", "refiner": None}
+    assert [name for name, row in panel.rows.items() if row.layout.display is None] == ["refiner"]
+    assert {"guidance_interval", "refiner", "original_size"} <= panel.rows.keys()
 
 
 def test_errors_without_a_control_stand_below_the_buttons(panel: Panel) -> None:
-    panel.tell({"watermark": "watermark must be false", "steps": "steps must be 1"}, "config 123")
-    assert "watermark must be false" in panel.digest.value
+    panel.tell({"model": "model must be nano", "steps": "steps must be 1"}, "config 123")
+    assert "model must be nano" in panel.digest.value
     assert "config 123" not in panel.digest.value
     assert "steps must be 1" in panel.wrong["steps"].value
+
+
+def test_an_error_of_a_folded_setting_unfolds_it(panel: Panel) -> None:
+    panel.tell({"steps": "steps must be 1"}, "")
+    assert panel.more.selected_index is None
+    panel.tell({"watermark": "watermark must be false"}, "")
+    assert panel.more.selected_index == 0
+    assert "watermark must be false" in panel.wrong["watermark"].value
 
 
 def test_a_prompt_is_text_and_never_markup(panel: Panel) -> None:

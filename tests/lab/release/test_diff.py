@@ -1,27 +1,30 @@
 """What differs between two configurations, and the table that a pull request shows."""
 
-from sdxl_lab.config import GenerationConfig, RefinerConfig
+from sdxl_lab.config import GenerationConfig, RefinerConfig, ServingLimits
 from sdxl_lab.release.diff import changed_fields, difference_table
+from tests.made import findings
 
 BEFORE = GenerationConfig(negative_prompt="a | b\nc")
-AFTER = BEFORE.with_(steps=20, refiner=RefinerConfig(0.7), negative_prompt=None)
-EVIDENCE = {
-    "prompts": ["a"] * 8,
-    "seeds": [0, 1],
-    "metrics": {
+AFTER = BEFORE.with_(steps=20, refiner=RefinerConfig(handover=0.7), negative_prompt=None)
+SOURCE = {"source": "a paper", "values": [0.5] * 16}
+FINDINGS = findings(
+    prompts=list("abcdefgh"),
+    seeds=[0, 1],
+    metrics={
         "clip_score": {
             "better": "higher",
-            "served": {"mean": 68.981},
-            "candidate": {"mean": 70.0},
-            "difference": {"mean": 1.019, "low": -0.2, "high": 2.1},
+            "served": {"mean": 68.981, "low": 68.0, "high": 70.0, "count": 8},
+            "candidate": {"mean": 70.0, "low": 69.0, "high": 71.0, "count": 8},
+            "difference": {"mean": 1.019, "low": -0.2, "high": 2.1, "count": 8},
+            **SOURCE,
         },
-        "contrast": {"better": None, "served": None, "candidate": {"mean": 0.5}, "difference": None},
+        "contrast": {"candidate": {"mean": 0.5, "count": 1}, **SOURCE},
     },
-    "gates": [
+    gates=[
         {"gate": "clip_score: at most 1 worse", "passed": True, "figures": "improvement 1"},
         {"gate": "clip_score: better", "passed": False, "figures": "improvement 1"},
     ],
-}
+)
 
 
 def test_what_differs_is_named_field_by_field():
@@ -37,9 +40,9 @@ def test_what_differs_is_named_field_by_field():
 
 def test_the_table_is_markdown_for_a_pull_request():
     assert (
-        difference_table(BEFORE, AFTER, EVIDENCE)
+        difference_table(BEFORE, AFTER, FINDINGS)
         == f"""\
-### `{BEFORE.digest}` → `{AFTER.digest}`
+### `{BEFORE.short_digest}` → `{AFTER.short_digest}`
 
 | setting | served | candidate |
 | --- | --- | --- |
@@ -67,5 +70,13 @@ def test_the_table_is_markdown_for_a_pull_request():
 def test_equal_settings_and_a_new_slot_say_so():
     assert "The settings are the same." in difference_table(BEFORE, BEFORE)
     fresh = difference_table(None, AFTER)
-    assert fresh.startswith(f"### a new slot → `{AFTER.digest}`")
+    assert fresh.startswith(f"### a new slot → `{AFTER.short_digest}`")
     assert "| `steps` | – | 20 |" in fresh
+
+
+def test_limits_that_change_are_shown():
+    limits = ServingLimits(), ServingLimits(steps=(1, 50))
+    table = difference_table(BEFORE, BEFORE, limits=limits)
+    assert "| `serving.steps` | [1, 100] | [1, 50] |" in table
+    assert "serving.side" not in table
+    assert "The settings are the same." in difference_table(BEFORE, BEFORE, limits=(limits[0], limits[0]))

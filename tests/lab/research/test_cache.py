@@ -1,6 +1,6 @@
 """Cells are drawn once, whole or not at all, and measured without being drawn again."""
 
-import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig, RuntimeProfile
+from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.diffusion.inventory import ModelError, identity
 from sdxl_lab.errors import EngineStopped
 from sdxl_lab.evaluation.metrics import METRICS, Metric
 from sdxl_lab.images import ImageError, max_difference
@@ -33,7 +34,7 @@ def pixels(store: ImageCache, cell: Cell) -> np.ndarray:
 
 DECIDES = {
     "a field": lambda cell: replace(cell, config=cell.config.with_(guidance_scale=2.5)),
-    "a field of the refiner": lambda cell: replace(cell, config=cell.config.with_(refiner=RefinerConfig(0.7))),
+    "a field of the refiner": lambda cell: replace(cell, config=cell.config.with_(refiner=RefinerConfig(handover=0.7))),
     "the prompt": lambda cell: replace(cell, prompt="A cat in a pink hat"),
     "the seed": lambda cell: replace(cell, seed=1),
 }
@@ -91,7 +92,7 @@ def test_a_cell_is_the_image_that_the_engine_draws(
     store.complete([cell])
     kept, alone = store.image(store.key(cell)), engine.draw(cell.request)
     assert max_difference(kept.image, alone.image) <= 1 / 255
-    assert kept.record == json.loads(json.dumps(alone.record))
+    assert kept.record == alone.record
     assert store.costs(store.key(cell)).keys() == {"unet_calls", "unet_rows", "seconds"}
     assert store.costs(store.key(cell))["unet_rows"] == 8
 
@@ -183,7 +184,7 @@ def test_references_are_cells_of_their_own(store: ImageCache, submitted: list, t
 def test_a_cell_that_cannot_be_drawn_fails_alone_and_is_tried_again(
     store: ImageCache, submitted: list, tiny_config: GenerationConfig
 ) -> None:
-    impossible = Cell(tiny_config.with_(steps=1, refiner=RefinerConfig(0.9)), "A cat in a hat", 0)
+    impossible = Cell(tiny_config.with_(steps=1, refiner=RefinerConfig(handover=0.9)), "A cat in a hat", 0)
     cells = [*some(tiny_config, 2), impossible]
     errors = store.complete(cells, [METRICS["sharpness"]])
     assert list(errors) == [store.key(impossible)]
@@ -194,7 +195,7 @@ def test_a_cell_that_cannot_be_drawn_fails_alone_and_is_tried_again(
 
 def test_a_metric_that_fails_on_one_image_keeps_the_others(store: ImageCache, tiny_config: GenerationConfig) -> None:
     def measure(images: Any, _: Any) -> list[float]:
-        if any(image.record["seed"] == 1 for image in images):
+        if any(image.record.seed == 1 for image in images):
             raise ValueError("odd seeds are not measured")
         return [1.0] * len(images)
 
@@ -240,7 +241,7 @@ def test_the_engines_end_ends_the_work(store: ImageCache, engine: Engine, tiny_c
 def test_progress_counts_what_was_found_drawn_and_failed(store: ImageCache, tiny_config: GenerationConfig) -> None:
     told: list[Progress] = []
     store.complete(some(tiny_config, 2))
-    impossible = Cell(tiny_config.with_(steps=1, refiner=RefinerConfig(0.9)), "A cat in a hat", 0)
+    impossible = Cell(tiny_config.with_(steps=1, refiner=RefinerConfig(handover=0.9)), "A cat in a hat", 0)
     store.complete([*some(tiny_config, 4), impossible], on_progress=told.append)
     assert told[0] == Progress(2, 5, 0, 0, None)
     assert [progress.done for progress in told] == [2, 3, 4, 5]
@@ -254,7 +255,8 @@ def test_no_engine_is_loaded_where_nothing_is_missing_and_one_at_a_time_where_mo
 ) -> None:
     loaded: list[str] = []
     closed: list[bool] = []
-    monkeypatch.setattr(room, "identity", lambda model: {"base": model.base})
+    monkeypatch.setattr(room, "identity", lambda model: engine.weights)
+    monkeypatch.setattr(engine, "_check_models", lambda request: None)
     monkeypatch.setattr(engine, "close", lambda: closed.append(True))
     monkeypatch.setattr(
         Engine, "load", classmethod(lambda cls, config, profile: (loaded.append(config.model.base), engine)[1])
@@ -290,3 +292,66 @@ def test_a_cell_that_another_process_drew_and_measured_meanwhile_keeps_its_numbe
     slow._drawn = meanwhile  # type: ignore[method-assign]
     assert slow.complete([cell]) == {}
     assert set(store.values(store.key(cell), [metric])) == {"sharpness"}
+
+
+# --- other models than those of the engine lent ----------------------------------------------------------------------
+
+
+def test_a_cell_of_another_model_than_the_engine_lent_fails_and_is_kept_under_no_name(
+    store: ImageCache, tiny_config: GenerationConfig, submitted: list[Any]
+) -> None:
+    mine, theirs = Cell(tiny_config, "A cat", 0), Cell(tiny_config.with_(model=ModelRef()), "A cat", 0)
+    errors = store.complete([mine, theirs])
+    assert list(errors) == [store.key(theirs)]
+    assert errors[store.key(theirs)].startswith("ModelMismatch: model must be the one that this engine was loaded for")
+    assert store.key(mine) in store
+    assert store.key(theirs) not in store
+    assert len(list(store.folder.glob("*.png"))) == 1
+
+
+def test_a_key_names_what_the_model_is_and_not_what_the_engine_lent_is(
+    store: ImageCache, tiny_config: GenerationConfig, tmp_path: Path
+) -> None:
+    other = tiny_config.with_(model=ModelRef())
+    assert store.ground(tiny_config.model)["weights"] == {"base": "random"}, "the engine's own"
+    assert store.ground(other.model)["weights"] == identity(other.model)
+    alone = ImageCache(tmp_path, store.profile)
+    assert store.key(Cell(other, "A cat", 0)) == alone.key(Cell(other, "A cat", 0))
+
+
+def test_another_refiner_matters_where_it_is_used(store: ImageCache, tiny_config: GenerationConfig) -> None:
+    other = tiny_config.with_(model=tiny_config.model.with_(refiner="nano"))
+    plain, refining = Cell(other, "A cat", 0), Cell(other.with_(refiner=RefinerConfig(handover=0.5)), "A cat", 0)
+    assert list(store.complete([plain, refining])) == [store.key(refining)]
+    assert store.image(store.key(plain)).record.config.model.refiner == "nano"
+
+
+def test_a_model_whose_files_change_before_it_is_loaded_draws_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = GenerationConfig(model=ModelRef(base=str(folder / "base")), steps=1, width=64, height=64)
+    with ImageCache(tmp_path / "cells", RuntimeProfile(device="cpu")) as own:
+        key = own.key(Cell(config, "A cat", 0))
+        path = folder / "base/scheduler/scheduler_config.json"
+        path.write_text(path.read_text().replace("epsilon", "v_prediction"))
+        with pytest.raises(ModelError, match="must stay as it is while its images are drawn"):
+            own.complete([Cell(config, "A cat", 0)])
+        assert key not in own
+
+
+@pytest.mark.parametrize("text", ['{"schema": 2}', '{"schema": 1, "png": "x"}'])
+def test_a_cell_of_another_schema_or_form_is_drawn_again(
+    store: ImageCache, submitted: list[Any], tiny_config: GenerationConfig, text: str
+) -> None:
+    (cell,) = some(tiny_config, 1)
+    store.complete([cell])
+    (store.folder / f"{store.key(cell)}.json").write_text(text)
+    assert store.key(cell) not in store
+    assert store.complete([cell]) == {}
+    assert len(submitted) == 2
+
+
+def test_a_number_without_end_is_kept(store: ImageCache, tiny_config: GenerationConfig) -> None:
+    """The PSNR of equal images."""
+    (cell,) = some(tiny_config, 1)
+    assert store.complete([cell], [METRICS["psnr"]], reference=tiny_config) == {}
+    assert store.values(store.key(cell), [METRICS["psnr"]], store.key(cell)) == {"psnr": float("inf")}

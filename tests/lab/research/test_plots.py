@@ -11,6 +11,7 @@ from sdxl_lab.images import GeneratedImage
 from sdxl_lab.research import plots
 from sdxl_lab.research.plots import LABEL, PlotError, curve, curves, front, grid, image_grid, quality_against_cost
 from sdxl_lab.research.sheet import GAP
+from tests.made import image_record
 
 COLOURS = ["red", "green", "blue", "orange", "purple"]
 
@@ -54,7 +55,7 @@ def colour_of(key):
 
 
 def drawn(key):
-    return GeneratedImage(Image.new("RGB", (SIDE, SIDE), colour_of(key)), {"prompt": "a red cat", "seed": 0}, {})
+    return GeneratedImage(Image.new("RGB", (SIDE, SIDE), colour_of(key)), image_record(prompt="a red cat", seed=0), {})
 
 
 def table_of(**axes):

@@ -54,7 +54,11 @@ def test_zipped_axes_go_together_and_multiply_with_the_others() -> None:
 def test_where_there_is_no_refiner_its_fields_do_not_apply() -> None:
     axes = {"refiner.handover": [0.6, 0.8], "refiner": ["none", {"aesthetic_score": 7}], "prompt": PROMPT}
     sweep = Sweep.product(GenerationConfig(), axes)
-    assert [cell.config.refiner for cell in sweep.cells] == [None, RefinerConfig(0.6, 7), RefinerConfig(0.8, 7)]
+    assert [cell.config.refiner for cell in sweep.cells] == [
+        None,
+        RefinerConfig(handover=0.6, aesthetic_score=7),
+        RefinerConfig(handover=0.8, aesthetic_score=7),
+    ]
     assert settings(sweep, "refiner", "refiner.handover") == [
         (None, None),
         ('{"aesthetic_score": 7}', 0.6),
@@ -71,7 +75,7 @@ def test_an_axis_of_whole_configurations_goes_before_its_fields(tmp_path: Path) 
         ("euler", 4, 3.0),
         ("heun", 25, 3.0),
     ]
-    assert settings(sweep, "config") == [("fast",), (config.digest,)]
+    assert settings(sweep, "config") == [("fast",), (config.short_digest,)]
 
 
 def test_two_names_for_one_configuration_are_two_rows_of_one_cell(tmp_path: Path) -> None:
@@ -222,7 +226,7 @@ def test_the_table_has_settings_numbers_images_and_errors(
     for _, row in drawn.iterrows():
         image = store.image(row["image"])
         assert row["sharpness"] == METRICS["sharpness"]([image])[0]
-        assert row["digest"] == image.record["digest"]
+        assert row["digest"] == image.record.digest
         assert GenerationConfig.from_dict(json.loads(row["settings"])).digest == row["digest"]
         assert row["seconds"] == image.timings["denoise_ms"] / 1000
     pd.testing.assert_frame_equal(read_table(tmp_path / "out"), table)

@@ -17,7 +17,7 @@ from sdxl_lab.cli import STOPPED, main
 from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.metrics import METRICS, Metric, MetricError
-from sdxl_lab.research.axes import SweepError, changed
+from sdxl_lab.research.axes import SweepError
 from sdxl_lab.research.cache import ImageCache
 from sdxl_lab.research.sweep import Sweep, read_table, run_sweep
 from sdxl_lab.research.tune import Choices, Range, StudyPlan, hopeless, knee, tune
@@ -35,8 +35,8 @@ def truth(config: dict[str, Any]) -> float:
 def _known(images: Any, _: Any) -> Iterator[float]:
     for image in images:
         record = image.record
-        noise = random.Random(f"{record['prompt']} {record['seed']} {record['digest']}").gauss(0, 0.1)
-        yield truth(record["config"]) + random.Random(record["prompt"]).gauss(0, 5) + noise
+        noise = random.Random(f"{record.prompt} {record.seed} {record.digest}").gauss(0, 0.1)
+        yield truth(record.config.to_dict()) + random.Random(record.prompt).gauss(0, 5) + noise
 
 
 KNOWN = Metric("known", "higher", "this test", _known)
@@ -117,7 +117,7 @@ def test_the_front_of_a_known_quality_is_found_and_what_is_hopeless_is_stopped(
 @pytest.mark.slow
 def test_the_field_that_decides_is_the_important_one(tuned: Callable, plan: StudyPlan) -> None:
     def measure(images: Any, _: Any) -> Iterator[float]:
-        return (-abs(image.record["config"]["guidance_scale"] - BEST_SCALE) for image in images)
+        return (-abs(image.record.config.guidance_scale - BEST_SCALE) for image in images)
 
     metric = Metric("scale", "higher", "this test", measure)
     found = tuned(replace(plan, metric=metric, pairs=PAIRS[:2], trials=20, startup=20))
@@ -221,6 +221,16 @@ def test_a_study_of_other_weights_is_refused(tuned: Callable, plan: StudyPlan, e
     tuned(replace(plan, trials=1))
     engine.weights = {"base": "retrained"}
     with pytest.raises(SweepError, match="its ground changed"):
+        tuned(plan)
+
+
+def test_a_study_of_the_first_version_is_refused(tuned: Callable, plan: StudyPlan, tmp_path: Path) -> None:
+    tuned(replace(plan, trials=1))
+    study = optuna.load_study(study_name=plan.name, storage=f"sqlite:///{tmp_path / 'out' / 'study.db'}")
+    begun = json.loads(study.user_attrs["identity"])
+    assert begun.pop("schema") == 1
+    study.set_user_attr("identity", json.dumps(begun))
+    with pytest.raises(SweepError, match=r"begun under the schema 1; received none, as 0\.1\.0 wrote it"):
         tuned(plan)
 
 
@@ -431,7 +441,7 @@ def test_a_range_of_a_fraction_is_one_though_its_ends_are_whole(plan: StudyPlan)
     trial = optuna.trial.FixedTrial({"guidance_scale": 2.5, "steps": 3})
     assert Range(1, 5, 0.5, False, False).suggest(trial, "guidance_scale") == 2.5
     assert Range(1, 5, None, False, True).suggest(trial, "steps") == 3
-    assert changed(plan.config, {"refiner.handover": 0.5, "refiner": {}}).refiner == RefinerConfig(0.5)
+    assert plan.config.changed({"refiner.handover": 0.5, "refiner": {}}).refiner == RefinerConfig(handover=0.5)
 
 
 def test_a_metric_that_is_no_number_ends_the_study_with_its_image(tuned: Callable, plan: StudyPlan) -> None:

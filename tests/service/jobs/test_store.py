@@ -1,6 +1,5 @@
 """Images and their records: whole or not at all, listed newest first, and an id never becomes a path."""
 
-import json
 import subprocess
 import sys
 import time
@@ -16,9 +15,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdxl_lab.config import ConfigError
 from sdxl_lab.images import encode_png
+from service.jobs.records import JobRecord, StoredImage
 from service.jobs.store import (
     ABANDONED,
-    JobChanged,
+    RecordChanged,
     Store,
     StoreRefused,
     StoreUnreachable,
@@ -26,6 +26,7 @@ from service.jobs.store import (
     check_place,
     image_id,
 )
+from tests.made import image_record
 
 ID = uuid.UUID("12345678-1234-5678-1234-567812345678")
 RECORD = {"prompt": "a red ring", "seed": 3}
@@ -61,21 +62,34 @@ def folder(tmp_path):
     return Store(tmp_path / "images")
 
 
+def put(store, id, png, **record):
+    """Store an image that is made now."""
+    image = StoredImage(id=id, created=round(time.time(), 3), record=image_record(**RECORD | record))
+    store.put(image, png)
+    return image
+
+
+def job(id=ID, **changes):
+    asked = {"prompt": "a red ring", "seed": 3, "config": {}, "promoted": "0" * 64, "overridden": ()}
+    return JobRecord(**{"id": id, "created": 1.0, "attempts": 1, "fingerprint": ""} | asked | changes)
+
+
+def listed(store):
+    return [image.id for image in store.page(10).records]
+
+
 def test_what_is_put_is_got_with_its_record(store):
-    before = time.time()
-    kept = store.put(ID, b"an image", RECORD)
+    kept = put(store, ID, b"an image")
     assert store.get(ID) == b"an image"
     assert store.record(ID) == kept
-    assert kept == {**RECORD, "id": str(ID), "created": kept["created"]}
-    assert before - 1 < kept["created"] < time.time() + 1
 
 
 def test_a_image_put_again_replaces_the_old_and_is_listed_once(store):
-    store.put(ID, b"old", {"prompt": "old"})
+    put(store, ID, b"old", prompt="old")
     time.sleep(0.005)
-    store.put(ID, b"new", {"prompt": "new"})
+    put(store, ID, b"new", prompt="new")
     assert store.get(ID) == b"new"
-    assert [record["prompt"] for record in store.page(10).records] == ["new"]
+    assert [image.record.prompt for image in store.page(10).records] == ["new"]
 
 
 BAD_IDS = ["../x", f"../{ID}", f"{ID}.png", f"{ID}/..", f"x{ID}", f"{ID}\0", "", None, 7, b"x", ["x"]]
@@ -88,11 +102,10 @@ def test_text_that_is_no_id_is_unknown(bad):
 
 
 @pytest.mark.parametrize("bad", ["../x", str(ID), None])
-@pytest.mark.parametrize("method", ["put", "get", "record", "delete", "put_job", "job", "drop_job"])
+@pytest.mark.parametrize("method", ["get", "record", "delete", "job", "drop_job"])
 def test_only_a_uuid_names_an_object(folder, bad, method):
-    more = {"put": (b"", {}), "put_job": ({},)}.get(method, ())
     with pytest.raises(TypeError, match="an image's id must be a UUID"):
-        getattr(folder, method)(bad, *more)
+        getattr(folder, method)(bad)
     assert not list(folder.folder.iterdir())
 
 
@@ -106,17 +119,17 @@ def test_an_id_without_a_image_is_unknown(store):
 def test_pages_go_from_the_newest_to_the_oldest_and_meet_each_once(store):
     ids = [uuid.uuid4() for _ in range(11)]
     for each in ids:
-        store.put(each, b"", RECORD)
+        put(store, each, b"")
         time.sleep(0.002)
     seen, cursor = [], None
     while True:
         page = store.page(4, cursor)
-        seen += [record["id"] for record in page.records]
+        seen += [image.id for image in page.records]
         cursor = page.cursor
         if cursor is None:
             break
-        store.put(uuid.uuid4(), b"", RECORD)  # what comes meanwhile is newer, and moves nothing
-    assert seen == [str(each) for each in reversed(ids)]
+        put(store, uuid.uuid4(), b"")  # what comes meanwhile is newer, and moves nothing
+    assert seen == ids[::-1]
     assert store.page(11).cursor is not None
     assert Store("memory://").page(5).records == []
 
@@ -129,12 +142,12 @@ def test_a_cursor_of_no_page_is_refused(store, cursor):
 
 def test_a_deleted_image_is_gone(store):
     other = uuid.uuid4()
-    store.put(ID, b"an image", RECORD)
-    store.put(other, b"another", RECORD)
+    put(store, ID, b"an image")
+    put(store, other, b"another")
     store.delete(ID)
     with pytest.raises(UnknownImage):
         store.get(ID)
-    assert [record["id"] for record in store.page(5).records] == [str(other)]
+    assert listed(store) == [other]
     assert len([*store._listing("")]) == 3 if store.folder is None else len([*store.folder.rglob("*-*")]) == 3
 
 
@@ -142,73 +155,75 @@ def test_retention_removes_what_is_older_and_keeps_the_rest(store, monkeypatch):
     old, again, new = uuid.uuid4(), uuid.uuid4(), uuid.uuid4()
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now - 100)
-    store.put(old, b"old", RECORD)
-    store.put(again, b"old", RECORD)
-    store.put_job(old, {"created": now - 100})
+    put(store, old, b"old")
+    put(store, again, b"old")
+    store.put_job(job(old))
     monkeypatch.setattr(time, "time", lambda: now)
-    store.put(again, b"new", RECORD)
-    store.put(new, b"new", RECORD)
-    store.put_job(new, {"created": now})
+    put(store, again, b"new")
+    put(store, new, b"new")
+    store.put_job(job(new))
     names = list(store.job_names())  # whose age is by the store's clock, which no test turns back
     aged = [replace(name, changed=name.changed - 100 * (name.id == old)) for name in names]
     monkeypatch.setattr(store, "job_names", lambda: iter(aged))
     assert store.remove_older(50) == 1
     monkeypatch.undo()
-    assert {record["id"] for record in store.page(5).records} == {str(again), str(new)}
+    assert set(listed(store)) == {again, new}
     assert [name.id for name in store.job_names()] == [new]
     with pytest.raises(UnknownImage):
         store.get(old)
 
 
 def test_a_clock_that_jumps_back_loses_nothing(store, monkeypatch):
-    store.put(ID, b"first", RECORD)
+    put(store, ID, b"first")
     monkeypatch.setattr(time, "time", lambda: 1.0)
     other = uuid.uuid4()
-    store.put(other, b"second", RECORD)
-    assert {record["id"] for record in store.page(5).records} == {str(ID), str(other)}
+    put(store, other, b"second")
+    assert set(listed(store)) == {ID, other}
     assert store.get(other) == b"second"
 
 
-def test_what_is_promised_is_kept_until_it_is_dropped(store):
+def test_a_job_is_kept_until_it_is_dropped(store):
     ids = [uuid.uuid4() for _ in range(3)]
     for number, each in enumerate(reversed(ids)):
-        store.put_job(each, {"created": -number})
+        store.put_job(job(each, created=-number))
     assert {name.id for name in store.job_names()} == set(ids)
     store.drop_job(ids[0])
-    assert store.job(ids[1]) == {"id": str(ids[1]), "created": -1}
+    assert store.job(ids[1]) == job(ids[1], created=-1)
     assert {name.id for name in store.job_names()} == set(ids[1:])
     assert store.page(5).records == []
 
 
 def test_a_folder_of_images_from_before_is_read_and_listed(tmp_path):
-    (tmp_path / f"{ID}.png").write_bytes(encode_png(Image.new("RGB", (8, 8)), _full_record()))
+    (tmp_path / f"{ID}.png").write_bytes(
+        encode_png(Image.new("RGB", (8, 8)), image_record(prompt="a red ring", seed=3))
+    )
     (tmp_path / f"{uuid.UUID(int=1)}.png").write_bytes(b"no image of ours")
     (tmp_path / "holiday.png").write_bytes(b"no image of ours")
     store = Store(tmp_path)
-    assert [record["id"] for record in store.page(5).records] == [str(ID)]
-    assert store.record(ID)["prompt"] == "a red ring"
+    assert listed(store) == [ID]
+    assert store.record(ID).record.prompt == "a red ring"
     assert store.get(uuid.UUID(int=1)) == b"no image of ours"
-    assert [record["id"] for record in Store(tmp_path).page(5).records] == [str(ID)]
+    assert listed(Store(tmp_path)) == [ID]
 
 
 def test_a_job_takes_the_place_of_the_version_that_was_read(store):
-    store.swap_job(ID, {"state": "queued"}, None)
-    job, version = store.read_job(ID)
-    store.swap_job(ID, job | {"state": "running"}, version)
-    assert store.job(ID)["state"] == "running"
+    store.swap_job(job(), None)
+    read, version = store.read_job(ID)
+    store.swap_job(read.with_(state="running"), version)
+    assert store.job(ID).state == "running"
     (name,) = store.job_names()
     assert name.id == ID
     assert abs(name.changed - time.time()) < 60
-    store.put_job(ID, job | {"state": "failed"})
+    store.put_job(read.with_(state="failed"))
     assert [each.tag for each in store.job_names()] != [name.tag]
     if store.folder is None:  # a folder has one owner, and takes what comes last
-        store.swap_job(ID, {"state": "running"}, store.read_job(ID)[1])
+        store.swap_job(job(attempts=2), store.read_job(ID)[1])
         for late in (None, version):
-            with pytest.raises(JobChanged):
-                store.swap_job(ID, {"state": "late"}, late)
+            with pytest.raises(RecordChanged):
+                store.swap_job(job(), late)
         store.drop_job(ID)
-        with pytest.raises(JobChanged):
-            store.swap_job(ID, {"state": "late"}, version)
+        with pytest.raises(RecordChanged):
+            store.swap_job(job(), version)
 
 
 @pytest.mark.slow
@@ -216,19 +231,14 @@ def test_a_store_that_is_away_is_unreachable_and_no_refusal(s3, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT", "http://127.0.0.1:9")
     store = Store("s3://bucket/prefix")
     for act in (
-        lambda: store.put(ID, b"", RECORD),
+        lambda: put(store, ID, b""),
         lambda: store.get(ID),
         lambda: store.drop_job(ID),
-        lambda: store.swap_job(ID, {}, None),
+        lambda: store.swap_job(job(), None),
         lambda: list(store.job_names()),
     ):
         with pytest.raises(StoreUnreachable, match="the store does not"):
             act()
-
-
-def _full_record():
-    config = {"steps": 4, "guidance_scale": 5.0, "width": 8, "height": 8, "model": {"base": "nano"}}
-    return {"prompt": "a red ring", "seed": 3, "sampler": "Euler", "config": config, "version": "0"}
 
 
 SHARED = {
@@ -262,53 +272,55 @@ def test_a_store_that_cannot_be_opened_says_why(tmp_path):
 
 @pytest.mark.parametrize("fails", [1, 2, 3])
 def test_a_put_that_fails_lists_nothing_and_leaves_the_old_image_whole(folder, monkeypatch, fails):
-    put, calls = obstore.put, []
+    honest, calls = obstore.put, []
 
     def full(*arguments, **options):
         calls.append(arguments)
         if len(calls) == fails:
             raise OSError(28, "No space left on device", "/a/path")
-        return put(*arguments, **options)
+        return honest(*arguments, **options)
 
     monkeypatch.setattr(obstore, "put", full)
     with pytest.raises(StoreRefused, match="No space left on device") as caught:
-        folder.put(ID, b"an image", RECORD)
+        put(folder, ID, b"an image")
     assert "/a/path" not in str(caught.value)
     assert folder.page(5).records == []
-    assert folder.put(ID, b"an image", RECORD) in folder.page(5).records
+    assert put(folder, ID, b"an image") in folder.page(5).records
 
 
 def test_a_full_disk_refuses_and_keeps_what_it_has(small_disk):
     store = Store(small_disk)
-    store.put(ID, b"x" * 10_000, RECORD)
+    put(store, ID, b"x" * 10_000)
     with pytest.raises(StoreRefused, match="No space left on device"):
-        store.put(uuid.uuid4(), b"x" * 200_000, RECORD)
+        put(store, uuid.uuid4(), b"x" * 200_000)
     assert store.get(ID) == b"x" * 10_000
-    assert [record["id"] for record in store.page(5).records] == [str(ID)]
+    assert listed(store) == [ID]
     other = uuid.uuid4()
-    store.put(other, b"x" * 1000, RECORD)
+    put(store, other, b"x" * 1000)
     assert store.get(other) == b"x" * 1000
 
 
 def test_a_read_only_disk_refuses_and_still_gives(small_disk):
     store = Store(small_disk)
-    store.put(ID, b"x", RECORD)
+    put(store, ID, b"x")
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    for act in (lambda: store.put(uuid.uuid4(), b"x", RECORD), lambda: store.delete(ID)):
+    for act in (lambda: put(store, uuid.uuid4(), b"x"), lambda: store.delete(ID)):
         with pytest.raises(StoreRefused, match="Read-only file system"):
             act()
     assert Store(small_disk).get(ID) == b"x"
-    assert [record["id"] for record in store.page(5).records] == [str(ID)]
+    assert listed(store) == [ID]
 
 
 WRITER = """
-import sys, uuid
+import sys, time, uuid
 from pathlib import Path
+from service.jobs.records import StoredImage
 from service.jobs.store import Store
-store = Store(Path(sys.argv[1]))
+from sdxl_lab.record import ImageRecord
+store, record = Store(Path(sys.argv[1])), ImageRecord.read(sys.argv[2], "a test")
 for number in range(100_000):
     each = uuid.uuid4()
-    store.put(each, each.bytes * 20_000, {"length": 320_000})
+    store.put(StoredImage(id=each, created=round(time.time(), 3), record=record), each.bytes * 20_000)
     print(each, flush=True)
 """
 
@@ -317,7 +329,7 @@ def test_a_writer_killed_at_any_moment_leaves_no_torn_image(tmp_path):
     """What was acknowledged is there; what is listed is whole; what it was writing goes with time."""
     acknowledged = []
     for moment in range(6):
-        command = [sys.executable, "-c", WRITER, tmp_path]
+        command = [sys.executable, "-c", WRITER, tmp_path, image_record().to_json()]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
             assert writer.stdout is not None
             acknowledged += [uuid.UUID(writer.stdout.readline().strip()) for _ in range(3)]
@@ -325,12 +337,12 @@ def test_a_writer_killed_at_any_moment_leaves_no_torn_image(tmp_path):
             writer.kill()
             acknowledged += [uuid.UUID(line.strip()) for line in writer.stdout if len(line) == 37]
     store = Store(tmp_path)
-    listed = [uuid.UUID(record["id"]) for record in store.page(10_000).records]
-    assert set(acknowledged) <= set(listed)
-    for each in listed:
+    found = [image.id for image in store.page(10_000).records]
+    assert set(acknowledged) <= set(found)
+    for each in found:
         assert store.get(each) == each.bytes * 20_000
     for path in tmp_path.glob("*.json"):
-        json.loads(path.read_text())
+        StoredImage.read(path.read_bytes(), path.name)
     store.remove_older(-60)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and "#" not in path.name]
 

@@ -1,0 +1,112 @@
+"""What a model is: the files that decide its images, and their checksums.
+
+A model under the same name may change: its weights, the configuration of any part, its scheduler's, its tokenizers.
+`identity` changes with each of them, and with no other file. Imports no torch.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from sdxl_lab.config import ModelRef
+from sdxl_lab.diffusion.checksums import sha256_of
+
+NANO = Path(__file__).parents[1] / "nano"
+# A refiner has these of its base.
+SHARED = ("text_encoder_2", "tokenizer_2", "vae")
+# Weights; configurations, tokenizers and lists of shards; and what tokenizers keep in other files.
+SUFFIXES = (".safetensors", ".json", ".model")
+NAMES = ("merges.txt", "vocab.txt")
+
+
+class ModelError(ValueError):
+    """A checkpoint cannot be loaded, or lacks what is asked of it."""
+
+
+def identity(ref: ModelRef) -> dict[str, str]:
+    """What a model is, for each role that it has: base, refiner, vae.
+
+    `sha256 HEX` of the sorted relative paths and checksums of a local folder's files (`inventory`), or `revision
+    COMMIT` of a hub id. Raises `ModelError` for a folder that is no model.
+    """
+    found = {"base": _identity(ref.base, ref.revision, "base", () if ref.vae is None else ("vae",))}
+    if ref.refiner is not None:
+        found["refiner"] = _identity(ref.refiner, ref.refiner_revision, "refiner", SHARED)
+    if ref.vae is not None:
+        found["vae"] = _identity(ref.vae, ref.vae_revision, "vae", ())
+    return found
+
+
+def differing(own: ModelRef, asked: ModelRef) -> list[str]:
+    """The roles in which two models have another name or revision: base, refiner, vae."""
+    named = {
+        "base": ("base", "revision"),
+        "refiner": ("refiner", "refiner_revision"),
+        "vae": ("vae", "vae_revision"),
+    }
+    return [role for role, names in named.items() if any(own.value(name) != asked.value(name) for name in names)]
+
+
+def _identity(name: str, revision: str | None, role: str, others: Collection[str]) -> str:
+    folder = folder_of(name, "base/vae" if role == "vae" else role)
+    if folder is None:
+        return f"revision {revision}"
+    lines = [f"{path}\0{checksum}\n" for path, checksum in inventory(folder, role, others).items()]
+    return f"sha256 {hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+
+
+def inventory(folder: Path, role: str, others: Collection[str] = ()) -> dict[str, str]:
+    """Every file of a role's folder that decides an image, by its sorted relative path, with its sha256. `others` are
+    the parts that come from elsewhere. Links are followed. Raises `ModelError`."""
+    if role == "vae":
+        places = [folder]
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"the vae must be a folder with the config.json of an AutoencoderKL; received {str(folder)!r}. "
+                "Example: madebyollin/sdxl-vae-fp16-fix"
+            )
+    else:
+        places = [folder / part for part in _parts(check_folder(folder, role)) if part not in others]
+    files = [] if role == "vae" else [folder / "model_index.json"]
+    files += [path for place in places if place.is_dir() for path in place.iterdir() if _decides(path)]
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(files)}
+
+
+def _decides(path: Path) -> bool:
+    hidden = path.name.startswith(".")
+    return not hidden and (path.suffix in SUFFIXES or path.name in NAMES) and path.is_file()
+
+
+def _parts(index: dict[str, Any]) -> list[str]:
+    """The parts that a `model_index.json` lists; one that a pipeline goes without has null for its class."""
+    return [name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None]
+
+
+def check_folder(folder: Path, role: str) -> dict[str, Any]:
+    """The `model_index.json` of an SDXL's folder. Raises `ModelError` for a foreign one, before its gigabytes are
+    read."""
+    path = folder / "model_index.json"
+    rule = f"the {role} model must be a folder with the model_index.json of an SDXL pipeline"
+    try:
+        index: dict[str, Any] = json.loads(path.read_text())
+        kind = index["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{rule}; received {str(folder)!r} ({type(error).__name__}: {error}). Example: nano"
+        ) from error
+    if not str(kind).startswith("StableDiffusionXL"):
+        raise ModelError(f"{rule}; received {str(folder)!r}, which holds a {kind}. Example: nano")
+    return index
+
+
+def folder_of(name: str, role: str) -> Path | None:
+    """The local folder a model's name means; None for a hub id. A folder may hold `base/` and `refiner/`, as nano does,
+    or be the checkpoint itself."""
+    path = NANO if name == "nano" else Path(name).expanduser()
+    if (path / role).is_dir():
+        return path / role
+    if name == "nano" or path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return path
+    return None
