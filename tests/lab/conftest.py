@@ -10,6 +10,26 @@ from typing import Any
 import pytest
 
 from sdxl_lab.config import ModelRef, RuntimeProfile
+from sdxl_lab.diffusion.latency import Group, LatencyModel
+
+
+class SettledLatency(LatencyModel):
+    """Every call takes 30 ms whatever its rows, and no measurement changes that: the fuller a call, the better."""
+
+    def took(self, group: Group, rows: int, seconds: float) -> None:
+        pass
+
+    def counts(self, group: Group) -> dict[int, int]:
+        return dict.fromkeys(self.measured(group), 3)
+
+    def measured(self, group: Group) -> list[int]:
+        return list(range(1, 65))
+
+    def _median(self, group: Group, rows: int) -> float:
+        return 0.03
+
+    def __bool__(self) -> bool:
+        return True
 
 
 @pytest.fixture(scope="session")
@@ -53,14 +73,16 @@ def nano() -> Iterator[Any]:
 
 @pytest.fixture
 def start(tiny_models: Any) -> Iterator[Callable[..., Any]]:
-    """Starts engines on the random model, which takes no time, and closes them after the test."""
+    """Starts engines on the random model, which takes no time, and closes them after the test. What a call takes is
+    settled, so that who shares it does not depend on the machine; `options` are the profile's."""
     from sdxl_lab.diffusion.engine import Engine
 
     with ExitStack() as stack:
 
-        def start(rows: int = 64, max_queue: int = 1000) -> Engine:
-            profile = RuntimeProfile(device="cpu", dtype="float32", rows=rows)
-            return stack.enter_context(Engine(tiny_models, profile, {"base": "random"}, max_queue))
+        def start(rows: int = 64, max_queue: int = 1000, latency: LatencyModel | None = None, **options: Any) -> Engine:
+            profile = RuntimeProfile(device="cpu", dtype="float32", rows=rows, **options)
+            known = SettledLatency() if latency is None else latency
+            return stack.enter_context(Engine(tiny_models, profile, {"base": "random"}, max_queue, known))
 
         yield start
 
