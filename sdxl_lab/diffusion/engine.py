@@ -29,6 +29,7 @@ from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_o
 from sdxl_lab.diffusion.inventory import differing, identity
 from sdxl_lab.diffusion.latency import Forecast, Group, LatencyModel
 from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load
+from sdxl_lab.diffusion.processor import capability
 from sdxl_lab.environment import processor
 from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import GeneratedImage, finish, preview
@@ -131,6 +132,12 @@ class Engine:
         self._thread.join()
         self._finisher.shutdown()
         self._latency.keep(self._latency.to_dict())
+
+    @property
+    def runtime(self) -> dict[str, Any]:
+        """The profile as it was settled, in plain values, and on a CPU the instructions that torch uses there."""
+        on_cpu = self.models.device.type == "cpu"
+        return self.profile.to_dict() | ({"cpu_capability": capability()} if on_cpu else {})
 
     @property
     def healthy(self) -> bool:
@@ -547,11 +554,11 @@ class Engine:
         work.job.deliver(drawn)
 
     def _runtime(self, exact: bool) -> dict[str, Any]:
-        """The profile, as far as this image was drawn with it."""
+        """The runtime, as far as this image was drawn with it."""
         if not exact:
-            return self.profile.with_(exact=False).to_dict()
+            return self.runtime | self.profile.with_(exact=False).to_dict()
         threads = self._exact_threads if self.models.device.type == "cpu" else self.profile.threads
-        return self.profile.with_(exact=True, threads=threads).to_dict()
+        return self.runtime | self.profile.with_(exact=True, threads=threads).to_dict()
 
     def _record(self, work: Work) -> ImageRecord:
         """All that decides the image's pixels: the only place where such a record begins."""

@@ -32,6 +32,7 @@ from huggingface_hub.file_download import repo_folder_name
 from PIL import Image
 
 from sdxl_lab.config import ConfigError, ModelRef, RuntimeProfile
+from sdxl_lab.diffusion import processor
 from sdxl_lab.diffusion.checksums import hub_difference
 from sdxl_lab.diffusion.inventory import SHARED, ModelError, check_folder, folder_of
 from sdxl_lab.files import cache_folder
@@ -181,6 +182,15 @@ def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:
     """Load a base, its refiner if named, and another VAE if named. Raises `ModelError`."""
     profile = profile or RuntimeProfile()
     device, dtype = placement(profile)
+    if device.type == "cpu" and not processor.multiplies(dtype):
+        name = str(dtype).removeprefix("torch.")
+        log.warning(
+            "the dtype %s is slow on this processor: it has %s, torch's kernels for it take %s, and without them a "
+            "convolution takes more than ten times as long as in float32. Example: float32",
+            name,
+            processor.capability(),
+            processor.NEEDED[name],
+        )
     with loading():
         base, refiner = _load_parts(ref, _dtypes(device, dtype))
     parts = [
