@@ -614,14 +614,14 @@ class RuntimeProfile(Declared):
         ),
     ] = None
     channels_last: Annotated[
-        bool,
+        bool | None,
         Setting(
             kind=Switch(),
             label="Channels last",
-            help="lay out the UNet's weights with the channels last",
+            help="lay out the UNet's weights with the channels last (left out: on a CPU, unless compiled)",
             example=True,
         ),
-    ] = False
+    ] = None
     fuse_qkv: Annotated[
         bool,
         Setting(

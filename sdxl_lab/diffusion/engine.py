@@ -28,7 +28,7 @@ from sdxl_lab.diffusion.batching import Batcher, Part
 from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
 from sdxl_lab.diffusion.inventory import differing, identity
 from sdxl_lab.diffusion.latency import Forecast, Group, LatencyModel
-from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load
+from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load, settled
 from sdxl_lab.diffusion.processor import capability
 from sdxl_lab.environment import processor
 from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
@@ -106,14 +106,13 @@ class Engine:
     @classmethod
     def load(cls, config: GenerationConfig, profile: RuntimeProfile | None = None, max_queue: int = 1000) -> Self:
         """An engine for a configuration's models. Raises `ModelError`."""
-        profile = profile or RuntimeProfile()
+        profile = settled(profile or RuntimeProfile())
         # In a thread that ends: torch gives every thread an OpenMP pool of its own, and while there are more threads in
         # all pools than cores, none of them waits actively any more: UNet calls of two rows took twice as long.
         with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
             models = loader.submit(load, config.model, profile).result()
-        settled = profile.with_(device=str(models.device), dtype=str(models.dtype).removeprefix("torch."))
         weights = identity(config.model)
-        return cls(models, settled, weights, max_queue, LatencyModel.remembered(**_decides_latency(settled, weights)))
+        return cls(models, profile, weights, max_queue, LatencyModel.remembered(**_decides_latency(profile, weights)))
 
     def __enter__(self) -> Self:
         return self

@@ -22,7 +22,7 @@ from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile, canonica
 from sdxl_lab.diffusion.denoising import calls_of, rows_of
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError, differing, identity
-from sdxl_lab.diffusion.models import placement
+from sdxl_lab.diffusion.models import settled
 from sdxl_lab.errors import EngineStopped
 from sdxl_lab.evaluation.metrics import Metric
 from sdxl_lab.files import write_whole
@@ -167,9 +167,8 @@ class ImageCache:
 
     @cached_property
     def _runtime(self) -> dict[str, Any]:
-        device, dtype = placement(self.profile)
-        settled = self.profile.with_(dtype=str(dtype).removeprefix("torch.")).to_dict()
-        return {"device": device.type, **{name: settled[name] for name in MOVES_PIXELS}}
+        profile = settled(self.profile).to_dict()
+        return {"device": profile["device"].partition(":")[0], **{name: profile[name] for name in MOVES_PIXELS}}
 
     def _identity(self, model: ModelRef) -> dict[str, str]:
         """What a model is. Of the engine lent only where it has that model: what it does not draw is not its own."""
