@@ -36,6 +36,7 @@ from sdxl_lab.diffusion import processor
 from sdxl_lab.diffusion.checksums import hub_difference
 from sdxl_lab.diffusion.inventory import SHARED, ModelError, check_folder, folder_of
 from sdxl_lab.diffusion.lean import lighten
+from sdxl_lab.environment import keep_allocations
 from sdxl_lab.files import cache_folder
 
 log = logging.getLogger(__name__)
@@ -206,6 +207,8 @@ def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:
     for pipe in (base, refiner):
         if pipe is not None:
             _lay_out(pipe.unet, profile)
+    if device.type == "cpu":
+        keep_allocations()  # from here on: what loading took for a moment goes back to the system
     second = _denoiser(refiner) if refiner else None
     return Models(_denoiser(base), second, base.vae, device, dtype, _latent_rgb(ref), ref)
 
