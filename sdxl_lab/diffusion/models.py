@@ -137,8 +137,10 @@ class Models:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         """Latents (n, 4, h, w) to pixels (n, 8h, 8w, 3), float32 in [0, 1]. Where a VAE of half precision overflows,
-        as SDXL's own does in float16, those images alone are decoded again in float32."""
-        images, dtype = self._decoded(latents), self.vae.dtype
+        as SDXL's own does in float16, those images alone are decoded again in float32. On a CPU one image at a time is
+        decoded, whose activations stay in the cache and in the process."""
+        portions = latents.split(1 if self.device.type == "cpu" else len(latents))
+        images, dtype = torch.cat([self._decoded(each) for each in portions]), self.vae.dtype
         broken, pixels = ~torch.isfinite(images).flatten(1).all(1), _pixels(images)
         if dtype != torch.float32 and broken.any():
             log.warning("the VAE overflowed in %s: decoding again in float32", dtype)
@@ -207,6 +209,8 @@ def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:
     for pipe in (base, refiner):
         if pipe is not None:
             _lay_out(pipe.unet, profile)
+    if device.type == "cpu" and profile.channels_last:
+        base.vae.to(memory_format=torch.channels_last)
     if device.type == "cpu":
         keep_allocations()  # from here on: what loading took for a moment goes back to the system
     second = _denoiser(refiner) if refiner else None

@@ -152,6 +152,22 @@ def test_a_dtype_that_the_processor_does_not_multiply_is_slow_and_said_so(tiny_m
     assert loaded.dtype == (torch.float32 if dtype == "auto" else torch.bfloat16)
 
 
+def test_a_cpu_decodes_image_by_image_so_company_does_not_move_a_bit(tiny_models):
+    latents = torch.randn(3, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    together = tiny_models.decode(latents)
+    alone = [tiny_models.decode(each[None]) for each in latents]
+    assert together.shape == (3, 64, 128, 3)
+    assert np.array_equal(together, np.concatenate(alone))
+
+
+def test_the_layout_of_the_vae_moves_rounding_only(tiny_model):
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    last, first = (load(ref(tiny_model), CPU.with_(channels_last=each)) for each in (True, False))
+    assert last.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert first.vae.decoder.conv_in.weight.is_contiguous()
+    assert np.abs(last.decode(latents) - first.decode(latents)).max() <= 1e-4
+
+
 def test_allocations_are_kept_from_the_load_on(tiny_model, monkeypatch):
     """Not before: what a load takes for a moment would stay in the process."""
     order = []
