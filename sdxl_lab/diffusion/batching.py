@@ -6,6 +6,7 @@ forward.
 """
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -140,6 +141,14 @@ class Batcher:
     def arrivals(self) -> int:
         """How many images have arrived in all."""
         return self._count
+
+    @property
+    def filled(self) -> bool:
+        """Whether the images here fill a call: one more makes somebody wait."""
+        rows: Counter[Group] = Counter()
+        for image in self._images.values():
+            rows[image.group] += image.rows
+        return any(count >= self.rows_of(group) for group, count in rows.items())
 
     def position(self, key: Hashable, now: float) -> int:
         """The place among those that wait, from 1; 0 for one that does not wait."""

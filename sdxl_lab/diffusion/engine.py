@@ -83,6 +83,7 @@ class Engine:
         latency: LatencyModel | None = None,
     ) -> None:
         self.models, self.profile, self.weights = models, profile, weights
+        self.processor = processor_of(models.device)
         self.max_queue = max_queue
         self.failure: str | None = None
         self._latency = LatencyModel() if latency is None else latency
@@ -139,6 +140,12 @@ class Engine:
     @property
     def queued(self) -> int:
         return len(self._batcher.waiting)
+
+    @property
+    def filled(self) -> bool:
+        """Whether the images here fill a UNet call."""
+        with self._wake:
+            return self._batcher.filled
 
     @property
     def rows(self) -> int:
@@ -547,11 +554,10 @@ class Engine:
         work.job.deliver(drawn)
 
     def _runtime(self, exact: bool) -> dict[str, Any]:
-        """The profile, as far as this image was drawn with it."""
-        if not exact:
-            return self.profile.with_(exact=False).to_dict()
-        threads = self._exact_threads if self.models.device.type == "cpu" else self.profile.threads
-        return self.profile.with_(exact=True, threads=threads).to_dict()
+        """The profile as this image was drawn with it, and on what."""
+        on_cpu = self.models.device.type == "cpu"
+        threads = self._exact_threads if exact and on_cpu else self.profile.threads
+        return {**self.profile.with_(exact=exact, threads=threads).to_dict(), "processor": self.processor}
 
     def _record(self, work: Work) -> ImageRecord:
         """All that decides the image's pixels: the only place where such a record begins."""
@@ -572,13 +578,16 @@ class Engine:
         )
 
 
+def processor_of(device: torch.device) -> str:
+    """The name of what computes: the GPU's, or the processor's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
 def _decides_latency(profile: RuntimeProfile, weights: dict[str, str]) -> dict[str, Any]:
     """What a call's seconds depend on, beside its group and rows."""
-    device = torch.device(profile.device)
     return {
-        "processor": processor(),
+        "processor": processor_of(torch.device(profile.device)),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "weights": weights,
         **{

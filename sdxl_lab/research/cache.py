@@ -23,6 +23,7 @@ from sdxl_lab.diffusion.denoising import calls_of, rows_of
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError, differing, identity
 from sdxl_lab.diffusion.models import placement
+from sdxl_lab.environment import processor
 from sdxl_lab.errors import EngineStopped
 from sdxl_lab.evaluation.metrics import Metric
 from sdxl_lab.files import write_whole
@@ -169,7 +170,9 @@ class ImageCache:
     def _runtime(self) -> dict[str, Any]:
         device, dtype = placement(self.profile)
         settled = self.profile.with_(dtype=str(dtype).removeprefix("torch.")).to_dict()
-        return {"device": device.type, **{name: settled[name] for name in MOVES_PIXELS}}
+        moves = {"device": device.type, **{name: settled[name] for name in MOVES_PIXELS}}
+        exact = {"exact": True, "threads": settled["threads"], "processor": processor()}
+        return moves | exact if self.profile.exact else moves
 
     def _identity(self, model: ModelRef) -> dict[str, str]:
         """What a model is. Of the engine lent only where it has that model: what it does not draw is not its own."""

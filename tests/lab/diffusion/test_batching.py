@@ -166,6 +166,28 @@ def test_a_cancelled_image_frees_its_rows_at_the_next_call():
     assert batcher.plan(0.2).call == ("next",)
 
 
+def test_a_call_is_filled_by_images_of_one_size():
+    batcher = Batcher(model(), max_rows=8, exploring=False)
+    filled = []
+    for index, group in enumerate([BASE, BASE, REFINER, REFINER, BASE, BASE]):
+        batcher.add(index, (Part(group, 2, 5),), 0.0)
+        filled.append(batcher.filled)
+    assert filled == [False] * 5 + [True]
+    batcher.remove(0)
+    assert not batcher.filled
+
+
+def test_an_image_alone_shares_no_call():
+    batcher = Batcher(model(), max_rows=8, exploring=False)
+    for index in range(6):
+        batcher.add(index, (Part(BASE, 2, 3),), 0.0, alone=index in (0, 3))
+    played = Played(batcher)
+    now = 0.0
+    while len(batcher):
+        now = played.step(now)
+    assert {keys for keys, _ in played.calls} == {(0,), (3,), (1, 2, 4, 5)}
+
+
 def test_a_short_image_passes_the_long_ones():
     batcher = Batcher(model(), max_rows=8, exploring=False)
     played, now = Played(batcher), 0.0
