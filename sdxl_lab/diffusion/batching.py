@@ -148,7 +148,7 @@ class Batcher:
         rows: Counter[Group] = Counter()
         for image in self._images.values():
             rows[image.group] += image.rows
-        return any(count >= self.rows_of(group) for group, count in rows.items())
+        return any(count >= (self._to_try(group) or self.rows_of(group)) for group, count in rows.items())
 
     def position(self, key: Hashable, now: float) -> int:
         """The place among those that wait, from 1; 0 for one that does not wait."""
@@ -201,13 +201,16 @@ class Batcher:
 
     def _limit(self, group: Group, room: int) -> int:
         """The rows of the next call: a count to be tried, if there are images to fill it, else the best known."""
-        untried = self.untried(group) if self.exploring else None
+        untried = self._to_try(group)
         if untried is not None:
             sharing = [image for image in self._images.values() if image.group == group and not image.alone]
             waiting = sorted((image.rows for image in sharing if not image.active), reverse=True)[:room]
             if sum(waiting) + sum(image.rows for image in sharing if image.active) >= untried:
                 return untried
         return self.rows_of(group)
+
+    def _to_try(self, group: Group) -> int | None:
+        return self.untried(group) if self.exploring else None
 
     def untried(self, group: Group) -> int | None:
         """The next row count to be measured: powers of two, and `max_rows`, while more rows make a row cheaper."""
