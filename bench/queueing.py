@@ -163,9 +163,9 @@ def main(size: Size) -> None:
         f"compiled, {load:.0%}: {many:.0f} images took longer than the bound" for load, many in late.items() if many
     ]
     conditions = (
-        f"{count} images a run, {RUNS} runs, Poisson, mixed steps unless equal; 24.5 ms a row, eager 34 ms a call more; "
-        f"load is a share of the {most['compiled']:.3f} and {most['eager']:.3f} images a second that one at a time can "
-        f"draw, and with full calls of {most['eager, full calls']:.3f}"
+        f"{count} images a run, {RUNS} runs, Poisson, mixed steps unless equal; 24.5 ms a row, eager 34 ms a call "
+        f"more; load is a share of the {most['compiled']:.3f} and {most['eager']:.3f} images a second that one at a "
+        f"time can draw, and with full calls of {most['eager, full calls']:.3f}"
     )
     more: dict[str, Any] = {"seconds": found, "constants": constants(count)}
     title = "Least remaining time first against first come, first served, simulated"
