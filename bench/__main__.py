@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import clip_truth, cost, engine, fleet, gpu, imports, scaling, serving, throughput, truesize
+from bench import clip_truth, cost, engine, fleet, gpu, imports, queueing, scaling, serving, throughput, truesize
 from bench.measure import RESULTS
 from bench.replicas import replicas
 from bench.settings import Size
@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[Size], None]] = {
     "health": serving.health,
     "fleet": fleet.main,
     "scaling": scaling.main,
+    "queueing": queueing.main,
     "soak": soak,
     "replicas": replicas,
     "runtime": engine.runtime,

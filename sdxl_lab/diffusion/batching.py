@@ -26,8 +26,6 @@ TRIALS = 3
 GAIN = 0.05
 # ... and this often in spite of one that did not: a measurement may be unlucky.
 PATIENT = 1
-# With more images than this the forecast leaps over calls that are alike at both ends; with fewer it makes every one.
-EACH_CALL = 32
 
 
 class Part(NamedTuple):
@@ -74,6 +72,16 @@ class _Image:
     @property
     def group(self) -> Group:
         return self.parts[0].group
+
+    def rank(self, now: float) -> float:
+        """Its remaining time, which counts for less the longer it has waited."""
+        return self.left / (1 + max(0.0, now - self.arrived) / (PATIENCE * self.cost))
+
+    def reaches(self, rank: float, now: float) -> float:
+        """Seconds until its age alone brings it down to this rank; 0 for a rank that no time leads to."""
+        if rank <= 0:
+            return 0.0
+        return PATIENCE * self.cost * (self.left / rank - 1) - max(0.0, now - self.arrived)
 
 
 @dataclass
@@ -184,20 +192,46 @@ class Batcher:
         """The image is under way: it holds memory until it is removed."""
         self._images[key].active = True
 
-    def called(self, keys: Iterable[Hashable]) -> list[Hashable]:
-        """These images had their call. Returns those that have none left; they stay until they are removed."""
+    def called(self, keys: Iterable[Hashable], calls: int = 1) -> list[Hashable]:
+        """These images had their call, or `calls` of them that were `alike`. Returns those that have none left; they
+        stay until they are removed."""
         done = []
         for key in keys:
             image = self._images[key]
             part = image.parts[0]
-            image.left -= self._price(part.group) * part.rows
-            if part.calls > 1:
-                image.parts[0] = part._replace(calls=part.calls - 1)
+            image.left -= calls * self._price(part.group) * part.rows
+            if part.calls > calls:
+                image.parts[0] = part._replace(calls=part.calls - calls)
             elif len(image.parts) > 1:
                 image.parts.pop(0)
             else:
                 done.append(key)
         return done
+
+    def alike(self, plan: Plan, now: float, seconds: float) -> int:
+        """How many calls of `seconds` each the plan made at `now` stands for, if nobody comes or goes: at least 1, and
+        never too many. Its images have been `started`.
+
+        A call moves its own images forward only. So the plan stands until one of them is done with a part, or one of
+        the others falls due or passes one of them by its age. The rank of those in the call falls, too, so their
+        present rank bounds it.
+        """
+        if self.exploring:
+            return 1
+        leap = min(self._images[key].parts[0].calls for key in plan.call)
+        if self.order == "fifo" or seconds <= 0:
+            return leap
+        mine = set(plan.call)
+        last: _Image | None = None
+        for image in self._ordered(now):
+            if image.key in mine:
+                last = image
+            elif now < image.due:
+                until = image.due - now
+                if last and now < last.due and last.priority == image.priority:
+                    until = min(until, image.reaches(last.rank(now), now) + seconds)
+                leap = min(leap, math.ceil(until / seconds - 1e-6))
+        return max(1, leap)
 
     def _limit(self, group: Group, room: int) -> int:
         """The rows of the next call: a count to be tried, if there are images to fill it, else the best known."""
@@ -261,8 +295,7 @@ class Batcher:
         def rank(image: _Image) -> tuple[float, ...]:
             if now >= image.due:
                 return (-math.inf, image.due, image.number)
-            waited = max(0.0, now - image.arrived)
-            return (-image.priority, image.left / (1 + waited / (PATIENCE * image.cost)), image.number)
+            return (-image.priority, image.rank(now), image.number)
 
         return sorted(self._images.values(), key=rank)
 
@@ -282,9 +315,9 @@ class Batcher:
             for key in plan.start:
                 twin.started(key)
                 starts[key] = passed
-            for _ in range(twin._alike(plan, now + passed, seconds)):
-                done = twin.called(plan.call)
-                passed += seconds
+            calls = twin.alike(plan, now + passed, seconds)
+            done = twin.called(plan.call, calls)
+            passed += calls * seconds
             passed += self.latency.seconds(plan.group.decode, len(done)) if done else 0.0
             for key in done:
                 ends[key] = passed
@@ -295,21 +328,6 @@ class Batcher:
         """The same images, to be played forward: it shares only the measurements, and tries nothing out."""
         images = {key: replace(image, parts=list(image.parts)) for key, image in self._images.items()}
         return replace(self, exploring=False, _images=images, _choices=dict(self._choices))
-
-    def _alike(self, plan: Plan, now: float, seconds: float) -> int:
-        """How many calls in a row this plan stands for."""
-        if len(self._images) <= EACH_CALL:
-            return 1
-        leap = min(self._images[key].parts[0].calls for key in plan.call)
-        while leap > 1:
-            members = {key: replace(self._images[key], parts=list(self._images[key].parts)) for key in plan.call}
-            later = replace(self, _images=self._images | members)
-            for _ in range(leap - 1):
-                later.called(plan.call)
-            if later.plan(now + (leap - 1) * seconds).call == plan.call:
-                return leap
-            leap //= 2
-        return 1
 
 
 def _checked(work: Iterable[Part]) -> list[Part]:
