@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_lab.diffusion.threads import FASTER, MOST_PATIENCE, PATIENCE, PAUSE, ThreadChoice
+from sdxl_lab.diffusion.threads import MOST_PATIENCE, PATIENCE, PAUSE, ThreadChoice
 
 GUIDED = ("base", 32, 32), 2
 
