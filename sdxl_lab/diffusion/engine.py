@@ -26,6 +26,7 @@ from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_o
 from sdxl_lab.diffusion.inventory import differing, identity
 from sdxl_lab.diffusion.latency import Forecast, LatencyModel
 from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load
+from sdxl_lab.diffusion.processor import CallThreads
 from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import GeneratedImage, finish, preview
 from sdxl_lab.job import Change, ImageRequest, Job, Outcome, Stepped
@@ -257,6 +258,10 @@ class Engine:
     def _run(self) -> None:
         if self.profile.threads is not None:
             torch.set_num_threads(self.profile.threads)  # OpenMP keeps it per calling thread
+        # A compiled UNet is compiled anew for another number of threads, and on a GPU the number does not matter.
+        self._threads = CallThreads(
+            adapt=self.profile.threads is None and self.models.device.type == "cpu" and not self.profile.compile
+        )
         try:
             while True:
                 with self._wake:
@@ -348,7 +353,8 @@ class Engine:
         exhausted = False
         try:
             inputs = [trajectory.inputs() for trajectory in trajectories]
-            predictions = self._predict(group[0], inputs)
+            with self._threads.call((group, sum(len(each.timesteps) for each in inputs))):
+                predictions = self._predict(group[0], inputs)
         except Exception as error:
             if len(picked) == 1:
                 self._end(picked[0].job, error)
