@@ -14,6 +14,7 @@ import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, overload
@@ -29,6 +30,7 @@ from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_o
 from sdxl_lab.diffusion.inventory import differing, identity
 from sdxl_lab.diffusion.latency import Forecast, Group, LatencyModel
 from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load
+from sdxl_lab.diffusion.processor import CallThreads
 from sdxl_lab.environment import processor
 from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import GeneratedImage, finish, preview
@@ -90,7 +92,6 @@ class Engine:
         self._batcher = Batcher(self._latency, profile.rows, profile.active, profile.order)
         self._works: dict[Job[Any], Work] = {}  # with the batcher and its measurements, under the lock of `_wake`
         self._wake = threading.Condition()
-        self._threads = profile.threads or torch.get_num_threads()
         self._chores: deque[tuple[Future[None], Callable[[], None]]] = deque()
         self._closed = False
         self._ticks = 0
@@ -329,6 +330,10 @@ class Engine:
     # --- the engine's thread ---------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        if self.profile.threads is not None:
+            torch.set_num_threads(self.profile.threads)  # OpenMP keeps it per calling thread
+        # A compiled UNet is compiled anew for another number of threads, and on a GPU the number does not matter.
+        self._threads = CallThreads(adapt=self._on_cpu and self.profile.threads is None and not self.profile.compile)
         try:
             while True:
                 with self._wake:
@@ -393,10 +398,14 @@ class Engine:
                 self._forget(work.job)
 
     def _use_threads(self, exact: bool) -> None:
-        """torch's threads for the next call, its embeddings and its decode. Sums are rounded in another order by
-        another number of them, so `exact` has one number everywhere."""
-        if self.models.device.type == "cpu":
-            torch.set_num_threads(self._exact_threads if exact else self._threads)
+        """torch's threads for all that is computed in this tick; a call that is not exact may have others. Sums are
+        rounded in another order by another number of them, so `exact` has one number everywhere."""
+        if self._on_cpu:
+            torch.set_num_threads(self._exact_threads if exact else self._threads.count)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.models.device.type == "cpu"
 
     @property
     def _exact_threads(self) -> int:
@@ -451,7 +460,8 @@ class Engine:
         exhausted = False
         try:
             inputs = [trajectory.inputs() for trajectory in trajectories]
-            predictions = self._predict(group.name, inputs)
+            with nullcontext() if exact else self._threads.call((group, sum(len(each.timesteps) for each in inputs))):
+                predictions = self._predict(group.name, inputs)
         except Exception as error:
             if len(picked) == 1:
                 self._end(picked[0].job, error)
@@ -555,8 +565,7 @@ class Engine:
 
     def _runtime(self, exact: bool) -> dict[str, Any]:
         """The profile as this image was drawn with it, and on what."""
-        on_cpu = self.models.device.type == "cpu"
-        threads = self._exact_threads if exact and on_cpu else self.profile.threads
+        threads = self._exact_threads if exact and self._on_cpu else self.profile.threads
         return {**self.profile.with_(exact=exact, threads=threads).to_dict(), "processor": self.processor}
 
     def _record(self, work: Work) -> ImageRecord:

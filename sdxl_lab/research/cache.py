@@ -171,7 +171,7 @@ class ImageCache:
         device, dtype = placement(self.profile)
         settled = self.profile.with_(dtype=str(dtype).removeprefix("torch.")).to_dict()
         moves = {"device": device.type, **{name: settled[name] for name in MOVES_PIXELS}}
-        exact = {"exact": True, "threads": settled["threads"], "processor": processor()}
+        exact = {"exact": True, "threads": self.profile.threads, "processor": processor()}
         return moves | exact if self.profile.exact else moves
 
     def _identity(self, model: ModelRef) -> dict[str, str]:
