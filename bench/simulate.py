@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdxl_lab.diffusion.batching import Batcher, Order, Part
-from sdxl_lab.diffusion.latency import LatencyModel
+from sdxl_lab.diffusion.batching import Batcher, Part
+from sdxl_lab.diffusion.latency import Group, LatencyModel
 
-GROUP = "base"
+GROUP = Group("base", 128, 128)
 Work = tuple[tuple[int, int], ...]  # (rows, calls) in order: ((2, 30),) is 30 guided steps
 
 
@@ -49,7 +49,7 @@ class Policy:
     LitServe's: images whose widest calls fill `rows` start at once, no other joins until all are done, and all are
     answered with the last."""
 
-    order: Order = "shortest"
+    order: str = "shortest"
     rows: int = 16
     active: int = 256
     queue: int = 100

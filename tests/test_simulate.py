@@ -127,7 +127,7 @@ def test_images_that_arrive_at_once_start_and_end_when_the_batcher_forecasts(cal
     steps = [10, 30, 20, 25, 5, 15, 40, 35, 12, 9, 28, 31]
     batcher = policy.batcher(call)
     for images in range(1, 17):
-        batcher.latency.took("decode", images, call.image * images)
+        batcher.latency.took(GROUP.decode, images, call.image * images)
     for index, each in enumerate(steps):
         batcher.add(index, [Part(GROUP, 2, each)], 0.0)
     spans = batcher.forecast(0.0)
