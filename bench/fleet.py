@@ -191,11 +191,11 @@ def against(
         "2 replicas / 1": ratios(two, one),
         "3 replicas / 1": ratios(three, one),
         "2 replicas / 1 with 2 threads": ratios(two, threads),
-        "batching: 16 rows / one image at a time": ratios(one, single),
+        "batching: shared calls / one image at a time": ratios(one, single),
         "interval / guidance throughout": ratios(interval, one),
     }
     for name, measured, work, policy in (
-        ("16 rows", one, guided, OURS),
+        ("shared calls", one, guided, OURS),
         ("interval", interval, sparing, OURS),
         ("one image at a time", single, guided, SINGLE),
     ):
