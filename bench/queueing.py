@@ -32,7 +32,7 @@ POLICIES = {
     FIFO: Policy("fifo", queue=ANY),
     SHORTEST: Policy("shortest", queue=ANY),
 }
-PATIENCES, STRETCHES, SLACKS = (2.0, 5.0, 10.0, 20.0, 1e9), (1.5, 2.0, 3.0, 1e9), (0.1, 0.15, 0.25)
+PATIENCES, STRETCHES, SLACKS = (2.0, 5.0, 10.0, 20.0, 1e9), (1.5, 2.0, 3.0, 1e9), (0.1, 0.15, 0.2, 0.3)
 AIMS = {"mean": {0.5: "", 0.7: "0.8", 0.85: "0.75"}, "short": {0.5: "3", 0.7: "3", 0.85: "5"}}
 OWN = f"p99 of {SHORT} steps"
 
@@ -126,7 +126,7 @@ def tuned(cost: Cost, rate: float, count: int, policies: Sequence[str], **consta
 def constants(count: int) -> dict[str, dict[str, dict[str, float]]]:
     """What other constants of the batcher would give, by load."""
     single, full = (capacity(((2, MIDDLE),), EAGER, POLICIES[name]) for name in (SINGLE, SHORTEST))
-    pairs = dict.fromkeys([*((p, STRETCH) for p in PATIENCES), *((PATIENCE, s) for s in STRETCHES)])
+    pairs = dict.fromkeys([*((p, STRETCH) for p in PATIENCES), *((PATIENCE, s) for s in STRETCHES), (1e9, 1e9)])
     most = capacity(((2, MIDDLE),), COMPILED, POLICIES[SINGLE])
     found = {
         f"PATIENCE {p:g}, STRETCH {s:g}": {

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sdxl_lab.config import RuntimeProfile
 from sdxl_lab.diffusion.batching import Batcher, Part
 from sdxl_lab.diffusion.latency import Group, LatencyModel
 
 GROUP = Group("base", 128, 128)
+SHIPPED = RuntimeProfile()  # its limits are those of an engine that was told nothing
 Work = tuple[tuple[int, int], ...]  # (rows, calls) in order: ((2, 30),) is 30 guided steps
 
 
@@ -49,9 +51,9 @@ class Policy:
     LitServe's: images whose widest calls fill `rows` start at once, no other joins until all are done, and all are
     answered with the last."""
 
-    order: str = "shortest"
-    rows: int = 16
-    active: int = 256
+    order: str = SHIPPED.order
+    rows: int = SHIPPED.rows
+    active: int = SHIPPED.active
     queue: int = 100
     together: bool = False
 
