@@ -608,7 +608,7 @@ class RuntimeProfile(Declared):
         Setting(
             kind=Whole(1, 1024),
             label="Threads",
-            help="torch's threads (left out: one for each core)",
+            help="torch's threads (left out: as many as calls show to be fastest)",
             example=2,
         ),
     ] = None
