@@ -562,7 +562,8 @@ class RuntimeProfile(Declared):
         Setting(
             kind=Choice(("auto", "float32", "float16", "bfloat16")),
             label="Data type",
-            help="the UNets' numbers (auto: float32 on a CPU, float16 on CUDA)",
+            help="the UNets' numbers (auto: float32 on a CPU, float16 on CUDA). On a CPU without "
+            "AVX-512 bfloat16 is ten times as slow",
             example="auto",
         ),
     ] = "auto"
@@ -613,14 +614,14 @@ class RuntimeProfile(Declared):
         ),
     ] = None
     channels_last: Annotated[
-        bool,
+        bool | None,
         Setting(
             kind=Switch(),
             label="Channels last",
-            help="lay out the UNet's weights with the channels last",
+            help="lay out the UNet's weights with the channels last (left out: on a CPU, unless compiled)",
             example=True,
         ),
-    ] = False
+    ] = None
     fuse_qkv: Annotated[
         bool,
         Setting(

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sdxl_lab.diffusion.processor import CallThreads
+from sdxl_lab.diffusion.processor import CallThreads, multiplies
 
 Loss = Callable[[int], torch.Tensor]
 WARM_UP = 100  # steps
@@ -26,10 +26,8 @@ def generator(step: int, seed: int = 0) -> torch.Generator:
 
 
 def autocast() -> torch.autocast:
-    """bfloat16 where the processor has AVX-512 or more. With AVX2 only, a bfloat16 convolution takes more than ten
-    times as long as one in float32."""
-    slow = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    return torch.autocast("cpu", torch.bfloat16, enabled=not slow)
+    """bfloat16 where the processor multiplies it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=multiplies(torch.bfloat16))
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:

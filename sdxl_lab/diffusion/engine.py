@@ -29,8 +29,8 @@ from sdxl_lab.diffusion.batching import Batcher, Part
 from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
 from sdxl_lab.diffusion.inventory import differing, identity
 from sdxl_lab.diffusion.latency import Forecast, Group, LatencyModel
-from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load
-from sdxl_lab.diffusion.processor import CallThreads
+from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load, settled
+from sdxl_lab.diffusion.processor import CallThreads, capability
 from sdxl_lab.environment import processor
 from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import GeneratedImage, finish, preview
@@ -107,14 +107,13 @@ class Engine:
     @classmethod
     def load(cls, config: GenerationConfig, profile: RuntimeProfile | None = None, max_queue: int = 1000) -> Self:
         """An engine for a configuration's models. Raises `ModelError`."""
-        profile = profile or RuntimeProfile()
+        profile = settled(profile or RuntimeProfile())
         # In a thread that ends: torch gives every thread an OpenMP pool of its own, and while there are more threads in
         # all pools than cores, none of them waits actively any more: UNet calls of two rows took twice as long.
         with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
             models = loader.submit(load, config.model, profile).result()
-        settled = profile.with_(device=str(models.device), dtype=str(models.dtype).removeprefix("torch."))
         weights = identity(config.model)
-        return cls(models, settled, weights, max_queue, LatencyModel.remembered(**_decides_latency(settled, weights)))
+        return cls(models, profile, weights, max_queue, LatencyModel.remembered(**_decides_latency(profile, weights)))
 
     def __enter__(self) -> Self:
         return self
@@ -133,6 +132,13 @@ class Engine:
         self._thread.join()
         self._finisher.shutdown()
         self._latency.keep(self._latency.to_dict())
+
+    @property
+    def runtime(self) -> dict[str, Any]:
+        """The profile as it was settled, in plain values; what computes, and on a CPU the instructions that torch uses
+        there."""
+        found = {"processor": self.processor} | ({"cpu_capability": capability()} if self._on_cpu else {})
+        return self.profile.to_dict() | found
 
     @property
     def healthy(self) -> bool:
@@ -564,9 +570,9 @@ class Engine:
         work.job.deliver(drawn)
 
     def _runtime(self, exact: bool) -> dict[str, Any]:
-        """The profile as this image was drawn with it, and on what."""
+        """The runtime as this image was drawn with it."""
         threads = self._exact_threads if exact and self._on_cpu else self.profile.threads
-        return {**self.profile.with_(exact=exact, threads=threads).to_dict(), "processor": self.processor}
+        return self.runtime | self.profile.with_(exact=exact, threads=threads).to_dict()
 
     def _record(self, work: Work) -> ImageRecord:
         """All that decides the image's pixels: the only place where such a record begins."""
