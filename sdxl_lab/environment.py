@@ -4,7 +4,10 @@
 """
 
 import os
+import platform
 from collections.abc import MutableMapping
+from contextlib import suppress
+from pathlib import Path
 
 # Any of these says that somebody has chosen how long OpenMP's threads spin.
 SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -22,3 +25,12 @@ def prepare(environment: MutableMapping[str, str] = os.environ) -> None:
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
     # transformers warns at import that torchvision is missing; nothing here uses it.
     environment.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def processor() -> str:
+    """The processor's own name, as far as the system tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -32,8 +32,9 @@ from huggingface_hub.file_download import repo_folder_name
 from PIL import Image
 
 from sdxl_lab.config import ConfigError, ModelRef, RuntimeProfile
-from sdxl_lab.diffusion.checksums import cache_folder, hub_difference
+from sdxl_lab.diffusion.checksums import hub_difference
 from sdxl_lab.diffusion.inventory import SHARED, ModelError, check_folder, folder_of
+from sdxl_lab.files import cache_folder
 
 log = logging.getLogger(__name__)
 
