@@ -252,9 +252,10 @@ class Engine:
             raise EngineStopped(self.failure or "the engine is closed") from None
 
     def _calibrate(self, request: ImageRequest, seconds: float) -> None:
+        self._use_threads(self.profile.exact)
         trajectory = Trajectory(self.models, request, partial(self._embed, self.profile.exact))
         group, row = trajectory.group, Rows(*(part[:1] for part in trajectory.inputs()))
-        ends = time.monotonic() + seconds
+        ends, warm = time.monotonic() + seconds, 0
         while not self._closed and (count := self._batcher.untried(group)) is not None:
             began = time.monotonic()
             if began > ends:
@@ -265,9 +266,11 @@ class Engine:
                 self._halve(count)
                 continue
             self._settle()
-            with self._wake:
-                self._latency.took(group, count, time.monotonic() - began)
-                self._batcher.measured()
+            if count == warm:
+                with self._wake:
+                    self._latency.took(group, count, time.monotonic() - began)
+                    self._batcher.measured()
+            warm = count  # a first call prepares what the later ones find
 
     def stats(self) -> EngineStats:
         rows, seconds = self._last_call
