@@ -199,7 +199,7 @@ def paint(path: Path, title: str, found: Mapping[str, Mapping[float, Cases]]) ->
                         x = [100 * load for load in loads]
                         ax.plot(x, y, style, color=colour, lw=1.4, label=f"{policy}, {figure}")
             ax.set_yscale("log")
-            ax.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
+            ax.set_yticks([0.2, 0.5, 1, 2, 5, 10, 20, 50], ["0.2", "0.5", "1", "2", "5", "10", "20", "50"])
             ax.minorticks_off()
-            ax.set(title=machine, xlabel="load, %", ylabel="seconds")
-            ax.legend(fontsize=6)
+            ax.set(title=machine, xlabel="load, %", ylabel="seconds", ylim=(0.1, 80))
+        panels[1].legend(loc="lower right", ncols=2, fontsize=6)

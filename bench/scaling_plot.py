@@ -90,7 +90,7 @@ def _step(ax: Axes, traces: Mapping[int, Any]) -> None:
         xlabel="minutes since (dotted: a replica is ready)",
         ylabel="seconds an image",
     )
-    ax.legend(title="until a replica is ready")
+    ax.legend(title="until a replica is ready", loc="upper right")
 
 
 def _predicted(ax: Axes, fleet: Mapping[str, Sequence[float]]) -> None:
