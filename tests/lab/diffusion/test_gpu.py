@@ -30,7 +30,8 @@ def test_a_gpu_draws_in_float32_what_a_cpu_draws(nano, scheduler):
 def test_float16_draws_the_same_scene(nano, options):
     request = ImageRequest(CONFIG, "a red circle on a white background", 1)
     with Engine.load(CONFIG, RuntimeProfile(device="cuda", dtype="float16", **options)) as engine:
-        jobs = [engine.submit(request) for _ in range(3)]
+        # One number of rows is enough of the compiler, which takes its time for each.
+        jobs = [engine.submit(request) for _ in range(1 if "compile" in options else 3)]
         assert engine.models.vae.dtype == torch.float16
         for job in jobs:
             assert max_difference(job.result(300).image, nano.draw(request).image) <= 0.25
