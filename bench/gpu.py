@@ -106,10 +106,10 @@ def main(size: Size) -> None:
         print("\ngpu: not measured, since torch sees no CUDA device here; --device cpu --scale tiny tries the command")
         return
     bench = Bench(size)
-    bench.environment = environment()
     if size.scale != TRUE.name:
         # The compiler takes minutes for the smallest UNet on a CPU. Processes inherit this.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    bench.environment = environment()
     with ExitStack() as stack:
         for name, work in {
             "gpu tests": gpu_tests,
@@ -269,6 +269,7 @@ def environment() -> dict[str, Any]:
         "CUDA of torch": torch.version.cuda or "none",
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
+        "compiler": "off, by TORCH_COMPILE_DISABLE" if os.environ.get("TORCH_COMPILE_DISABLE") == "1" else "on",
         **smi(),
     }
 

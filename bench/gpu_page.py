@@ -24,7 +24,8 @@ def page(path: Path) -> str:
         "\n\n".join(
             [
                 f"# {report['title']}",
-                f"{report['conditions']}. Weights are random, in SDXL's own configurations.",
+                f"{report['conditions']}. Weights are random, in SDXL's own configurations. "
+                "The profile has its defaults but for what a name says.",
                 "## Parts",
                 table(["part", "s", "of at most", "outcome", "failed"], parts),
                 "## Seconds, ratios, differences",

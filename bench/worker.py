@@ -7,7 +7,6 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-
 PATIENCE = 5.0  # seconds for a process to end by itself
 
 
