@@ -147,6 +147,16 @@ def steps(own: Contenders, name: str, rows: int, count: int) -> list[float]:
     return [_seconds(step) for _ in range(count)]
 
 
+def calibrate(own: Contenders, name: str, counts: Iterable[int], calls: int, until: float) -> dict[int, list[float]]:
+    """Seconds of so many calls for each row count, the ones that matter most first; those for which no time is left are
+    left out, but for the first."""
+    measured: dict[int, list[float]] = {}
+    for rows in sorted(counts, key=ROWS.index):
+        if not measured or time.monotonic() < until:
+            measured[rows] = steps(own, name, rows, calls)
+    return dict(sorted(measured.items()))
+
+
 def choose(own: Contenders, name: str, measured: Mapping[int, Iterable[float]]) -> int:
     """The rows that the batcher chooses for these seconds a call. The engine has them from now on and tries no others,
     so that no round of the timing differs from the next."""

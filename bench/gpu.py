@@ -180,21 +180,21 @@ def start(bench: Bench, part: Part) -> None:
 
 def calibrate(bench: Bench, part: Part) -> None:
     """Seconds a call by rows, and which rows the batcher chooses for them. All draw the same image, to be compared."""
-    until = bench.until("calibration")
+    until, last = bench.until("calibration"), bench.until("timing")
     with problems_of(part, "device"):
-        bench.environment |= bench.workers["pipeline"].call(until, contenders.describe)
+        bench.environment |= bench.workers["pipeline"].call(last, contenders.describe)
     images = {}
-    for name, found in bench.calibration.items():
+    for place, (name, found) in enumerate(bench.calibration.items()):
         worker = bench.worker_of(name)
+        now = time.monotonic()
+        share = now + (until - now) / (len(bench.calibration) - place)
         with problems_of(part, name):
             if name != PIPELINE:
-                found["seconds"] = {
-                    rows: worker.call(until, contenders.steps, name, rows, CALLS)
-                    for rows in sorted(found["first call, s"])
-                }
-                found["rows chosen"] = worker.call(until, contenders.choose, name, found["seconds"])
+                prepared = list(found["first call, s"])
+                found["seconds"] = worker.call(last, contenders.calibrate, name, prepared, CALLS, share)
+                found["rows chosen"] = worker.call(last, contenders.choose, name, found["seconds"])
             for count in reversed(COUNTS):  # what comes after the UNet has its first call, too
-                images[name] = worker.call(until, contenders.draw, name, count, 2).image
+                images[name] = worker.call(last, contenders.draw, name, count, 2).image
             if name != PIPELINE and PIPELINE in images:
                 difference = 255 * max_difference(images[name], images[PIPELINE])
                 bench.line(f"{name}: largest difference from the pipeline's image, 2 steps, of 255", difference)
@@ -206,25 +206,15 @@ def calibrate(bench: Bench, part: Part) -> None:
     part.outcome = "; ".join(f"{name}: {rows} rows" for name, rows in chosen.items())
 
 
+Case = tuple[int, str]  # how many images at once, and who draws them
+
+
 def compare(bench: Bench, part: Part) -> None:
     """Rounds, in which each draws one image, and then each draws eight, for as long as there is time for another."""
-    until, scale = bench.until("timing"), SCALES[bench.size.scale]
-    drawings: dict[tuple[int, str], list[Drawing]] = {
-        (count, name): [] for count in COUNTS for name, found in bench.calibration.items()
-    }
-    left, rounds = dict.fromkeys(drawings), 0
-    while rounds < max(1, bench.size.rounds) and (
-        not rounds or time.monotonic() + sum(drawings[case][-1].seconds for case in left) < until
-    ):
-        for case in list(left):
-            count, name = case
-            try:
-                drawings[case].append(bench.worker_of(name).call(until, contenders.draw, name, count))
-            except WorkerError as error:
-                part.problems.append(f"{name}, {count} at once: {error}")
-                del left[case]
-        bench.environment[f"clock after round {rounds + 1}"] = smi().get("clocks.sm", "not known")
-        rounds += 1
+    drawings: dict[Case, list[Drawing]] = {(count, name): [] for count in COUNTS for name in bench.calibration}
+    rounds = draw_rounds(bench, part, drawings)
+    part.outcome = f"{rounds} rounds of {len(drawings)}"
+    scale, rate = SCALES[bench.size.scale], bench.environment.get("TFLOP/s")
     for (count, name), drawn in drawings.items():
         if not drawn:
             continue
@@ -235,14 +225,34 @@ def compare(bench: Bench, part: Part) -> None:
             if theirs := drawings.get((count, PIPELINE)):
                 pairs = zip(theirs, drawn, strict=False)
                 bench.lines[f"pipeline / {what}"] = [one.seconds / other.seconds for one, other in pairs]
-        if scale is TRUE and (rate := bench.environment.get("TFLOP/s")):
+        if scale is TRUE and rate:
             work = 2 * BASE_ROW * scale.steps + DECODE
             bench.lines[f"{what}: share of the matrix product's rate"] = [work / s / rate for s in each]
     for process, worker in bench.workers.items():
         with problems_of(part, process):
-            if memory := worker.call(until, contenders.peak):
+            if memory := worker.call(time.monotonic() + 5, contenders.peak):
                 bench.line(f"{process}: most memory, GiB", memory)
-    part.outcome = f"{rounds} rounds of {len(drawings)}"
+
+
+def draw_rounds(bench: Bench, part: Part, drawings: dict[Case, list[Drawing]]) -> int:
+    """Whole rounds, at least one as far as there is time. A case that fails is not tried again."""
+    until, left = bench.until("timing"), dict.fromkeys(drawings)
+    for number in range(max(1, bench.size.rounds)):
+        expected = sum(drawings[case][-1].seconds for case in left) if number else 0.0
+        if time.monotonic() + expected > until:
+            return number
+        for count, name in list(left):
+            alone = drawings[1, name]
+            seconds = alone[-1].seconds * count / 2 if count > 1 and alone else 0.0  # at least, by all experience
+            try:
+                if time.monotonic() + seconds > until:
+                    raise WorkerError("there was no time for it")
+                drawings[count, name].append(bench.worker_of(name).call(until, contenders.draw, name, count))
+            except WorkerError as error:
+                part.problems.append(f"{name}, {count} at once: {error}")
+                del left[count, name]
+        bench.environment[f"clock after round {number + 1}"] = smi().get("clocks.sm", "not known")
+    return max(1, bench.size.rounds)
 
 
 @contextmanager

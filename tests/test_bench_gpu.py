@@ -29,7 +29,7 @@ ENGINES = [name for name in NAMES if name != PIPELINE]
 class Here:
     """A worker without a process: all it is told is done in this one, at once."""
 
-    fails: set[tuple[str, ...]] = set()  # names of functions, each with the arguments with which it fails
+    fails: tuple[tuple[object, ...], ...] = ()  # names of functions, each with the arguments with which it fails
 
     def __init__(self, make, *arguments):
         self.subject = self.lost = None
@@ -52,7 +52,7 @@ class Here:
             raise WorkerError(one_line(error)) from error
 
     def _check(self, work, more):
-        if (work.__name__, *more) in self.fails:
+        if any((work.__name__, *more) == fail for fail in self.fails):
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
     def call(self, until, work, *more):
@@ -75,7 +75,7 @@ def trial(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # as the command does; torch reads it when it is imported
 
     def run(*fails, **replaced):
-        monkeypatch.setattr(Here, "fails", set(fails))
+        monkeypatch.setattr(Here, "fails", fails)
         for name, work in replaced.items():
             monkeypatch.setattr(gpu, name, work)
         with torch._dynamo.config.patch(disable=True):
@@ -288,6 +288,45 @@ def test_what_cannot_be_prepared_in_time_is_left_out(tiny, monkeypatch):
     monkeypatch.setattr(contenders, "steps", lambda own, name, rows, count: time.sleep(0.2))
     took = contenders.prepare(tiny, (1,), time.monotonic() + 0.7)
     assert {name: list(rows) for name, rows in took.items()} == {"engine": [2, 16], "engine, graphs": [2]}
+
+
+def test_a_calibration_without_time_has_the_row_count_that_matters_most(tiny):
+    assert list(contenders.calibrate(tiny, "engine", [1, 2, 8], 2, time.monotonic() + 60)) == [1, 2, 8]
+    assert list(contenders.calibrate(tiny, "engine", [1, 2, 8], 2, time.monotonic())) == [2]
+
+
+def timing(seconds, minutes=1.0, rounds=3):
+    """The rounds of two who take so long for one image, on a clock that only they move: seconds, and what failed."""
+    run, part = gpu.Bench(bench.Size(minutes=minutes, rounds=rounds), began=0.0), gpu.Part("timing", 0)
+    clock = [0.0]
+
+    class Slow:
+        def call(self, until, work, name, count):
+            took = seconds[name] * count
+            clock[0] += took
+            if clock[0] > until:
+                raise WorkerError("its time ran out")
+            return contenders.Drawing(took, 2, None)
+
+    drawings = {(count, name): [] for count in (1, 8) for name in seconds}
+    run.worker_of = lambda name: Slow()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu.time, "monotonic", lambda: clock[0])
+        done = gpu.draw_rounds(run, part, drawings)
+    return done, {case: len(drawn) for case, drawn in drawings.items()}, part.problems
+
+
+def test_rounds_end_before_one_that_would_not_fit():
+    each = 60 * gpu.DONE_BY["timing"] / 18  # a round of two, one image and then eight, takes 18 times as long
+    assert timing({"a": each / 2.5, "b": each / 2.5}) == (2, {(n, who): 2 for n in (1, 8) for who in "ab"}, [])
+    assert timing({"a": each / 3.5, "b": each / 3.5})[0] == 3
+    assert timing({"a": each / 3.5, "b": each / 3.5}, rounds=1)[0] == 1
+
+
+def test_what_has_no_time_in_the_first_round_is_said():
+    _, drawn, problems = timing({"a": 1.0, "b": 20.0})
+    assert drawn == {(1, "a"): 1, (1, "b"): 1, (8, "a"): 1, (8, "b"): 0}
+    assert problems == ["b, 8 at once: there was no time for it"]
 
 
 def test_the_true_parts_are_as_large_as_those_counted_from_sdxl():
