@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.cost import BASE_ROW, DECODE
+from bench.cost import BASE_ROW, DECODE, PUBLISHED
 from bench.fleet import INTERVAL, left_in, work_of
-from bench.gpu import PUBLISHED
 from bench.measure import RESULTS
 from bench.scaling_plot import paint
 from bench.servers import ROOT

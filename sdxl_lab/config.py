@@ -640,6 +640,15 @@ class RuntimeProfile(Declared):
             example=True,
         ),
     ] = False
+    graphs: Annotated[
+        bool,
+        Setting(
+            kind=Switch(),
+            label="CUDA graphs",
+            help="record the UNet's kernels once for each number of rows and size, and replay them; only with CUDA",
+            example=True,
+        ),
+    ] = False
 
 
 def checked_prompt(prompt: object) -> str:

@@ -118,6 +118,7 @@ BAD = [
     (RuntimeProfile, {"channels_last": 1}, "channels_last must be true or false; received 1"),
     (RuntimeProfile, {"fuse_qkv": "yes"}, "fuse_qkv must be true or false; received 'yes'"),
     (RuntimeProfile, {"compile": "max-autotune"}, "compile must be true or false; received 'max-autotune'"),
+    (RuntimeProfile, {"graphs": 2}, "graphs must be true or false; received 2"),
 ]
 
 
