@@ -37,6 +37,7 @@ from sdxl_lab.diffusion.checksums import hub_difference
 from sdxl_lab.diffusion.graphs import Graphed
 from sdxl_lab.diffusion.inventory import SHARED, ModelError, check_folder, folder_of
 from sdxl_lab.diffusion.lean import lighten
+from sdxl_lab.environment import keep_allocations
 from sdxl_lab.files import cache_folder
 
 log = logging.getLogger(__name__)
@@ -205,6 +206,8 @@ def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:
     for part in parts:
         part.to(device).eval().requires_grad_(False)
     second = _denoiser(refiner, profile) if refiner else None
+    if device.type == "cpu":
+        keep_allocations()  # from here on: what loading took for a moment goes back to the system
     return Models(_denoiser(base, profile), second, base.vae, device, dtype, _latent_rgb(ref), ref)
 
 

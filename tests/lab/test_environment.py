@@ -1,12 +1,13 @@
 """Every door bounds OpenMP's spinning before torch is imported, unless somebody chose otherwise."""
 
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
 
-from sdxl_lab.environment import SPINNING, prepare
+from sdxl_lab.environment import KEEPING, SPINNING, keep_allocations, prepare
 
 
 def test_spinning_is_bounded_where_nobody_chose():
@@ -39,3 +40,40 @@ import torch
     environment = {name: value for name, value in os.environ.items() if name not in SPINNING}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "10000"
+
+
+FAULTS = """
+import resource
+from sdxl_lab import environment
+{first}
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = faults()
+for _ in range(10):
+    bytearray(2**26)
+print((faults() - before) * resource.getpagesize() / 2**26)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+@pytest.mark.parametrize(
+    ("first", "chosen", "mapped"),
+    [
+        ("environment.keep_allocations()", {}, 1),
+        ("", {}, 10),
+        ("environment.keep_allocations()", {"MALLOC_MMAP_THRESHOLD_": "100000"}, 10),
+    ],
+    ids=["kept", "left alone", "chosen otherwise"],
+)
+def test_what_is_freed_is_kept_for_the_next_call(first, chosen, mapped):
+    """How often 64 MiB, taken and freed ten times, are mapped into the process."""
+    environment = {name: value for name, value in os.environ.items() if name not in KEEPING} | chosen
+    code = [sys.executable, "-c", FAULTS.format(first=first)]
+    said = subprocess.run(code, env=environment, capture_output=True, text=True, check=True)
+    assert float(said.stdout) == pytest.approx(mapped, abs=0.5)
+
+
+@pytest.mark.parametrize("libc", ["musl", ""])
+def test_another_malloc_is_left_alone(monkeypatch, libc):
+    monkeypatch.setattr(platform, "libc_ver", lambda: (libc, ""))
+    assert not keep_allocations({})

@@ -152,6 +152,16 @@ def test_a_dtype_that_the_processor_does_not_multiply_is_slow_and_said_so(tiny_m
     assert loaded.dtype == (torch.float32 if dtype == "auto" else torch.bfloat16)
 
 
+def test_allocations_are_kept_from_the_load_on(tiny_model, monkeypatch):
+    """Not before: what a load takes for a moment would stay in the process."""
+    order = []
+    monkeypatch.setattr(models, "keep_allocations", lambda: order.append("kept"))
+    read = models._load_parts
+    monkeypatch.setattr(models, "_load_parts", lambda *given: (order.append("read"), read(*given))[1])
+    load(ref(tiny_model), CPU)
+    assert order == ["read", "kept"]
+
+
 # --- good input ------------------------------------------------------------------------------------------------------
 
 
