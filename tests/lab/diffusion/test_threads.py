@@ -169,6 +169,32 @@ def test_a_cold_try_is_made_again_before_it_is_judged():
     assert choice.count == 1
 
 
+def test_where_both_counts_vary_much_the_better_one_on_average_is_found():
+    """Beside two neighbours a call with one thread took 0.07 to 0.19 s, with two 0.08 to 0.26 s."""
+    pick, choice, now = random.Random(0), ThreadChoice(2), 0.0
+    counts = []
+    for _ in range(2000):
+        threads = choice.choose(GUIDED, now)
+        wall = pick.uniform(0.07, 0.19) if threads == 1 else pick.uniform(0.08, 0.26)
+        now += wall
+        choice.took(GUIDED, threads, wall, wall * (0.65 if threads == 1 else 1.1), now)
+        counts.append(threads)
+    assert counts.count(1) > 0.8 * len(counts)
+
+
+def test_on_a_quiet_machine_a_small_gain_is_reason_enough_for_more_threads():
+    """As for two rows, where a second thread takes a tenth of the time away; a moment's neighbour had taken it."""
+    choice, now = ThreadChoice(2), 0.0
+    for number in range(400):
+        threads = choice.choose(GUIDED, now)
+        wall = 0.4 if number == 20 else 0.062 if threads == 2 else 0.067
+        now += wall
+        choice.took(GUIDED, threads, wall, wall if number == 20 else 0.93 * wall * threads, now)
+        if number == 22:
+            assert threads == 1
+    assert choice.count == 2
+
+
 def test_cpu_time_of_others_in_the_process_counts_as_the_calls_own():
     choice = ThreadChoice(2)
     for _ in range(3):
