@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bench import clip_truth, cost, engine, fleet, gpu, imports, queueing, scaling, serving, throughput, truesize
 from bench.measure import RESULTS
+from bench.neighbours import neighbours
 from bench.replicas import replicas
 from bench.settings import Size
 from bench.soak import soak
@@ -13,6 +14,7 @@ from bench.soak import soak
 BENCHMARKS: dict[str, Callable[[Size], None]] = {
     "parity": engine.parity,
     "overhead": engine.overhead,
+    "neighbours": neighbours,
     "throughput": throughput.main,
     "grid": engine.grid,
     "latency": serving.latency,

@@ -562,7 +562,8 @@ class RuntimeProfile(Declared):
         Setting(
             kind=Choice(("auto", "float32", "float16", "bfloat16")),
             label="Data type",
-            help="the UNets' numbers (auto: float32 on a CPU, float16 on CUDA)",
+            help="the UNets' numbers (auto: float32 on a CPU, float16 on CUDA). On a CPU without "
+            "AVX-512 bfloat16 is ten times as slow",
             example="auto",
         ),
     ] = "auto"
@@ -608,19 +609,19 @@ class RuntimeProfile(Declared):
         Setting(
             kind=Whole(1, 1024),
             label="Threads",
-            help="torch's threads (left out: one for each core)",
+            help="torch's threads (left out: as many as calls show to be fastest)",
             example=2,
         ),
     ] = None
     channels_last: Annotated[
-        bool,
+        bool | None,
         Setting(
             kind=Switch(),
             label="Channels last",
-            help="lay out the UNet's weights with the channels last",
+            help="lay out the UNet's weights with the channels last (left out: on a CPU, unless compiled)",
             example=True,
         ),
-    ] = False
+    ] = None
     fuse_qkv: Annotated[
         bool,
         Setting(

@@ -55,13 +55,14 @@ class _Image:
     """An image as the batcher sees it. Times are on the caller's clock."""
 
     key: Hashable
-    parts: list[Part]
+    whole: list[Part]
+    parts: list[Part]  # those that are left
     priority: int
     arrived: float
     number: int
     cost: float  # seconds of its own calls, at the price of a row in a well filled call
     left: float  # the same for what remains
-    due: float  # by when it goes before everybody
+    due: float  # by when it goes before everybody; endless where nothing was measured as it arrived
     alone: bool  # it shares no call
     active: bool = False
 
@@ -113,17 +114,19 @@ class Batcher:
         if key in self._images:
             raise ValueError(f"an image must be added once; received {key!r} again")
         parts = _checked(work)
-        cost = self._cost(parts)
-        self._busy_until = max(self._busy_until, now) + cost
-        due = now + STRETCH * (self._busy_until - now) - cost
-        self._images[key] = _Image(key, parts, priority, now, self._count, cost, cost, due, alone)
+        cost, due = self._cost(parts), math.inf
+        if all(self.latency.measured(part.group) for part in parts):
+            self._busy_until = max(self._busy_until, now) + cost
+            due = now + STRETCH * (self._busy_until - now) - cost
+        self._images[key] = _Image(key, parts, list(parts), priority, now, self._count, cost, cost, due, alone)
         self._count += 1
 
     def refine(self, key: Hashable, work: Iterable[Part]) -> None:
         """The image's remaining work, now that it is known exactly."""
         image = self._images[key]
         image.parts = _checked(work)
-        image.left = self._cost(image.parts)
+        image.whole = list(image.parts)
+        image.cost = image.left = self._cost(image.parts)
 
     def remove(self, key: Hashable) -> None:
         """The image is gone: done, failed or cancelled. Nothing happens where it was gone already."""
@@ -199,13 +202,13 @@ class Batcher:
         for key in keys:
             image = self._images[key]
             part = image.parts[0]
-            image.left -= calls * self._price(part.group) * part.rows
             if part.calls > calls:
                 image.parts[0] = part._replace(calls=part.calls - calls)
             elif len(image.parts) > 1:
                 image.parts.pop(0)
             else:
                 done.append(key)
+            image.left = self._cost(image.parts)
         return done
 
     def alike(self, plan: Plan, now: float, seconds: float) -> int:
@@ -279,8 +282,10 @@ class Batcher:
         return self._choices[group]
 
     def measured(self) -> None:
-        """The latency model has learnt: choose rows anew."""
+        """The latency model has learnt: choose rows anew, and count everybody's time at the new price."""
         self._choices.clear()
+        for image in self._images.values():
+            image.cost, image.left = self._cost(image.whole), self._cost(image.parts)
 
     def _price(self, group: Group) -> float:
         return self._choice(group)[1] or 1.0  # nothing measured: calls count

@@ -14,6 +14,7 @@ import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, overload
@@ -28,7 +29,8 @@ from sdxl_lab.diffusion.batching import Batcher, Part
 from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
 from sdxl_lab.diffusion.inventory import differing, identity
 from sdxl_lab.diffusion.latency import Forecast, Group, LatencyModel
-from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load
+from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load, settled
+from sdxl_lab.diffusion.processor import CallThreads, capability
 from sdxl_lab.environment import processor
 from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import GeneratedImage, finish, preview
@@ -90,7 +92,6 @@ class Engine:
         self._batcher = Batcher(self._latency, profile.rows, profile.active, profile.order)
         self._works: dict[Job[Any], Work] = {}  # with the batcher and its measurements, under the lock of `_wake`
         self._wake = threading.Condition()
-        self._threads = profile.threads or torch.get_num_threads()
         self._chores: deque[tuple[Future[None], Callable[[], None]]] = deque()
         self._closed = False
         self._ticks = 0
@@ -106,14 +107,13 @@ class Engine:
     @classmethod
     def load(cls, config: GenerationConfig, profile: RuntimeProfile | None = None, max_queue: int = 1000) -> Self:
         """An engine for a configuration's models. Raises `ModelError`."""
-        profile = profile or RuntimeProfile()
+        profile = settled(profile or RuntimeProfile())
         # In a thread that ends: torch gives every thread an OpenMP pool of its own, and while there are more threads in
         # all pools than cores, none of them waits actively any more: UNet calls of two rows took twice as long.
         with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
             models = loader.submit(load, config.model, profile).result()
-        settled = profile.with_(device=str(models.device), dtype=str(models.dtype).removeprefix("torch."))
         weights = identity(config.model)
-        return cls(models, settled, weights, max_queue, LatencyModel.remembered(**_decides_latency(settled, weights)))
+        return cls(models, profile, weights, max_queue, LatencyModel.remembered(**_decides_latency(profile, weights)))
 
     def __enter__(self) -> Self:
         return self
@@ -132,6 +132,13 @@ class Engine:
         self._thread.join()
         self._finisher.shutdown()
         self._latency.keep(self._latency.to_dict())
+
+    @property
+    def runtime(self) -> dict[str, Any]:
+        """The profile as it was settled, in plain values; what computes, and on a CPU the instructions that torch uses
+        there."""
+        found = {"processor": self.processor} | ({"cpu_capability": capability()} if self._on_cpu else {})
+        return self.profile.to_dict() | found
 
     @property
     def healthy(self) -> bool:
@@ -245,9 +252,10 @@ class Engine:
             raise EngineStopped(self.failure or "the engine is closed") from None
 
     def _calibrate(self, request: ImageRequest, seconds: float) -> None:
+        self._use_threads(self.profile.exact)
         trajectory = Trajectory(self.models, request, partial(self._embed, self.profile.exact))
         group, row = trajectory.group, Rows(*(part[:1] for part in trajectory.inputs()))
-        ends = time.monotonic() + seconds
+        ends, warm = time.monotonic() + seconds, 0
         while not self._closed and (count := self._batcher.untried(group)) is not None:
             began = time.monotonic()
             if began > ends:
@@ -258,9 +266,11 @@ class Engine:
                 self._halve(count)
                 continue
             self._settle()
-            with self._wake:
-                self._latency.took(group, count, time.monotonic() - began)
-                self._batcher.measured()
+            if count == warm:
+                with self._wake:
+                    self._latency.took(group, count, time.monotonic() - began)
+                    self._batcher.measured()
+            warm = count  # a first call prepares what the later ones find
 
     def stats(self) -> EngineStats:
         rows, seconds = self._last_call
@@ -329,6 +339,10 @@ class Engine:
     # --- the engine's thread ---------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        if self.profile.threads is not None:
+            torch.set_num_threads(self.profile.threads)  # OpenMP keeps it per calling thread
+        # A compiled UNet is compiled anew for another number of threads, and on a GPU the number does not matter.
+        self._threads = CallThreads(adapt=self._on_cpu and self.profile.threads is None and not self.profile.compile)
         try:
             while True:
                 with self._wake:
@@ -393,10 +407,14 @@ class Engine:
                 self._forget(work.job)
 
     def _use_threads(self, exact: bool) -> None:
-        """torch's threads for the next call, its embeddings and its decode. Sums are rounded in another order by
-        another number of them, so `exact` has one number everywhere."""
-        if self.models.device.type == "cpu":
-            torch.set_num_threads(self._exact_threads if exact else self._threads)
+        """torch's threads for all that is computed in this tick; a call that is not exact may have others. Sums are
+        rounded in another order by another number of them, so `exact` has one number everywhere."""
+        if self._on_cpu:
+            torch.set_num_threads(self._exact_threads if exact else self._threads.count)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.models.device.type == "cpu"
 
     @property
     def _exact_threads(self) -> int:
@@ -451,7 +469,8 @@ class Engine:
         exhausted = False
         try:
             inputs = [trajectory.inputs() for trajectory in trajectories]
-            predictions = self._predict(group.name, inputs)
+            with nullcontext() if exact else self._threads.call((group, sum(len(each.timesteps) for each in inputs))):
+                predictions = self._predict(group.name, inputs)
         except Exception as error:
             if len(picked) == 1:
                 self._end(picked[0].job, error)
@@ -554,10 +573,9 @@ class Engine:
         work.job.deliver(drawn)
 
     def _runtime(self, exact: bool) -> dict[str, Any]:
-        """The profile as this image was drawn with it, and on what."""
-        on_cpu = self.models.device.type == "cpu"
-        threads = self._exact_threads if exact and on_cpu else self.profile.threads
-        return {**self.profile.with_(exact=exact, threads=threads).to_dict(), "processor": self.processor}
+        """The runtime as this image was drawn with it."""
+        threads = self._exact_threads if exact and self._on_cpu else self.profile.threads
+        return self.runtime | self.profile.with_(exact=exact, threads=threads).to_dict()
 
     def _record(self, work: Work) -> ImageRecord:
         """All that decides the image's pixels: the only place where such a record begins."""

@@ -213,7 +213,9 @@ def compare(
     _check_gates(plan, before)
     configs = [candidate] if before is None else [candidate, before]
     requests = [ImageRequest(config, prompt, seed) for config in configs for prompt, seed in plan.pairs]
-    drawn = draw(requests, profile, exact=plan.golden_places)
+    # What is served in the same way, so that equal settings give equal images.
+    exact = {place + len(plan.pairs) * each for each in range(len(configs)) for place in plan.golden_places}
+    drawn = draw(requests, profile, exact)
     mine, theirs = drawn[: len(plan.pairs)], drawn[len(plan.pairs) :]
     return Comparison(plan, candidate, tuple(mine), before, tuple(theirs), measure(plan, mine), measure(plan, theirs))
 

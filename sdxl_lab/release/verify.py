@@ -25,7 +25,17 @@ if TYPE_CHECKING:
     from sdxl_lab.diffusion.engine import Engine
 
 # What must agree of two exact runtimes for the same bits.
-DECIDES_BITS = ("device", "dtype", "exact", "processor", "threads", "channels_last", "fuse_qkv", "compile")
+DECIDES_BITS = (
+    "device",
+    "dtype",
+    "exact",
+    "processor",
+    "cpu_capability",
+    "threads",
+    "channels_last",
+    "fuse_qkv",
+    "compile",
+)
 # An image of 8 bits cannot show float32's 1e-3 better than by one step of a sample, where a value is rounded the
 # other way. Another device or dtype moves whole images slightly: bfloat16 by 13/255 at most, far less on average.
 EXACT_RUNTIME = 0.0

@@ -22,7 +22,7 @@ from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile, canonica
 from sdxl_lab.diffusion.denoising import calls_of, rows_of
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError, differing, identity
-from sdxl_lab.diffusion.models import placement
+from sdxl_lab.diffusion.models import settled
 from sdxl_lab.environment import processor
 from sdxl_lab.errors import EngineStopped
 from sdxl_lab.evaluation.metrics import Metric
@@ -168,10 +168,9 @@ class ImageCache:
 
     @cached_property
     def _runtime(self) -> dict[str, Any]:
-        device, dtype = placement(self.profile)
-        settled = self.profile.with_(dtype=str(dtype).removeprefix("torch.")).to_dict()
-        moves = {"device": device.type, **{name: settled[name] for name in MOVES_PIXELS}}
-        exact = {"exact": True, "threads": settled["threads"], "processor": processor()}
+        profile = settled(self.profile).to_dict()
+        moves = {"device": profile["device"].partition(":")[0], **{name: profile[name] for name in MOVES_PIXELS}}
+        exact = {"exact": True, "threads": self.profile.threads, "processor": processor()}
         return moves | exact if self.profile.exact else moves
 
     def _identity(self, model: ModelRef) -> dict[str, str]:

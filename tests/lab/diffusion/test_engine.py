@@ -800,6 +800,12 @@ def refined(config):
     return ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, image_record()))
 
 
+def test_the_record_names_what_the_processor_can_do(engine, config):
+    record = engine.draw(ImageRequest(config.with_(steps=1), "a cat", 1)).record
+    assert record.runtime["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert engine.runtime.items() >= engine.profile.to_dict().items()
+
+
 @pytest.mark.parametrize("change", OTHER_MODELS.values(), ids=OTHER_MODELS)
 def test_a_request_of_another_model_is_refused_at_once(engine, config, change):
     asked = config.with_(model=config.model.with_(**change))

@@ -32,6 +32,15 @@ def test_a_first_slow_call_is_passed_over():
     assert latency.seconds(SMALL, 2) == 0.1
 
 
+def test_a_first_call_that_prepares_the_others_is_forgotten_at_once():
+    latency = LatencyModel()
+    latency.took(SMALL, 2, 9.0)
+    assert latency.seconds(SMALL, 2) == 9.0, "better than nothing"
+    latency.took(SMALL, 2, 0.1)
+    assert latency.counts(SMALL) == {2: 1}
+    assert latency.seconds(SMALL, 2) == 0.1
+
+
 def test_old_calls_are_forgotten():
     latency = LatencyModel()
     for seconds in [9.0] * 100 + [0.1] * REMEMBERED:
@@ -95,6 +104,7 @@ def test_a_damaged_file_is_left_out_and_written_anew(latency, tmp_path, monkeypa
     path = LatencyModel.remembered(device="cpu").path
     path.parent.mkdir(parents=True)
     path.write_text(text)
+    assert "damaged" not in caplog.text
     found = LatencyModel.remembered(device="cpu")
     assert not found
     assert f"{path} is damaged and left out" in caplog.text
