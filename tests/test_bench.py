@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from bench import __main__ as bench
-from bench import clip_truth, fleet, imports, neighbours, scaling, soak, throughput
+from bench import clip_truth, fleet, imports, neighbours, queueing, scaling, soak, throughput
 from bench.clients import Answer
 from bench.measure import Report, alternate
 from bench.settings import config_of
@@ -128,6 +128,25 @@ def test_fleets_are_simulated(tiny_model, tmp_path, capsys, monkeypatch):
     with Image.open(tmp_path / "scaling.png") as plot:
         assert plot.width > 500
     assert "p99 passes twice the time alone" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_orders_are_compared(tmp_path, capsys, monkeypatch):
+    for name, value in {"EACH": 300, "RUNS": 2, "PATIENCES": (1e9,), "STRETCHES": (1.5,), "SLACKS": (0.1, 0.3)}.items():
+        monkeypatch.setattr(queueing, name, value)
+    bench.main(["queueing", "--folder", str(tmp_path), "--images", "1"])
+    found = json.loads((tmp_path / "queueing.json").read_text())
+    assert not found["wrong"]
+    for load in ("50%", "70%", "85%"):
+        assert found["values"][f"compiled, {load}: equal, mean / one at a time"] == pytest.approx([1, 1])
+    assert max(found["values"]["compiled, 85%: mean / one at a time"]) < 1
+    constants = found["constants"]
+    assert constants["PATIENCE 10, STRETCH 1.5"] != constants["PATIENCE 1e+09, STRETCH 3"]  # they reach the batcher
+    rows = [next(iter(constants[f"SLACK {slack}"].values()))["rows of a call"] for slack in (0.1, 0.3)]
+    assert rows[0] > rows[1] > 2
+    with Image.open(tmp_path / "queueing.png") as plot:
+        assert plot.width > 500
+    assert "eager, full calls, 85%, mixed, shortest" in capsys.readouterr().out
 
 
 def test_the_published_times_of_an_h100_come_out_of_its_computed_costs():

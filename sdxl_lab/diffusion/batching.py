@@ -233,7 +233,7 @@ class Batcher:
                 until = image.due - now
                 if last and now < last.due and last.priority == image.priority:
                     until = min(until, image.reaches(last.rank(now), now) + seconds)
-                leap = min(leap, math.ceil(until / seconds - 1e-6))
+                leap = min(leap, math.ceil(min(until / seconds, leap) - 1e-6))  # some are never due
         return max(1, leap)
 
     def _limit(self, group: Group, room: int) -> int:

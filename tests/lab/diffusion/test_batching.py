@@ -234,6 +234,17 @@ def test_the_forecast_of_a_long_queue_is_close_and_quick():
         assert each.end == pytest.approx(played.ends[key], rel=0.05, abs=1.0)
 
 
+def test_images_that_came_before_anything_was_measured_are_forecast_afterwards():
+    batcher = Batcher(LatencyModel(), max_rows=2, exploring=False)
+    for priority in (0, 1):
+        batcher.add(priority, (Part(BASE, 2, 10),), 0.0, priority)
+    batcher.latency = model()
+    batcher.measured()
+    forecast = batcher.forecast(1.0)
+    seconds = batcher.latency.seconds(BASE, 2)
+    assert [forecast[each].end for each in (1, 0)] == pytest.approx([10 * seconds, 20 * seconds])
+
+
 @pytest.mark.parametrize("work", [(), (Part(BASE, 2, 0),), (Part(BASE, 0, 3),)])
 def test_work_without_a_call_is_refused(work):
     with pytest.raises(ValueError, match="at least one call of at least one row"):
