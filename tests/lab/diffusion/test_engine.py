@@ -231,11 +231,11 @@ def test_a_compiled_unet_sees_row_counts_of_powers_of_two(tiny_models, config, m
 def test_a_calibration_measures_row_counts_before_the_first_image(start, config):
     latency = LatencyModel()
     engine = start(rows=8, latency=latency)
-    engine.calibrate(config)
+    engine.calibrate(config, seconds=60.0)
     (group,) = latency._seconds
     assert group == ("base", 8, 8)
     assert {2, 4} <= latency.counts(group).keys() <= {2, 4, 8}, "8 where 4 rows were cheaper than 2, a row"
-    assert set(latency.counts(group).values()) == {TRIALS}
+    assert min(latency.counts(group).values()) == TRIALS
     assert engine.stats().calls == 0
     known = latency.to_dict()
     engine.calibrate(config)
