@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sdxl_lab.environment import KEEPING, SPINNING, keep_allocations, prepare
+from sdxl_lab.environment import KEEPING, LESS_OFTEN, PYTHONS_OWN, SPINNING, keep_allocations, prepare
 
 
 def test_spinning_is_bounded_where_nobody_chose():
@@ -40,6 +40,13 @@ import torch
     environment = {name: value for name, value in os.environ.items() if name not in SPINNING}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "10000"
+
+
+@pytest.mark.parametrize(("before", "after"), [(PYTHONS_OWN, LESS_OFTEN), ((1000, 10, 10), (1000, 10, 10))])
+def test_garbage_is_looked_for_less_often_where_nobody_chose(before, after):
+    code = f"import gc; gc.set_threshold(*{before}); import sdxl_lab; print(gc.get_threshold())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == str(after)
 
 
 FAULTS = """
