@@ -1,7 +1,7 @@
 """What the process must be told before the models run: its environment before torch is imported, malloc after the load.
 
-`import sdxl_lab` calls `prepare` and `collect_less`, so every door has it: notebooks, the command line, the service, the tests, the
-recipe.
+`import sdxl_lab` calls `prepare` and `collect_less`, so every door has it: notebooks, the command line, the service,
+the tests, the recipe.
 """
 
 import atexit
@@ -38,8 +38,8 @@ PYTHONS_OWN, LESS_OFTEN = (700, 10, 10), (50_000, 20, 100)
 def collect_less() -> None:
     """Let the garbage collector look less often, unless somebody has chosen, and not at all as the process ends.
 
-    The libraries make a million functions and classes, none of them garbage, and looking through them over and over took
-    a quarter of the engine's import.
+    The libraries make a million functions and classes, none of them garbage. Looking through them over and over took a
+    quarter of the engine's import.
     """
     if gc.get_threshold() == PYTHONS_OWN:
         gc.set_threshold(*LESS_OFTEN)
