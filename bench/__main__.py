@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import clip_truth, cost, engine, fleet, gpu, imports, scaling, serving, throughput, truesize
+from bench import clip_truth, cost, engine, fleet, gpu, imports, queueing, scaling, serving, throughput, truesize
 from bench.measure import RESULTS
+from bench.neighbours import neighbours
 from bench.replicas import replicas
 from bench.settings import Size
 from bench.soak import soak
@@ -13,12 +14,14 @@ from bench.soak import soak
 BENCHMARKS: dict[str, Callable[[Size], None]] = {
     "parity": engine.parity,
     "overhead": engine.overhead,
+    "neighbours": neighbours,
     "throughput": throughput.main,
     "grid": engine.grid,
     "latency": serving.latency,
     "health": serving.health,
     "fleet": fleet.main,
     "scaling": scaling.main,
+    "queueing": queueing.main,
     "soak": soak,
     "replicas": replicas,
     "runtime": engine.runtime,

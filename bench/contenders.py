@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.batching import Batcher
 from sdxl_lab.diffusion.denoising import Trajectory
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.latency import LatencyModel
+from sdxl_lab.diffusion.latency import Group, LatencyModel
 from sdxl_lab.diffusion.models import placement
 from sdxl_lab.images import max_difference, mean_difference, open_image
 from sdxl_lab.job import ImageRequest
@@ -134,7 +135,7 @@ def steps(own: Contenders, name: str, rows: int, count: int) -> list[float]:
     engine, config = own.engines[name], config_for(own.scale, count)
     asked = [config] * (rows // 2) + [config.with_(guidance_scale=1.0)] * (rows % 2)
     trajectories = [
-        Trajectory(engine.models, ImageRequest(each, PROMPTS[0], seed), engine._embed)
+        Trajectory(engine.models, ImageRequest(each, PROMPTS[0], seed), partial(engine._embed, False))
         for seed, each in enumerate(asked)
     ]
 
@@ -161,7 +162,7 @@ def choose(own: Contenders, name: str, measured: Mapping[int, Iterable[float]]) 
     """The rows that the batcher chooses for these seconds a call. The engine has them from now on and tries no others,
     so that no round of the timing differs from the next."""
     engine, side = own.engines[name], own.scale.side // own.engines[name].models.scale_factor
-    group = ("base", side, side)
+    group = Group("base", side, side)
     latency = LatencyModel()
     for model in (latency, engine._latency):
         for rows, seconds in measured.items():

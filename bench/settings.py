@@ -15,7 +15,7 @@ PROMPTS = (
     "a large green boat on a yellow background",
     "a pink heart above a black ring on a cyan background",
 )
-FLOAT32 = RuntimeProfile(device="cpu", dtype="float32", rows=32)
+FLOAT32 = RuntimeProfile(device="cpu", dtype="float32")
 
 Body = Mapping[str, Any]
 

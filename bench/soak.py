@@ -242,7 +242,7 @@ def soak(size: Size) -> None:
     config = config_of(size)
     ledger = Ledger()
     over = threading.Event()
-    with server("service", config, SDXL_MAX_QUEUE=str(QUEUE), SDXL_MAX_ROWS="16") as port:
+    with server("service", config, SDXL_MAX_QUEUE=str(QUEUE)) as port:
         before = set(listed(port))
         until = time.monotonic() + 60 * (size.minutes or MINUTES)
         monitor = Monitor(port)

@@ -562,7 +562,8 @@ class RuntimeProfile(Declared):
         Setting(
             kind=Choice(("auto", "float32", "float16", "bfloat16")),
             label="Data type",
-            help="the UNets' numbers (auto: float32 on a CPU, float16 on CUDA)",
+            help="the UNets' numbers (auto: float32 on a CPU, float16 on CUDA). On a CPU without "
+            "AVX-512 bfloat16 is ten times as slow",
             example="auto",
         ),
     ] = "auto"
@@ -571,28 +572,56 @@ class RuntimeProfile(Declared):
         Setting(
             kind=Whole(1, 4096),
             label="Rows",
-            help="how many UNet rows share one call; a guided image takes two",
-            example=16,
+            help="the most UNet rows that share one call; a guided image takes two. How many do is measured",
+            example=32,
         ),
-    ] = 16
+    ] = 32
+    active: Annotated[
+        int,
+        Setting(
+            kind=Whole(1, 100_000),
+            label="Images under way",
+            help="the most images that are begun and not done: each holds its latents, some 2 MB at 1024 px",
+            example=256,
+        ),
+    ] = 256
+    order: Annotated[
+        str,
+        Setting(
+            kind=Choice(("shortest", "fifo")),
+            label="Order",
+            help="who goes first: the image with the least time left, within a bound on everybody's wait, or the one "
+            "that came first",
+            example="shortest",
+        ),
+    ] = "shortest"
+    exact: Annotated[
+        bool,
+        Setting(
+            kind=Switch(),
+            label="Exact",
+            help="one image a call, and on a CPU one thread: an image's bits do not depend on its company",
+            example=True,
+        ),
+    ] = False
     threads: Annotated[
         int | None,
         Setting(
             kind=Whole(1, 1024),
             label="Threads",
-            help="torch's threads (left out: one for each core)",
+            help="torch's threads (left out: as many as calls show to be fastest)",
             example=2,
         ),
     ] = None
     channels_last: Annotated[
-        bool,
+        bool | None,
         Setting(
             kind=Switch(),
             label="Channels last",
-            help="lay out the UNet's weights with the channels last",
+            help="lay out the UNet's weights with the channels last (left out: on a CPU, unless compiled)",
             example=True,
         ),
-    ] = False
+    ] = None
     fuse_qkv: Annotated[
         bool,
         Setting(

@@ -2,18 +2,17 @@
 
 Arithmetic only: workloads and measured costs go in, a plan comes out. It has no thread and no clock; whoever asks says
 what time it is, in seconds of any one clock. The engine carries out the plan; the forecast is the same plan, played
-forward. Imports nothing but the latency model.
+forward.
 """
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from sdxl_lab.diffusion.latency import Forecast, LatencyModel
+from sdxl_lab.diffusion.latency import Forecast, Group, LatencyModel
 
-Order = Literal["shortest", "fifo"]
-ORDERS: tuple[Order, ...] = ("shortest", "fifo")
 # An image's remaining time counts for half once it has waited this many times its own: between the two classics,
 # shortest remaining time first (no patience) and highest response ratio next (Hansen 1971).
 PATIENCE = 10.0
@@ -23,15 +22,16 @@ STRETCH = 3.0
 SLACK = 0.1
 # So many calls of a row count are made before it is judged: the first one may be slow.
 TRIALS = 3
-# With more images than this the forecast leaps over calls that are alike at both ends; with fewer it makes every one.
-EXACT = 64
+# Larger calls are tried while one more doubling takes at least this share off the price of a row, ...
+GAIN = 0.05
+# ... and this often in spite of one that did not: a measurement may be unlucky.
+PATIENT = 1
 
 
 class Part(NamedTuple):
-    """A stretch of an image's denoising: `calls` UNet calls of `group`, with `rows` rows in each. Only images of one
-    group share a call: the group names the UNet and the latents' height and width."""
+    """A stretch of an image's denoising: `calls` UNet calls of `group`, with `rows` rows in each."""
 
-    group: Hashable
+    group: Group
     rows: int
     calls: int
 
@@ -46,7 +46,7 @@ class Plan:
 
     start: tuple[Hashable, ...] = ()
     call: tuple[Hashable, ...] = ()
-    group: Hashable = None
+    group: Group | None = None
     rows: int = 0
 
 
@@ -55,13 +55,15 @@ class _Image:
     """An image as the batcher sees it. Times are on the caller's clock."""
 
     key: Hashable
-    parts: list[Part]
+    whole: list[Part]
+    parts: list[Part]  # those that are left
     priority: int
     arrived: float
     number: int
     cost: float  # seconds of its own calls, at the price of a row in a well filled call
     left: float  # the same for what remains
-    due: float  # by when it goes before everybody
+    due: float  # by when it goes before everybody; endless where nothing was measured as it arrived
+    alone: bool  # it shares no call
     active: bool = False
 
     @property
@@ -69,8 +71,18 @@ class _Image:
         return self.parts[0].rows
 
     @property
-    def group(self) -> Hashable:
+    def group(self) -> Group:
         return self.parts[0].group
+
+    def rank(self, now: float) -> float:
+        """Its remaining time, which counts for less the longer it has waited."""
+        return self.left / (1 + max(0.0, now - self.arrived) / (PATIENCE * self.cost))
+
+    def reaches(self, rank: float, now: float) -> float:
+        """Seconds until its age alone brings it down to this rank; 0 for a rank that no time leads to."""
+        if rank <= 0:
+            return 0.0
+        return PATIENCE * self.cost * (self.left / rank - 1) - max(0.0, now - self.arrived)
 
 
 @dataclass
@@ -85,33 +97,36 @@ class Batcher:
     """
 
     latency: LatencyModel
-    max_rows: int = 16
-    max_active: int = 64
-    order: Order = "shortest"
+    max_rows: int = 32
+    max_active: int = 256
+    order: str = "shortest"
     exploring: bool = True
     _images: dict[Hashable, _Image] = field(default_factory=dict)
     _count: int = 0
     _busy_until: float = -math.inf  # when first come, first served would be done with all that has arrived
-    _choices: dict[Hashable, tuple[int, float]] = field(default_factory=dict)
+    _choices: dict[Group, tuple[int, float]] = field(default_factory=dict)
 
     # --- who is there ------------------------------------------------------------------------------------------------
 
-    def add(self, key: Hashable, work: Iterable[Part], now: float, priority: int = 0) -> None:
-        """An image arrives. Raises `ValueError` for a key that is there, or work without a call."""
+    def add(self, key: Hashable, work: Iterable[Part], now: float, priority: int = 0, *, alone: bool = False) -> None:
+        """An image arrives; `alone`, it shares no call. Raises `ValueError` for a key that is there, or work without a
+        call."""
         if key in self._images:
             raise ValueError(f"an image must be added once; received {key!r} again")
         parts = _checked(work)
-        cost = self._cost(parts)
-        self._busy_until = max(self._busy_until, now) + cost
-        due = now + STRETCH * (self._busy_until - now) - cost
-        self._images[key] = _Image(key, parts, priority, now, self._count, cost, cost, due)
+        cost, due = self._cost(parts), math.inf
+        if all(self.latency.measured(part.group) for part in parts):
+            self._busy_until = max(self._busy_until, now) + cost
+            due = now + STRETCH * (self._busy_until - now) - cost
+        self._images[key] = _Image(key, parts, list(parts), priority, now, self._count, cost, cost, due, alone)
         self._count += 1
 
     def refine(self, key: Hashable, work: Iterable[Part]) -> None:
         """The image's remaining work, now that it is known exactly."""
         image = self._images[key]
         image.parts = _checked(work)
-        image.left = self._cost(image.parts)
+        image.whole = list(image.parts)
+        image.cost = image.left = self._cost(image.parts)
 
     def remove(self, key: Hashable) -> None:
         """The image is gone: done, failed or cancelled. Nothing happens where it was gone already."""
@@ -125,7 +140,7 @@ class Batcher:
 
     @property
     def active(self) -> list[Hashable]:
-        """The images under way."""
+        """The images under way: each has had a call, and may be between two of them."""
         return [image.key for image in self._images.values() if image.active]
 
     @property
@@ -137,6 +152,14 @@ class Batcher:
     def arrivals(self) -> int:
         """How many images have arrived in all."""
         return self._count
+
+    @property
+    def filled(self) -> bool:
+        """Whether the images here fill a call: one more makes somebody wait."""
+        rows: Counter[Group] = Counter()
+        for image in self._images.values():
+            rows[image.group] += image.rows
+        return any(count >= (self._to_try(group) or self.rows_of(group)) for group, count in rows.items())
 
     def position(self, key: Hashable, now: float) -> int:
         """The place among those that wait, from 1; 0 for one that does not wait."""
@@ -151,14 +174,14 @@ class Batcher:
         chosen: list[_Image] = []
         rows, limit = 0, 0
         for image in self._ordered(now):
-            if chosen and (image.group != chosen[0].group or rows + image.rows > limit):
+            if chosen and (image.alone or image.group != chosen[0].group or rows + image.rows > limit):
                 continue
             if not image.active:
                 if room <= 0:
                     continue
                 room -= 1
             if not chosen:
-                limit = max(image.rows, self._limit(image.group, room))
+                limit = image.rows if image.alone else max(image.rows, self._limit(image.group, room))
             chosen.append(image)
             rows += image.rows
             if rows >= limit:
@@ -172,60 +195,99 @@ class Batcher:
         """The image is under way: it holds memory until it is removed."""
         self._images[key].active = True
 
-    def called(self, keys: Iterable[Hashable]) -> list[Hashable]:
-        """These images had their call. Returns those that have none left; they stay until they are removed."""
+    def called(self, keys: Iterable[Hashable], calls: int = 1) -> list[Hashable]:
+        """These images had their call, or `calls` of them that were `alike`. Returns those that have none left; they
+        stay until they are removed."""
         done = []
         for key in keys:
             image = self._images[key]
             part = image.parts[0]
-            image.left -= self._price(part.group) * part.rows
-            if part.calls > 1:
-                image.parts[0] = part._replace(calls=part.calls - 1)
+            if part.calls > calls:
+                image.parts[0] = part._replace(calls=part.calls - calls)
             elif len(image.parts) > 1:
                 image.parts.pop(0)
             else:
                 done.append(key)
+            image.left = self._cost(image.parts)
         return done
 
-    def _limit(self, group: Hashable, room: int) -> int:
-        """The rows of the next call: a count to be tried, if there are images to fill it, else the best known."""
+    def alike(self, plan: Plan, now: float, seconds: float) -> int:
+        """How many calls of `seconds` each the plan made at `now` stands for, if nobody comes or goes: at least 1, and
+        never too many. Its images have been `started`.
+
+        A call moves its own images forward only. So the plan stands until one of them is done with a part, or one of
+        the others falls due or passes one of them by its age. The rank of those in the call falls, too, so their
+        present rank bounds it.
+        """
         if self.exploring:
-            known = self.latency.counts(group)
-            untried = [rows for rows in self._candidates() if known.get(rows, 0) < TRIALS]
-            if untried:
-                mine = [image for image in self._images.values() if image.group == group]
-                waiting = sum(image.rows for image in mine if not image.active)
-                there = sum(image.rows for image in mine if image.active) + min(waiting, 2 * room)
-                fitting = [rows for rows in untried if rows <= there]
-                if fitting:
-                    return fitting[0]
+            return 1
+        leap = min(self._images[key].parts[0].calls for key in plan.call)
+        if self.order == "fifo" or seconds <= 0:
+            return leap
+        mine = set(plan.call)
+        last: _Image | None = None
+        for image in self._ordered(now):
+            if image.key in mine:
+                last = image
+            elif now < image.due:
+                until = image.due - now
+                if last and now < last.due and last.priority == image.priority:
+                    until = min(until, image.reaches(last.rank(now), now) + seconds)
+                leap = min(leap, math.ceil(min(until / seconds, leap) - 1e-6))  # some are never due
+        return max(1, leap)
+
+    def _limit(self, group: Group, room: int) -> int:
+        """The rows of the next call: a count to be tried, if there are images to fill it, else the best known."""
+        untried = self._to_try(group)
+        if untried is not None:
+            sharing = [image for image in self._images.values() if image.group == group and not image.alone]
+            waiting = sorted((image.rows for image in sharing if not image.active), reverse=True)[:room]
+            if sum(waiting) + sum(image.rows for image in sharing if image.active) >= untried:
+                return untried
         return self.rows_of(group)
 
+    def _to_try(self, group: Group) -> int | None:
+        return self.untried(group) if self.exploring else None
+
+    def untried(self, group: Group) -> int | None:
+        """The next row count to be measured: powers of two, and `max_rows`, while more rows make a row cheaper."""
+        known, prices = self.latency.counts(group), self.latency.prices(group, self._candidates())
+        least, vain = math.inf, 0
+        for rows in self._candidates():
+            if known.get(rows, 0) < TRIALS:
+                return rows
+            vain = 0 if prices[rows] < least * (1 - GAIN) else vain + 1
+            if vain > PATIENT:
+                return None
+            least = min(least, prices[rows])
+        return None
+
     def _candidates(self) -> list[int]:
-        """Powers of two up to `max_rows`, and that."""
         return sorted({*(1 << power for power in range(1, self.max_rows.bit_length())), self.max_rows})
 
-    def rows_of(self, group: Hashable) -> int:
+    def rows_of(self, group: Group) -> int:
         """The rows of a well filled call: the fewest whose price a row is within `SLACK` of the least."""
         return self._choice(group)[0]
 
-    def _choice(self, group: Hashable) -> tuple[int, float]:
+    def _choice(self, group: Group) -> tuple[int, float]:
         """Rows of a well filled call, and seconds a row in it."""
         if group not in self._choices:
-            measured = {rows: self.latency.seconds(group, rows) / rows for rows in self.latency.measured(group)}
-            measured = {rows: price for rows, price in measured.items() if rows <= self.max_rows}
-            if not measured:
+            counts = [rows for rows in self.latency.measured(group) if rows <= self.max_rows]
+            prices = self.latency.prices(group, counts)
+            if not prices:
                 return self.max_rows, self.latency.seconds(group, self.max_rows) / self.max_rows
-            least = min(measured.values())
-            rows = min(rows for rows, price in measured.items() if price <= least * (1 + SLACK))
-            self._choices[group] = rows, measured[rows]
+            least = min(prices.values())
+            rows = min(rows for rows, price in prices.items() if price <= least * (1 + SLACK))
+            self._choices[group] = rows, prices[rows]
         return self._choices[group]
 
     def measured(self) -> None:
-        """The latency model has learnt: choose rows anew."""
+        """The latency model has learnt: choose rows anew, and count everybody's time at the new price."""
         self._choices.clear()
+        for image in self._images.values():
+            image.cost, image.left = self._cost(image.whole), self._cost(image.parts)
 
-    def _price(self, group: Hashable) -> float:
+    def _price(self, group: Group) -> float:
         return self._choice(group)[1] or 1.0  # nothing measured: calls count
 
     def _cost(self, parts: Iterable[Part]) -> float:
@@ -238,8 +300,7 @@ class Batcher:
         def rank(image: _Image) -> tuple[float, ...]:
             if now >= image.due:
                 return (-math.inf, image.due, image.number)
-            waited = max(0.0, now - image.arrived)
-            return (-image.priority, image.left / (1 + waited / (PATIENCE * image.cost)), image.number)
+            return (-image.priority, image.rank(now), image.number)
 
         return sorted(self._images.values(), key=rank)
 
@@ -254,14 +315,15 @@ class Batcher:
         passed = 0.0
         while twin._images:
             plan = twin.plan(now + passed)
+            assert plan.group is not None
             seconds = self.latency.seconds(plan.group, plan.rows)
             for key in plan.start:
                 twin.started(key)
                 starts[key] = passed
-            for _ in range(twin._alike(plan, now + passed, seconds)):
-                done = twin.called(plan.call)
-                passed += seconds
-            passed += self.latency.seconds("decode", len(done)) if done else 0.0
+            calls = twin.alike(plan, now + passed, seconds)
+            done = twin.called(plan.call, calls)
+            passed += calls * seconds
+            passed += self.latency.seconds(plan.group.decode, len(done)) if done else 0.0
             for key in done:
                 ends[key] = passed
                 twin.remove(key)
@@ -271,21 +333,6 @@ class Batcher:
         """The same images, to be played forward: it shares only the measurements, and tries nothing out."""
         images = {key: replace(image, parts=list(image.parts)) for key, image in self._images.items()}
         return replace(self, exploring=False, _images=images, _choices=dict(self._choices))
-
-    def _alike(self, plan: Plan, now: float, seconds: float) -> int:
-        """How many calls in a row this plan stands for."""
-        if len(self._images) <= EXACT:
-            return 1
-        leap = min(self._images[key].parts[0].calls for key in plan.call)
-        while leap > 1:
-            members = {key: replace(self._images[key], parts=list(self._images[key].parts)) for key in plan.call}
-            later = replace(self, _images=self._images | members)
-            for _ in range(leap - 1):
-                later.called(plan.call)
-            if later.plan(now + (leap - 1) * seconds).call == plan.call:
-                return leap
-            leap //= 2
-        return 1
 
 
 def _checked(work: Iterable[Part]) -> list[Part]:

@@ -10,18 +10,14 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import NamedTuple
+
+from sdxl_lab.files import cache_folder, write_whole
 
 SMALL = 1 << 20  # bytes: reading the file takes no longer than looking its checksum up
 # File systems stamp changes with a clock that ticks in milliseconds to seconds: a file that was written just now may be
 # written again under the same stamp.
 SETTLED_NS = 2_000_000_000
-
-
-def cache_folder() -> Path:
-    """Where this project keeps what may be deleted at any time: `~/.cache/sdxl_lab`, or below `$XDG_CACHE_HOME`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl_lab"
 
 
 def sha256_of(path: Path) -> str:
@@ -42,7 +38,7 @@ def sha256_of(path: Path) -> str:
     found = _read_into(hashlib.sha256(), path)
     if _state(path) == state and began - max(state["mtime_ns"], state["ctime_ns"]) > SETTLED_NS:
         with suppress(OSError):  # a home that is read-only or full costs time, nothing else
-            _keep(note, json.dumps({"path": str(path), "state": state, "sha256": found}))
+            write_whole(note, json.dumps({"path": str(path), "state": state, "sha256": found}).encode())
     return found
 
 
@@ -73,18 +69,6 @@ def _state(path: Path) -> dict[str, int]:
     """What changes when the file does. A copy may keep the time of the last change (mtime), but not of the inode's."""
     found = path.stat()
     return {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "ctime_ns": found.st_ctime_ns}
-
-
-def _keep(note: Path, text: str) -> None:
-    note.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", dir=note.parent, suffix=".part", delete=False) as file:
-        try:
-            file.write(text)
-            file.close()
-            os.replace(file.name, note)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def _read_into(digest: "hashlib._Hash", path: Path) -> str:

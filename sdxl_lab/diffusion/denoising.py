@@ -16,6 +16,7 @@ from diffusers import SchedulerMixin
 from sdxl_lab.config import ConfigError, RefinerConfig
 from sdxl_lab.diffusion import schedulers
 from sdxl_lab.diffusion.batching import Part
+from sdxl_lab.diffusion.latency import Group
 from sdxl_lab.diffusion.models import Denoiser, Embedding, Models, Prompt
 from sdxl_lab.job import ImageRequest
 
@@ -300,16 +301,19 @@ class Trajectory:
         return all(stage.finished for stage in self.stages)
 
     @property
-    def group(self) -> tuple[DenoiserName, int, int]:
-        """What must agree for two images to share a UNet call: the UNet and the latents' height and width."""
-        return self.stage.name, self.latents.shape[-2], self.latents.shape[-1]
+    def group(self) -> Group:
+        """Whom it can share its next UNet call with."""
+        return self._group(self.stage)
+
+    def _group(self, stage: Stage) -> Group:
+        return Group(stage.name, *self.latents.shape[-2:])
 
     def parts(self) -> list[Part]:
         """The calls that are left, as the batcher counts them: runs of calls with the same rows."""
         found: list[Part] = []
         for stage in self.stages:
             for guided in stage.guides[stage.index :]:
-                part = Part((stage.name, *self.latents.shape[-2:]), 2 if guided else 1, 1)
+                part = Part(self._group(stage), 2 if guided else 1, 1)
                 if found and found[-1][:2] == part[:2]:
                     part = part._replace(calls=found.pop().calls + 1)
                 found.append(part)

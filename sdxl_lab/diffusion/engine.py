@@ -6,13 +6,17 @@ is over. Every method may be called from any thread.
 """
 
 import logging
+import math
+import os
 import threading
 import time
 import traceback
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self, overload
 
 import diffusers
@@ -24,8 +28,10 @@ from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.batching import Batcher, Part
 from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
 from sdxl_lab.diffusion.inventory import differing, identity
-from sdxl_lab.diffusion.latency import Forecast, LatencyModel
-from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load
+from sdxl_lab.diffusion.latency import Forecast, Group, LatencyModel
+from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load, settled
+from sdxl_lab.diffusion.processor import CallThreads, capability
+from sdxl_lab.environment import processor
 from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import GeneratedImage, finish, preview
 from sdxl_lab.job import Change, ImageRequest, Job, Outcome, Stepped
@@ -35,8 +41,8 @@ from sdxl_lab.version import __version__
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int], None]
-# Images under way, each with its latents and embeddings: about 1 MB of SDXL at 1024 px, so some 256 MB at most.
-MAX_ACTIVE = 256
+REFORECAST = 20.0  # a forecast serves for so many times as long as it took: that much of a core it may have
+NOTE = 500  # calls after which the measured seconds are written down
 
 
 @dataclass(eq=False)
@@ -45,6 +51,7 @@ class Work:
 
     job: Job[Any]
     submitted: float
+    exact: bool
     started: float = 0.0
     trajectory: Trajectory | None = None
 
@@ -69,21 +76,30 @@ class EngineStats:
 class Engine:
     """Draws images. Use it as a context manager, or call `close`."""
 
-    def __init__(self, models: Models, profile: RuntimeProfile, weights: dict[str, str], max_queue: int = 1000) -> None:
+    def __init__(
+        self,
+        models: Models,
+        profile: RuntimeProfile,
+        weights: dict[str, str],
+        max_queue: int = 1000,
+        latency: LatencyModel | None = None,
+    ) -> None:
         self.models, self.profile, self.weights = models, profile, weights
+        self.processor = processor_of(models.device)
         self.max_queue = max_queue
         self.failure: str | None = None
-        self._latency = LatencyModel()
-        self._batcher = Batcher(self._latency, profile.rows, MAX_ACTIVE)
-        self._works: dict[Job[Any], Work] = {}  # with the batcher, under the lock of `_wake`
+        self._latency = LatencyModel() if latency is None else latency
+        self._batcher = Batcher(self._latency, profile.rows, profile.active, profile.order)
+        self._works: dict[Job[Any], Work] = {}  # with the batcher and its measurements, under the lock of `_wake`
         self._wake = threading.Condition()
+        self._chores: deque[tuple[Future[None], Callable[[], None]]] = deque()
         self._closed = False
         self._ticks = 0
-        self._forecast_of: tuple[int, int] | None = None
+        self._forecast_made, self._forecast_took = -math.inf, 0.0
         self._forecasts: dict[Hashable, Forecast] = {}
         self._last_call = (0, 0.0)
         self._all_calls = (0, 0, 0.0)  # calls, rows, seconds: replaced whole, so that a reader needs no lock
-        self._embeddings: OrderedDict[tuple[DenoiserName, Prompt], Embedding] = OrderedDict()
+        self._embeddings: OrderedDict[tuple[DenoiserName, Prompt, bool], Embedding] = OrderedDict()
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -91,13 +107,13 @@ class Engine:
     @classmethod
     def load(cls, config: GenerationConfig, profile: RuntimeProfile | None = None, max_queue: int = 1000) -> Self:
         """An engine for a configuration's models. Raises `ModelError`."""
-        profile = profile or RuntimeProfile()
+        profile = settled(profile or RuntimeProfile())
         # In a thread that ends: torch gives every thread an OpenMP pool of its own, and while there are more threads in
         # all pools than cores, none of them waits actively any more: UNet calls of two rows took twice as long.
         with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
             models = loader.submit(load, config.model, profile).result()
-        settled = profile.with_(device=str(models.device), dtype=str(models.dtype).removeprefix("torch."))
-        return cls(models, settled, identity(config.model), max_queue)
+        weights = identity(config.model)
+        return cls(models, profile, weights, max_queue, LatencyModel.remembered(**_decides_latency(profile, weights)))
 
     def __enter__(self) -> Self:
         return self
@@ -115,6 +131,14 @@ class Engine:
             job.cancel()
         self._thread.join()
         self._finisher.shutdown()
+        self._latency.keep(self._latency.to_dict())
+
+    @property
+    def runtime(self) -> dict[str, Any]:
+        """The profile as it was settled, in plain values; what computes, and on a CPU the instructions that torch uses
+        there."""
+        found = {"processor": self.processor} | ({"cpu_capability": capability()} if self._on_cpu else {})
+        return self.profile.to_dict() | found
 
     @property
     def healthy(self) -> bool:
@@ -123,6 +147,12 @@ class Engine:
     @property
     def queued(self) -> int:
         return len(self._batcher.waiting)
+
+    @property
+    def filled(self) -> bool:
+        """Whether the images here fill a UNet call."""
+        with self._wake:
+            return self._batcher.filled
 
     @property
     def rows(self) -> int:
@@ -171,17 +201,25 @@ class Engine:
         return starts[len(waiting) - self.max_queue] if len(starts) == len(waiting) else None
 
     def _forecast(self) -> dict[Hashable, Forecast]:
-        """Of all that is here, made once a tick and whenever somebody came; empty while nothing was measured."""
-        if not self._latency:
-            return {}
+        """Of all that is here, from now; empty while nothing was measured. Who asks often gets the last one again, with
+        the time that passed taken off: a long queue's takes longer than a call."""
+        now = time.monotonic()
         with self._wake:
-            made_of = (self._ticks, self._batcher.arrivals)
-            if made_of == self._forecast_of:
-                return self._forecasts
-            twin = self._batcher.twin()
-        forecasts = twin.forecast(time.monotonic())
+            if not self._latency:
+                return {}
+            known = self._forecasts.keys() >= self._works.keys()
+            if not known or now - self._forecast_made > REFORECAST * self._forecast_took:
+                twin = self._batcher.twin()
+            else:
+                passed = now - self._forecast_made
+                return {
+                    job: Forecast(max(0.0, each.start - passed), max(0.0, each.end - passed))
+                    for job, each in self._forecasts.items()
+                    if job in self._works
+                }
+        forecasts = twin.forecast(now)
         with self._wake:
-            self._forecast_of, self._forecasts = made_of, forecasts
+            self._forecasts, self._forecast_made, self._forecast_took = forecasts, now, time.monotonic() - now
         return forecasts
 
     def _parts(self, request: ImageRequest) -> list[Part]:
@@ -189,13 +227,50 @@ class Engine:
         config, calls, rows = request.config, calls_of(request), rows_of(request)
         width, height = (config.width, config.height) if request.source is None else request.source.image.size
         factor = self.models.scale_factor
-        shape = height // factor, width // factor
+        base, refiner = (Group(name, height // factor, width // factor) for name in ("base", "refiner"))
         if request.source is not None:
-            return [Part(("refiner", *shape), rows, calls)]
+            return [Part(refiner, rows, calls)]
         if config.refiner is None:
-            return [Part(("base", *shape), rows, calls)]
+            return [Part(base, rows, calls)]
         first = min(calls, max(1, round(calls * config.refiner.handover)))
-        return [Part(("base", *shape), rows, first), Part(("refiner", *shape), rows, calls - first)]
+        return [Part(base, rows, first), Part(refiner, rows, calls - first)]
+
+    def calibrate(self, config: GenerationConfig, seconds: float = 3.0) -> None:
+        """Measure what calls of a few row counts take, before anybody waits for an image: a new engine learns it from
+        its first images else. Ends after so many seconds, at once where the configuration's size is known from an
+        earlier start; a compiled UNet is called until all its row counts are compiled. Raises `EngineStopped`."""
+        future: Future[None] = Future()
+        limit = math.inf if self.profile.compile else seconds
+        with self._wake:
+            if not self.healthy:
+                raise EngineStopped(self.failure or "the engine is closed")
+            self._chores.append((future, lambda: self._calibrate(ImageRequest(config, "a calibration", 0), limit)))
+            self._wake.notify()
+        try:
+            future.result()
+        except CancelledError:
+            raise EngineStopped(self.failure or "the engine is closed") from None
+
+    def _calibrate(self, request: ImageRequest, seconds: float) -> None:
+        self._use_threads(self.profile.exact)
+        trajectory = Trajectory(self.models, request, partial(self._embed, self.profile.exact))
+        group, row = trajectory.group, Rows(*(part[:1] for part in trajectory.inputs()))
+        ends, warm = time.monotonic() + seconds, 0
+        while not self._closed and (count := self._batcher.untried(group)) is not None:
+            began = time.monotonic()
+            if began > ends:
+                return
+            try:
+                self._predict(group.name, [row.padded(count)])
+            except torch.OutOfMemoryError:
+                self._halve(count)
+                continue
+            self._settle()
+            if count == warm:
+                with self._wake:
+                    self._latency.took(group, count, time.monotonic() - began)
+                    self._batcher.measured()
+            warm = count  # a first call prepares what the later ones find
 
     def stats(self) -> EngineStats:
         rows, seconds = self._last_call
@@ -206,23 +281,32 @@ class Engine:
 
     @overload
     def submit(
-        self, request: ImageRequest, on_step: OnStep | None = None, priority: int = 0
+        self, request: ImageRequest, on_step: OnStep | None = None, priority: int = 0, exact: bool | None = None
     ) -> Job[GeneratedImage]: ...
 
     @overload
-    def submit(self, request: Job[Outcome], on_step: OnStep | None = None, priority: int = 0) -> Job[Outcome]: ...
+    def submit(
+        self, request: Job[Outcome], on_step: OnStep | None = None, priority: int = 0, exact: bool | None = None
+    ) -> Job[Outcome]: ...
 
-    def submit(self, request: ImageRequest | Job[Any], on_step: OnStep | None = None, priority: int = 0) -> Job[Any]:
+    def submit(
+        self,
+        request: ImageRequest | Job[Any],
+        on_step: OnStep | None = None,
+        priority: int = 0,
+        exact: bool | None = None,
+    ) -> Job[Any]:
         """Queue an image. Who goes first is the batcher's to say; a higher `priority` goes before.
 
         `on_step(calls, total)` is called after each of its UNet calls, in the engine's thread: it must return at once.
-        Raises `QueueFull`, `EngineStopped`, or `ModelMismatch` for a request of other models than the engine's.
+        `exact` draws it as `RuntimeProfile.exact` does, whose value stands where it is left out. Raises `QueueFull`,
+        `EngineStopped`, or `ModelMismatch` for a request of other models than the engine's.
         """
         job = request if isinstance(request, Job) else Job(request)
         self._check_models(job.request)
         if on_step is not None:
             job.watch(_on_step(on_step))
-        parts = self._parts(job.request)
+        parts, alone = self._parts(job.request), self.profile.exact if exact is None else exact
         with self._wake:
             if not self.healthy:
                 raise EngineStopped(self.failure or "the engine is closed")
@@ -230,8 +314,8 @@ class Engine:
                 raise QueueFull(f"{self.queued} images are waiting, and no more are taken")
             job.queue(self)
             now = time.monotonic()
-            self._works[job] = Work(job, now)
-            self._batcher.add(job, parts, now, priority)
+            self._works[job] = Work(job, now, alone)
+            self._batcher.add(job, parts, now, priority, alone=alone)
             self._wake.notify()
         return job
 
@@ -257,17 +341,32 @@ class Engine:
     def _run(self) -> None:
         if self.profile.threads is not None:
             torch.set_num_threads(self.profile.threads)  # OpenMP keeps it per calling thread
+        # A compiled UNet is compiled anew for another number of threads, and on a GPU the number does not matter.
+        self._threads = CallThreads(adapt=self._on_cpu and self.profile.threads is None and not self.profile.compile)
         try:
             while True:
                 with self._wake:
-                    while not (self._works or self._closed):
+                    while not (self._works or self._chores or self._closed):
                         self._wake.wait()
                     if self._closed and not self._works:
                         return
+                self._do_chores()
                 self._tick()
         except BaseException as error:
             log.exception("the engine's thread failed")
             self._fail(error)
+        finally:
+            for future, _ in self._chores:
+                future.cancel()
+
+    def _do_chores(self) -> None:
+        while self._chores:
+            future, chore = self._chores.popleft()
+            try:
+                chore()
+                future.set_result(None)
+            except Exception as error:  # the caller's to see
+                future.set_exception(error)
 
     def _fail(self, error: BaseException) -> None:
         """The thread is about to end: say so to everyone."""
@@ -287,10 +386,17 @@ class Engine:
         self._ticks += 1
         for job in [job for job in list(self._works) if _is_cancelled(job)]:
             self._end(job, Cancelled("the image was cancelled"))
-        picked = self._picked()
+        with self._wake:
+            plan = self._batcher.plan(time.monotonic())
+            for key in plan.start:
+                self._batcher.started(key)
+            planned = [self._works[job] for job in plan.call if job in self._works]
+        exact = any(work.exact for work in planned)
+        self._use_threads(exact)
+        picked = self._started(planned)
         if not picked:
             return
-        self._step(picked)
+        self._step(picked, exact)
         by_shape: dict[torch.Size, list[Work]] = {}
         for work in picked:
             if work.job in self._works and work.trajectory and work.trajectory.done:
@@ -300,25 +406,40 @@ class Engine:
             for work in finished:
                 self._forget(work.job)
 
-    def _picked(self) -> list[Work]:
-        """Who shares the next call. Those whose turn it is for the first time are put under way."""
-        with self._wake:
-            plan = self._batcher.plan(time.monotonic())
-            for key in plan.start:
-                self._batcher.started(key)
-            picked = [self._works[job] for job in plan.call if job in self._works]
-        for work in [work for work in picked if work.trajectory is None]:
-            work.started = time.monotonic()
-            try:
-                work.trajectory = Trajectory(self.models, work.job.request, self._embed)
-                work.job.run()
+    def _use_threads(self, exact: bool) -> None:
+        """torch's threads for all that is computed in this tick; a call that is not exact may have others. Sums are
+        rounded in another order by another number of them, so `exact` has one number everywhere."""
+        if self._on_cpu:
+            torch.set_num_threads(self._exact_threads if exact else self._threads.count)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.models.device.type == "cpu"
+
+    @property
+    def _exact_threads(self) -> int:
+        return self.profile.threads or 1
+
+    def _started(self, planned: list[Work]) -> list[Work]:
+        """Those that share the call, after the new ones were prepared: their exact work is known only then."""
+        ready = []
+        for work in planned:
+            if work.trajectory is None:
+                work.started = time.monotonic()
+                try:
+                    work.trajectory = Trajectory(self.models, work.job.request, partial(self._embed, work.exact))
+                    work.job.run()
+                except Exception as error:
+                    self._end(work.job, error)
+                    continue
                 with self._wake:
                     self._batcher.refine(work.job, work.trajectory.parts())
-            except Exception as error:
-                self._end(work.job, error)
-                picked.remove(work)
-        group = next((work.trajectory.group for work in picked if work.trajectory), None)
-        return [work for work in picked if work.trajectory and work.trajectory.group == group]
+            ready.append(work)
+        return [
+            work
+            for work in ready
+            if work.trajectory and ready[0].trajectory and work.trajectory.group == ready[0].trajectory.group
+        ]
 
     def _forget(self, job: Job[Any]) -> None:
         with self._wake:
@@ -329,9 +450,9 @@ class Engine:
         self._forget(job)
         job.deliver(error)
 
-    def _embed(self, name: DenoiserName, prompt: Prompt) -> Embedding:
+    def _embed(self, exact: bool, name: DenoiserName, prompt: Prompt) -> Embedding:
         """Embeddings are kept for the prompts used last."""
-        key = (name, prompt)
+        key = (name, prompt, exact)
         if key not in self._embeddings:
             self._embeddings[key] = getattr(self.models, name).embed(prompt)
             if len(self._embeddings) > 256:
@@ -339,7 +460,7 @@ class Engine:
         self._embeddings.move_to_end(key)
         return self._embeddings[key]
 
-    def _step(self, picked: list[Work]) -> None:
+    def _step(self, picked: list[Work], exact: bool) -> None:
         """One UNet call for all of them. If it fails they are tried apart, so that only the culprit fails; if memory
         ran out, the budget is halved first."""
         trajectories = [work.trajectory for work in picked if work.trajectory]
@@ -348,7 +469,8 @@ class Engine:
         exhausted = False
         try:
             inputs = [trajectory.inputs() for trajectory in trajectories]
-            predictions = self._predict(group[0], inputs)
+            with nullcontext() if exact else self._threads.call((group, sum(len(each.timesteps) for each in inputs))):
+                predictions = self._predict(group.name, inputs)
         except Exception as error:
             if len(picked) == 1:
                 self._end(picked[0].job, error)
@@ -356,14 +478,10 @@ class Engine:
             exhausted = isinstance(error, torch.OutOfMemoryError)
         if predictions is None:  # out here the error is gone, and with its frames the memory that they held
             if exhausted:
-                self.rows = max(2, self.rows // 2)
-                log.warning(
-                    "out of memory with %d images in one call; the row budget is now %d", len(picked), self.rows
-                )
-                torch.cuda.empty_cache()
+                self._halve(sum(trajectory.row_count() for trajectory in trajectories))
             half = len(picked) // 2
-            self._step(picked[:half])
-            self._step(picked[half:])
+            self._step(picked[:half], exact)
+            self._step(picked[half:], exact)
             return
         stepped = []
         for work, trajectory, prediction in zip(picked, trajectories, predictions, strict=True):
@@ -378,11 +496,21 @@ class Engine:
         calls, all_rows, all_seconds = self._all_calls
         self._all_calls = calls + 1, all_rows + rows, all_seconds + seconds
         with self._wake:
-            self._latency.took(group, rows, seconds)
-            self._batcher.measured()
+            if exact == self.profile.exact:
+                self._latency.took(group, rows, seconds)
+                self._batcher.measured()
             self._batcher.called([job for job, _ in stepped if job in self._batcher])
+            known = self._latency.to_dict() if calls % NOTE == NOTE - 1 else None
+        if known is not None:
+            self._finisher.submit(self._latency.keep, known)
         for job, trajectory in stepped:
             job.step(trajectory.calls, trajectory.total)
+
+    def _halve(self, rows: int) -> None:
+        """So many rows were too many for the memory."""
+        self.rows = min(self.rows, max(2, rows // 2))
+        log.warning("out of memory: a call has at most %d rows from now on", self.rows)
+        torch.cuda.empty_cache()
 
     def _settle(self) -> None:
         """Wait for the GPU: else steps would be queued there far ahead, and neither a cancel nor a clock would mean
@@ -391,7 +519,7 @@ class Engine:
             torch.cuda.synchronize(self.models.device)
 
     @torch.no_grad()
-    def _predict(self, name: DenoiserName, inputs: list[Rows]) -> tuple[torch.Tensor, ...]:
+    def _predict(self, name: str, inputs: list[Rows]) -> tuple[torch.Tensor, ...]:
         """The UNet's answer for every image's rows."""
         rows = Rows(*(torch.cat(part) for part in zip(*inputs, strict=True)))
         count = len(rows.timesteps)
@@ -414,7 +542,9 @@ class Engine:
         try:
             latents = torch.cat([work.trajectory.latents for work in finished if work.trajectory])
             pixels = self.models.decode(latents)
-            self._latency.took("decode", len(finished), time.monotonic() - began)
+            group = Group("decode", *latents.shape[-2:])
+            with self._wake:
+                self._latency.took(group, len(finished), time.monotonic() - began)
         except Exception as error:
             if len(finished) == 1:
                 finished[0].job.deliver(error)
@@ -442,6 +572,11 @@ class Engine:
             return
         work.job.deliver(drawn)
 
+    def _runtime(self, exact: bool) -> dict[str, Any]:
+        """The runtime as this image was drawn with it."""
+        threads = self._exact_threads if exact and self._on_cpu else self.profile.threads
+        return self.runtime | self.profile.with_(exact=exact, threads=threads).to_dict()
+
     def _record(self, work: Work) -> ImageRecord:
         """All that decides the image's pixels: the only place where such a record begins."""
         assert work.trajectory is not None
@@ -455,10 +590,29 @@ class Engine:
             source=None if request.source is None else request.source.record,
             strength=None if request.source is None else request.source.strength,
             weights=self.weights,
-            runtime=self.profile.to_dict(),
+            runtime=self._runtime(work.exact),
             libraries={module.__name__: module.__version__ for module in (diffusers, torch, transformers)},
             **work.trajectory.outcome()._asdict(),
         )
+
+
+def processor_of(device: torch.device) -> str:
+    """The name of what computes: the GPU's, or the processor's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
+def _decides_latency(profile: RuntimeProfile, weights: dict[str, str]) -> dict[str, Any]:
+    """What a call's seconds depend on, beside its group and rows."""
+    return {
+        "processor": processor_of(torch.device(profile.device)),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch": torch.__version__,
+        "weights": weights,
+        **{
+            name: getattr(profile, name)
+            for name in ("dtype", "threads", "channels_last", "fuse_qkv", "compile", "exact")
+        },
+    }
 
 
 def _is_cancelled(job: Job[Any]) -> bool:

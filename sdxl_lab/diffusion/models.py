@@ -32,9 +32,13 @@ from huggingface_hub.file_download import repo_folder_name
 from PIL import Image
 
 from sdxl_lab.config import ConfigError, ModelRef, RuntimeProfile
-from sdxl_lab.diffusion.checksums import cache_folder, hub_difference
+from sdxl_lab.diffusion import processor
+from sdxl_lab.diffusion.checksums import hub_difference
 from sdxl_lab.diffusion.graphs import Graphed
 from sdxl_lab.diffusion.inventory import SHARED, ModelError, check_folder, folder_of
+from sdxl_lab.diffusion.lean import lighten
+from sdxl_lab.environment import keep_allocations
+from sdxl_lab.files import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -179,8 +183,17 @@ def _pixels(images: torch.Tensor) -> np.ndarray:
 
 def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:
     """Load a base, its refiner if named, and another VAE if named. Raises `ModelError`."""
-    profile = profile or RuntimeProfile()
+    profile = settled(profile or RuntimeProfile())
     device, dtype = placement(profile)
+    if device.type == "cpu" and not processor.multiplies(dtype):
+        name = str(dtype).removeprefix("torch.")
+        log.warning(
+            "the dtype %s is slow on this processor: it has %s, torch's kernels for it take %s, and without them a "
+            "convolution takes more than ten times as long as in float32. Example: float32",
+            name,
+            processor.capability(),
+            processor.NEEDED[name],
+        )
     with loading():
         base, refiner = _load_parts(ref, _dtypes(device, dtype))
     parts = [
@@ -193,6 +206,8 @@ def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:
     for part in parts:
         part.to(device).eval().requires_grad_(False)
     second = _denoiser(refiner, profile) if refiner else None
+    if device.type == "cpu":
+        keep_allocations()  # from here on: what loading took for a moment goes back to the system
     return Models(_denoiser(base, profile), second, base.vae, device, dtype, _latent_rgb(ref), ref)
 
 
@@ -216,6 +231,8 @@ def laid_out(unet: UNet2DConditionModel, profile: RuntimeProfile) -> Any:
         unet.to(memory_format=torch.channels_last)
     if profile.fuse_qkv:
         unet.fuse_qkv_projections()
+    if profile.device == "cpu" and not profile.compile:
+        lighten(unet)
     if profile.compile:
         # Inductor's own default is a folder in /tmp: compiled code should outlive a restart.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
@@ -283,6 +300,15 @@ def placement(profile: RuntimeProfile) -> tuple[torch.device, torch.dtype]:
     if dtype == "auto":
         dtype = "float32" if name == "cpu" else "float16"
     return torch.device(name), getattr(torch, dtype)
+
+
+def settled(profile: RuntimeProfile) -> RuntimeProfile:
+    """A profile with what "auto" and what was left out stand for on this machine."""
+    device, dtype = placement(profile)
+    layout = profile.channels_last
+    if layout is None:
+        layout = device.type == "cpu" and not profile.compile
+    return profile.with_(device=str(device), dtype=str(dtype).removeprefix("torch."), channels_last=layout)
 
 
 def _denoiser(pipe: Any, profile: RuntimeProfile) -> Denoiser:

@@ -6,16 +6,14 @@ holds the checksum of the first, so a cell is there whole or not at all.
 """
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Generator, ItemsView, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
-from tempfile import NamedTemporaryFile
 from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict
@@ -24,9 +22,11 @@ from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile, canonica
 from sdxl_lab.diffusion.denoising import calls_of, rows_of
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError, differing, identity
-from sdxl_lab.diffusion.models import placement
+from sdxl_lab.diffusion.models import settled
+from sdxl_lab.environment import processor
 from sdxl_lab.errors import EngineStopped
 from sdxl_lab.evaluation.metrics import Metric
+from sdxl_lab.files import write_whole
 from sdxl_lab.images import GeneratedImage, ImageError, open_image, read_record
 from sdxl_lab.job import ImageRequest, Job, JobState
 from sdxl_lab.record import Digest, Record, RecordError
@@ -168,9 +168,10 @@ class ImageCache:
 
     @cached_property
     def _runtime(self) -> dict[str, Any]:
-        device, dtype = placement(self.profile)
-        settled = self.profile.with_(dtype=str(dtype).removeprefix("torch.")).to_dict()
-        return {"device": device.type, **{name: settled[name] for name in MOVES_PIXELS}}
+        profile = settled(self.profile).to_dict()
+        moves = {"device": profile["device"].partition(":")[0], **{name: profile[name] for name in MOVES_PIXELS}}
+        exact = {"exact": True, "threads": self.profile.threads, "processor": processor()}
+        return moves | exact if self.profile.exact else moves
 
     def _identity(self, model: ModelRef) -> dict[str, str]:
         """What a model is. Of the engine lent only where it has that model: what it does not draw is not its own."""
@@ -229,7 +230,7 @@ class ImageCache:
         if key in self:  # another process drew it meanwhile, and may have measured it
             return
         png = image.png()
-        _write(self._path(key, "png"), png)
+        write_whole(self._path(key, "png"), png)
         notes = CellRecord(
             png=hashlib.sha256(png).hexdigest(),
             timings=dict(image.timings),
@@ -239,7 +240,7 @@ class ImageCache:
         self._note_down(key, notes)
 
     def _note_down(self, key: str, notes: CellRecord) -> None:
-        _write(self._path(key, "json"), notes.to_json().encode())
+        write_whole(self._path(key, "json"), notes.to_json().encode())
 
     # --- what is missing -------------------------------------------------------------------------------------------
 
@@ -303,7 +304,7 @@ class ImageCache:
 
         try:
             for key, cell in group.items():
-                while len(running) >= 2 * engine.profile.rows:
+                while len(running) >= engine.profile.active:
                     yield next_over()
                 try:
                     job = engine.submit(cell.request, priority=-1)  # behind what somebody waits for
@@ -376,18 +377,3 @@ def _measured_as(metric: Metric, reference: str | None) -> str:
 
 def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: beside its place, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(file.name)
-            raise

@@ -25,7 +25,7 @@ async def config(request: Request) -> dict[str, Any]:
         "schedulers": SCHEDULERS,
         "digest": slot.digest,
         "evidence": slot.evidence.to_dict() if slot.evidence else None,
-        "runtime": engine.profile.to_dict() if engine else None,
+        "runtime": engine.runtime if engine else None,
         "weights": engine.weights if engine else None,
         **deployment.attestation.to_dict(),
         "version": __version__,

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from sdxl_lab.config import ModelRef, RuntimeProfile
+from sdxl_lab.diffusion.latency import LatencyModel
+from tests.made import SettledLatency
 
 
 @pytest.fixture(scope="session")
@@ -53,14 +55,16 @@ def nano() -> Iterator[Any]:
 
 @pytest.fixture
 def start(tiny_models: Any) -> Iterator[Callable[..., Any]]:
-    """Starts engines on the random model, which takes no time, and closes them after the test."""
+    """Starts engines on the random model, which takes no time, and closes them after the test. What a call takes is
+    settled, so that who shares it does not depend on the machine; `options` are the profile's."""
     from sdxl_lab.diffusion.engine import Engine
 
     with ExitStack() as stack:
 
-        def start(rows: int = 64, max_queue: int = 1000) -> Engine:
-            profile = RuntimeProfile(device="cpu", dtype="float32", rows=rows)
-            return stack.enter_context(Engine(tiny_models, profile, {"base": "random"}, max_queue))
+        def start(rows: int = 64, max_queue: int = 1000, latency: LatencyModel | None = None, **options: Any) -> Engine:
+            profile = RuntimeProfile(device="cpu", dtype="float32", rows=rows, **options)
+            known = SettledLatency() if latency is None else latency
+            return stack.enter_context(Engine(tiny_models, profile, {"base": "random"}, max_queue, known))
 
         yield start
 

@@ -9,19 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdxl_lab.diffusion.batching import SLACK, STRETCH, Batcher, Part
-from sdxl_lab.diffusion.latency import LatencyModel
+from sdxl_lab.diffusion.latency import Group, LatencyModel
 
 ROWS = (1, 2, 4, 8, 16, 32)
+BASE, REFINER = Group("base", 32, 32), Group("refiner", 32, 32)
 
 
 def model(call: float = 0.01, row: float = 0.01, decode: float = 0.0) -> LatencyModel:
     """Calls of a fixed cost and a cost a row."""
     latency = LatencyModel()
-    for group in ("base", "refiner"):
+    for group in (BASE, REFINER):
         for rows in ROWS:
             latency.took(group, rows, call + row * rows)
     for images in range(1, 33):
-        latency.took("decode", images, decode * images)
+        latency.took(BASE.decode, images, decode * images)
     return latency
 
 
@@ -53,14 +54,14 @@ class Played:
         self.calls.append((plan.call, plan.rows))
         now += self.batcher.latency.seconds(plan.group, plan.rows)
         done = self.batcher.called(plan.call)
-        now += self.batcher.latency.seconds("decode", len(done)) if done else 0.0
+        now += self.batcher.latency.seconds(plan.group.decode, len(done)) if done else 0.0
         for key in done:
             self.batcher.remove(key)
             self.ends[key] = now
         return now
 
 
-parts = st.builds(Part, st.sampled_from(["base", "refiner"]), st.integers(1, 2), st.integers(1, 30))
+parts = st.builds(Part, st.sampled_from([BASE, REFINER]), st.integers(1, 2), st.integers(1, 30))
 works = st.lists(parts, min_size=1, max_size=2).map(tuple)
 arrivals = st.lists(st.tuples(st.floats(0, 5), works, st.integers(-1, 1)), min_size=1, max_size=25)
 
@@ -120,7 +121,7 @@ def test_the_forecast_of_a_fixed_workload_is_what_the_batcher_then_does(drawn, o
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.floats(0, 20), min_size=2, max_size=30), st.integers(1, 40))
 def test_equal_images_are_started_and_done_in_the_order_in_which_they_arrived(moments, calls):
-    ordered = [(moment, f"image {i:02}", (Part("base", 2, calls),), 0) for i, moment in enumerate(sorted(moments))]
+    ordered = [(moment, f"image {i:02}", (Part(BASE, 2, calls),), 0) for i, moment in enumerate(sorted(moments))]
     played = Played(Batcher(model(), max_rows=8, exploring=False)).run(ordered)
     ends = [played.ends[key] for _, key, *_ in ordered]
     assert ends == sorted(ends)
@@ -133,7 +134,7 @@ def test_nobody_waits_much_longer_than_the_stated_multiple_of_first_come_first_s
     for index in range(600):
         calls = draw.choice((5, 15, 60))
         now += draw.expovariate(load / 0.8)
-        coming.append((now, f"{index}", (Part("base", 1, calls),), 0))
+        coming.append((now, f"{index}", (Part(BASE, 1, calls),), 0))
     price = model(call=0.0, row=0.03)
     fifo = Played(Batcher(price, max_rows=1, order="fifo")).run(coming)
     shortest = Played(Batcher(price, max_rows=1)).run(coming)
@@ -145,10 +146,10 @@ def test_nobody_waits_much_longer_than_the_stated_multiple_of_first_come_first_s
 
 def test_a_crowd_of_higher_priority_does_not_starve_an_image():
     batcher = Batcher(model(), max_rows=2)
-    batcher.add("patient", (Part("base", 2, 10),), 0.0)
+    batcher.add("patient", (Part(BASE, 2, 10),), 0.0)
     played, now = Played(batcher), 0.0
     for index in range(2000):
-        batcher.add(index, (Part("base", 2, 2),), now, priority=1)
+        batcher.add(index, (Part(BASE, 2, 2),), now, priority=1)
         now = played.step(now)
         if "patient" in played.ends:
             break
@@ -157,26 +158,48 @@ def test_a_crowd_of_higher_priority_does_not_starve_an_image():
 
 def test_a_cancelled_image_frees_its_rows_at_the_next_call():
     batcher = Batcher(model(), max_rows=2)
-    batcher.add("long", (Part("base", 2, 50),), 0.0)
+    batcher.add("long", (Part(BASE, 2, 50),), 0.0)
     Played(batcher).step(0.0)
-    batcher.add("next", (Part("base", 2, 60),), 0.1)
+    batcher.add("next", (Part(BASE, 2, 60),), 0.1)
     assert batcher.plan(0.2).call == ("long",)
     batcher.remove("long")
     assert batcher.plan(0.2).call == ("next",)
+
+
+def test_a_call_is_filled_by_images_of_one_size():
+    batcher = Batcher(model(), max_rows=8, exploring=False)
+    filled = []
+    for index, group in enumerate([BASE, BASE, REFINER, REFINER, BASE, BASE]):
+        batcher.add(index, (Part(group, 2, 5),), 0.0)
+        filled.append(batcher.filled)
+    assert filled == [False] * 5 + [True]
+    batcher.remove(0)
+    assert not batcher.filled
+
+
+def test_an_image_alone_shares_no_call():
+    batcher = Batcher(model(), max_rows=8, exploring=False)
+    for index in range(6):
+        batcher.add(index, (Part(BASE, 2, 3),), 0.0, alone=index in (0, 3))
+    played = Played(batcher)
+    now = 0.0
+    while len(batcher):
+        now = played.step(now)
+    assert {keys for keys, _ in played.calls} == {(0,), (3,), (1, 2, 4, 5)}
 
 
 def test_a_short_image_passes_the_long_ones():
     batcher = Batcher(model(), max_rows=8, exploring=False)
     played, now = Played(batcher), 0.0
     for index in range(8):
-        batcher.add(f"long {index}", (Part("base", 2, 50),), 0.0)
+        batcher.add(f"long {index}", (Part(BASE, 2, 50),), 0.0)
     for _ in range(5):
         now = played.step(now)
-    batcher.add("short", (Part("base", 2, 8),), now)
+    batcher.add("short", (Part(BASE, 2, 8),), now)
     arrived = now
     while "short" not in played.ends:
         now = played.step(now)
-    assert played.ends["short"] - arrived <= 8 * batcher.latency.seconds("base", 8) + 1e-9
+    assert played.ends["short"] - arrived <= 8 * batcher.latency.seconds(BASE, 8) + 1e-9
 
 
 ROW_COSTS = [
@@ -191,9 +214,9 @@ ROW_COSTS = [
 def test_the_rows_of_a_call_are_chosen_by_measurement(name, seconds, expected):
     latency = LatencyModel()
     for rows, each in seconds.items():
-        latency.took("base", rows, each)
+        latency.took(BASE, rows, each)
     batcher = Batcher(latency, max_rows=64)
-    assert batcher.rows_of("base") == expected
+    assert batcher.rows_of(BASE) == expected
     least = min(each / rows for rows, each in seconds.items())
     assert seconds[expected] / expected <= least * (1 + SLACK)
 
@@ -202,7 +225,7 @@ def test_the_forecast_of_a_long_queue_is_close_and_quick():
     batcher = Batcher(model(), max_rows=8, exploring=False)
     draw = random.Random(2)
     for index in range(300):
-        batcher.add(index, (Part("base", 2, draw.choice((8, 25, 50))),), 0.0)
+        batcher.add(index, (Part(BASE, 2, draw.choice((8, 25, 50))),), 0.0)
     forecast = batcher.forecast(0.0)
     played, now = Played(batcher), 0.0
     while len(batcher):
@@ -211,7 +234,18 @@ def test_the_forecast_of_a_long_queue_is_close_and_quick():
         assert each.end == pytest.approx(played.ends[key], rel=0.05, abs=1.0)
 
 
-@pytest.mark.parametrize("work", [(), (Part("base", 2, 0),), (Part("base", 0, 3),)])
+def test_images_that_came_before_anything_was_measured_are_forecast_afterwards():
+    batcher = Batcher(LatencyModel(), max_rows=2, exploring=False)
+    for priority in (0, 1):
+        batcher.add(priority, (Part(BASE, 2, 10),), 0.0, priority)
+    batcher.latency = model()
+    batcher.measured()
+    forecast = batcher.forecast(1.0)
+    seconds = batcher.latency.seconds(BASE, 2)
+    assert [forecast[each].end for each in (1, 0)] == pytest.approx([10 * seconds, 20 * seconds])
+
+
+@pytest.mark.parametrize("work", [(), (Part(BASE, 2, 0),), (Part(BASE, 0, 3),)])
 def test_work_without_a_call_is_refused(work):
     with pytest.raises(ValueError, match="at least one call of at least one row"):
         Batcher(model()).add("a", work, 0.0)
@@ -221,14 +255,14 @@ def test_row_counts_of_which_nothing_is_known_are_tried_before_one_is_chosen():
     seconds = {2: 0.05, 4: 0.07, 8: 0.12, 16: 0.5}
     batcher = Batcher(LatencyModel(), max_rows=16)
     for index in range(16):
-        batcher.add(index, (Part("base", 2, 100),), 0.0)
+        batcher.add(index, (Part(BASE, 2, 100),), 0.0)
     sizes = []
     for _ in range(20):
         plan = batcher.plan(0.0)
         for key in plan.start:
             batcher.started(key)
         sizes.append(plan.rows)
-        batcher.latency.took("base", plan.rows, seconds[plan.rows])
+        batcher.latency.took(BASE, plan.rows, seconds[plan.rows])
         batcher.measured()
         batcher.called(plan.call)
     assert sizes == [2] * 3 + [4] * 3 + [8] * 3 + [16] * 3 + [8] * 8

@@ -132,11 +132,12 @@ MANY = """
 import sys
 from pathlib import Path
 from sdxl_lab.diffusion import checksums
+from sdxl_lab.files import cache_folder
 checksums.SETTLED_NS = -(10**18)
 found = set()
 for _ in range(200):
     found.add(checksums.sha256_of(Path(sys.argv[1])))
-    for note in (checksums.cache_folder() / "checksums").glob("*.json"):
+    for note in (cache_folder() / "checksums").glob("*.json"):
         note.unlink(missing_ok=True)
 print(*found)
 """

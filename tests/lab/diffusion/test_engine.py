@@ -17,14 +17,16 @@ from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine as engines
+from sdxl_lab.diffusion.batching import TRIALS
 from sdxl_lab.diffusion.denoising import Trajectory
 from sdxl_lab.diffusion.engine import Engine, EngineStats
+from sdxl_lab.diffusion.latency import LatencyModel
 from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import ImageError, max_difference, read_watermark
 from sdxl_lab.job import ImageRequest, Job, SourceImage
 from sdxl_lab.record import ImageRecord
 from tests.lab.diffusion.conftest import trajectory_of
-from tests.made import image_record
+from tests.made import SettledLatency, image_record
 
 # Other images in the call move float32 sums by 1e-6 at most; rounded, a pixel may fall to the other side.
 ROUNDING = 1 / 255 + 1e-9
@@ -71,7 +73,9 @@ def config(tiny_config: GenerationConfig) -> GenerationConfig:
 # --- queue, forecast, preview ----------------------------------------------------------------------------------------
 
 
-def test_a_higher_priority_goes_first_and_equals_keep_their_order(start, config):
+def test_a_higher_priority_goes_first_and_equals_keep_their_order(start, config, monkeypatch):
+    """By a clock that stands still: nobody is overdue for having waited."""
+    monkeypatch.setattr(engines, "time", SimpleNamespace(monotonic=lambda: 0.0))
     engine, order = start(rows=2), []
     gate, held = hold(engine, config)
 
@@ -92,12 +96,12 @@ def test_a_higher_priority_goes_first_and_equals_keep_their_order(start, config)
     while (stats := engine.stats()).running:  # an image is sent off just before its place is free
         time.sleep(0.01)
     assert (stats.queued, stats.running, stats.rows_in_flight, stats.rows) == (0, 0, 0, 2)
-    assert stats.seconds > 0
+    assert (stats.calls, stats.rows_in_calls) == (6, 12)
 
 
 def test_the_eta_is_what_the_wait_turns_out_to_be(start, config, monkeypatch):
-    """Five images through a budget of two at a time, a call in 30 ms whatever its rows, by a clock of our own."""
-    engine = start(rows=4)
+    """Five images, at most two in a call, a call in 30 ms whatever its rows, by a clock of our own."""
+    engine = start(rows=4, latency=LatencyModel())
     predict, clock = engine._predict, [0.0]
 
     def measured(name, inputs):
@@ -109,16 +113,14 @@ def test_the_eta_is_what_the_wait_turns_out_to_be(start, config, monkeypatch):
     monkeypatch.setattr(engines, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     fresh = engine.submit(ImageRequest(config, "never measured", 0))
     assert fresh.eta is None
-    assert engine.backlog_seconds() is None
     fresh.result(SECONDS)
     assert fresh.eta == 0.0
-    assert engine.backlog_seconds() == 0.0
     for warm in [engine.submit(ImageRequest(config.with_(steps=12), "two at a time", seed)) for seed in range(2)]:
         warm.result(SECONDS)
     asked = [ImageRequest(config.with_(steps=10 + 5 * (seed % 2)), "a cat", seed) for seed in range(5)]
     began = clock[0]
     jobs = [engine.submit(request) for request in asked]
-    etas, backlog = [job.eta for job in jobs], engine.backlog_seconds()
+    etas = [job.eta for job in jobs]
     took = {}
     for index, job in enumerate(jobs):
         job.add_done_callback(lambda _, index=index: took.setdefault(index, clock[0] - began))
@@ -126,8 +128,8 @@ def test_the_eta_is_what_the_wait_turns_out_to_be(start, config, monkeypatch):
         job.result(SECONDS)
     for index, eta in enumerate(etas):
         assert took[index] / 2 < eta < took[index] * 2
-    assert etas[4] > etas[2] > etas[0]
-    assert etas[2] < backlog <= etas[4]
+    assert etas[4] > etas[2] >= etas[0], "of equal images the first goes first"
+    assert etas[1] > etas[4], "the longer ones after the shorter ones"
 
 
 def test_a_preview_comes_to_look_like_the_image(nano):
@@ -210,7 +212,7 @@ def test_a_compiled_unet_sees_row_counts_of_powers_of_two(tiny_models, config, m
         "forward",
         lambda sample, *rest, **options: sizes.append(len(sample)) or forward(sample, *rest, **options),
     )
-    with Engine(tiny_models, RuntimeProfile(device="cpu", compile=True), {}) as engine:
+    with Engine(tiny_models, RuntimeProfile(device="cpu", compile=True), {}, latency=SettledLatency()) as engine:
         gate, held = hold(engine, config)
         asked = [ImageRequest(config.with_(steps=2, guidance_scale=scale), "a cat", 1) for scale in (3, 3, 1)]
         jobs = [engine.submit(request) for request in asked]
@@ -221,6 +223,65 @@ def test_a_compiled_unet_sees_row_counts_of_powers_of_two(tiny_models, config, m
     with Engine(tiny_models, RuntimeProfile(device="cpu"), {}) as plain:
         for request, one in zip(asked, apart, strict=True):
             assert close_to(latents(plain.submit(request)), one)
+
+
+# --- calibration ----------------------------------------------------------------------------------------------------
+
+
+def test_a_calibration_measures_row_counts_before_the_first_image(start, config):
+    latency = LatencyModel()
+    engine = start(rows=8, latency=latency)
+    engine.calibrate(config, seconds=60.0)
+    (group,) = latency._seconds
+    assert group == ("base", 8, 8)
+    assert {2, 4} <= latency.counts(group).keys() <= {2, 4, 8}, "8 where 4 rows were cheaper than 2, a row"
+    assert min(latency.counts(group).values()) == TRIALS
+    assert engine.stats().calls == 0
+    known = latency.to_dict()
+    engine.calibrate(config)
+    assert latency.to_dict() == known, "what is known is not measured again"
+
+
+def test_a_calibration_ends_in_time(start, config):
+    latency = LatencyModel()
+    start(latency=latency).calibrate(config, seconds=0.0)
+    assert sum(latency.counts(("base", 8, 8)).values()) <= 1
+
+
+def test_a_calibration_that_runs_out_of_memory_lowers_the_rows(start, config, monkeypatch):
+    engine = start(rows=8, latency=LatencyModel())
+    predict = engine._predict
+
+    def small(name, inputs):
+        if len(inputs[0].timesteps) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(name, inputs)
+
+    monkeypatch.setattr(engine, "_predict", small)
+    engine.calibrate(config)
+    assert engine.rows == 2
+
+
+@pytest.mark.parametrize("place", ["before", "meanwhile"])
+def test_a_closed_engine_calibrates_nothing(start, config, monkeypatch, place):
+    engine = start(latency=LatencyModel())
+    if place == "meanwhile":
+        monkeypatch.setattr(engine, "_do_chores", lambda: setattr(engine, "_closed", True))
+    else:
+        engine.close()
+    with pytest.raises(EngineStopped, match="the engine is closed"):
+        engine.calibrate(config)
+
+
+def test_what_was_measured_is_known_at_the_next_start(tiny_models, config, monkeypatch):
+    monkeypatch.setattr(engines, "load", lambda *_: tiny_models)
+    for start_number in range(2):
+        with Engine.load(config, RuntimeProfile(device="cpu", dtype="float32", threads=1)) as engine:
+            counts = engine._latency.counts(("base", 8, 8))
+            assert bool(counts) == bool(start_number)
+            engine.draw(ImageRequest(config, "a cat", 1))
+    with Engine.load(config, RuntimeProfile(device="cpu", dtype="float32", threads=2)) as engine:
+        assert not engine._latency, "another number of threads is another machine"
 
 
 # --- company ---------------------------------------------------------------------------------------------------------
@@ -268,14 +329,14 @@ def test_eight_threads_each_get_their_own_image(start, config):
     assert len({image.image.tobytes() for image in images}) == 8
 
 
-def test_sizes_take_turns(start, config):
-    """A steady crowd of one size does not keep the other size waiting."""
+def test_equal_images_of_two_sizes_are_drawn_one_size_after_the_other(start, config):
+    """Two sizes share no call: alternating would let both end late."""
     engine, order = start(), []
     gate, held = hold(engine, config)
     sizes = [64] * 4 + [72]
     jobs = [
         engine.submit(
-            ImageRequest(config.with_(width=size, steps=4), "turns", seed),
+            ImageRequest(config.with_(width=size, steps=4), "sizes", seed),
             on_step=lambda *_, size=size: order.append(size),
         )
         for seed, size in enumerate(sizes)
@@ -283,7 +344,48 @@ def test_sizes_take_turns(start, config):
     gate.opened.set()
     for job in (held, *jobs):
         job.result(SECONDS)
-    assert order == [64, 64, 64, 64, 72] * 4
+    assert order == [64] * 16 + [72] * 4
+
+
+def test_a_short_image_passes_the_long_ones_under_way(start, config):
+    engine, ends = start(rows=4), []
+    jobs = [engine.submit(ImageRequest(config.with_(steps=60), "long", seed)) for seed in range(4)]
+    while engine.stats().calls < 3:
+        time.sleep(0.005)
+    assert [job.state for job in jobs] == ["running", "running", "queued", "queued"]
+    jobs.append(engine.submit(ImageRequest(config.with_(steps=2), "short", 9)))
+    for job in jobs:
+        job.add_done_callback(lambda job: ends.append(job.request.prompt))
+    for job in jobs:
+        job.result(SECONDS)
+    assert ends == ["short", "long", "long", "long", "long"]
+
+
+def test_first_come_first_served_stays_available(start, config):
+    engine, ends = start(rows=2, order="fifo"), []
+    gate, held = hold(engine, config)
+    jobs = [engine.submit(ImageRequest(config.with_(steps=steps), "a cat", steps)) for steps in (9, 2, 5)]
+    for job in jobs:
+        job.add_done_callback(lambda job: ends.append(job.request.seed))
+    gate.opened.set()
+    for job in (held, *jobs):
+        job.result(SECONDS)
+    assert ends == [9, 2, 5]
+
+
+def test_no_more_images_are_under_way_than_the_profile_says(start, config):
+    engine, most = start(rows=2, active=3), []
+    jobs = []
+
+    def look(calls: int, total: int) -> None:
+        most.append(engine.stats().running)
+        if total > 3 and calls == 1:  # a shorter one, which passes
+            jobs.append(engine.submit(ImageRequest(config.with_(steps=total - 3), "next", total), on_step=look))
+
+    jobs.append(engine.submit(ImageRequest(config.with_(steps=21), "first", 0), on_step=look))
+    while len(jobs) < 7 or not all(job.over for job in jobs):
+        time.sleep(0.01)
+    assert max(most) == 3
 
 
 def test_nobody_starves_among_many_sizes_and_endless_newcomers(start, config):
@@ -535,8 +637,8 @@ def test_out_of_memory_halves_the_row_budget_and_loses_nothing(start, config, mo
         for job, expected in zip(jobs, undisturbed, strict=True):
             assert close_to(latents(job), expected)
     assert [size for size in sizes if size > 5] == [12, 6, 6], "once whole, once in halves, never again"
-    assert engine.rows <= 8
-    assert f"the row budget is now {engine.rows}" in caplog.text
+    assert engine.rows == 3
+    assert f"a call has at most {engine.rows} rows" in caplog.text
     assert engine.healthy
 
 
@@ -655,7 +757,7 @@ class Catastrophe(BaseException):
     """What no `except Exception` stops."""
 
 
-@pytest.mark.parametrize("place", ["_admit", "_pick", "_step", "_decode", "Trajectory"])
+@pytest.mark.parametrize("place", ["_started", "_use_threads", "_step", "_decode", "Trajectory"])
 def test_when_the_thread_fails_everybody_learns_it(start, config, monkeypatch, place):
     engine, gate = start(rows=4), Gate()
     asked = [ImageRequest(config.with_(steps=1), "a cat", seed) for seed in range(4)]
@@ -696,6 +798,12 @@ OTHER_REFINERS = {
 
 def refined(config):
     return ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, image_record()))
+
+
+def test_the_record_names_what_the_processor_can_do(engine, config):
+    record = engine.draw(ImageRequest(config.with_(steps=1), "a cat", 1)).record
+    assert record.runtime["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert engine.runtime.items() >= engine.profile.to_dict().items()
 
 
 @pytest.mark.parametrize("change", OTHER_MODELS.values(), ids=OTHER_MODELS)

@@ -141,6 +141,27 @@ def test_auto_is_settled_by_the_machine(monkeypatch, profile, cuda, device, dtyp
     assert placement(profile) == (torch.device(device), dtype)
 
 
+@pytest.mark.parametrize(("able", "dtype"), [(False, "bfloat16"), (True, "bfloat16"), (False, "auto")])
+def test_a_dtype_that_the_processor_does_not_multiply_is_slow_and_said_so(tiny_model, monkeypatch, caplog, able, dtype):
+    """Asked for by name it is used all the same: it halves the weights' memory."""
+    monkeypatch.setattr(models.processor, "multiplies", lambda dtype: able or dtype == torch.float32)
+    monkeypatch.setattr(models.processor, "capability", lambda: "AVX2")
+    loaded = load(ref(tiny_model), RuntimeProfile(device="cpu", dtype=dtype))
+    warned = "bfloat16 is slow on this processor: it has AVX2, torch's kernels for it take AVX-512" in caplog.text
+    assert warned == (not able and dtype == "bfloat16")
+    assert loaded.dtype == (torch.float32 if dtype == "auto" else torch.bfloat16)
+
+
+def test_allocations_are_kept_from_the_load_on(tiny_model, monkeypatch):
+    """Not before: what a load takes for a moment would stay in the process."""
+    order = []
+    monkeypatch.setattr(models, "keep_allocations", lambda: order.append("kept"))
+    read = models._load_parts
+    monkeypatch.setattr(models, "_load_parts", lambda *given: (order.append("read"), read(*given))[1])
+    load(ref(tiny_model), CPU)
+    assert order == ["read", "kept"]
+
+
 # --- good input ------------------------------------------------------------------------------------------------------
 
 
