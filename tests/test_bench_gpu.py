@@ -21,7 +21,8 @@ from bench.worker import WorkerError, one_line
 from sdxl_lab.config import RuntimeProfile
 
 ROOT = Path(__file__).parents[1]
-TRIAL = ["gpu", "--device", "cpu", "--scale", "tiny", "--rounds", "2", "--minutes", "8"]
+# Most of its time is six processes that import torch; the minutes are for a machine that does other things too.
+TRIAL = ["gpu", "--device", "cpu", "--scale", "tiny", "--rounds", "2", "--minutes", "30"]
 NAMES = [name for names in PROCESSES.values() for name in names]
 ENGINES = [name for name in NAMES if name != PIPELINE]
 
@@ -122,14 +123,15 @@ def chosen(seconds):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_whole_command_runs_on_a_cpu_and_small_shapes(tmp_path):
     """With its processes, the GPU's tests (which are skipped), and the slot's goldens."""
     command = [sys.executable, "-m", "bench", *TRIAL, "--folder", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1700, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "gpu-trial.json").read_text())
     parts = parts_of(report)
-    assert {name: part["problems"] for name, part in parts.items()} == {name: [] for name in gpu.DONE_BY}
+    assert {name: part["problems"] for name, part in parts.items()} == {name: [] for name in gpu.DONE_BY}, done.stdout
     assert re.fullmatch(r"\d+ (skipped|passed)", parts["gpu tests"]["outcome"])
     assert all(part["took"] <= part["budget"] for part in parts.values())
     check(report)
