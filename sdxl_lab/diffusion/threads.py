@@ -33,12 +33,13 @@ class _Calls:
     """The last calls of one kind with one count of threads."""
 
     walls: deque[float] = field(default_factory=lambda: deque(maxlen=CALLS))
-    share: float = 1.0  # of its threads' time that the last one got
+    shares: deque[float] = field(default_factory=lambda: deque(maxlen=CALLS))  # of their threads' time that they got
     ended: float = 0.0
 
     def took(self, wall: float, share: float, ended: float) -> None:
         self.walls.append(wall)
-        self.share, self.ended = share, ended
+        self.shares.append(share)
+        self.ended = ended
 
     def recent(self, now: float) -> bool:
         return bool(self.walls) and now - self.ended <= RECENT
@@ -123,8 +124,8 @@ class ThreadChoice:
         """The count that is worth a try after such calls, or the present one."""
         counts = self.counts()
         place = counts.index(self.count)
-        lower = counts[place + 1 :]
-        if lower and before.share < ENOUGH and (now >= self._down.due or before.share < WORSE * self._borne):
+        lower, share = counts[place + 1 :], before.shares[-1]
+        if lower and share < ENOUGH and (now >= self._down.due or share < WORSE * self._borne):
             # The next lower one may have too few cores, too, so the tries go on to lower ones.
             return lower[self._down.failures % len(lower)]
         return counts[place - 1] if place and now >= self._up.due else self.count
@@ -152,18 +153,18 @@ class ThreadChoice:
         if ratio < 1 / CLEAR:
             self._adopt(tried, now)
         elif cold:
-            tried.calls.walls.clear()
+            tried.calls = _Calls(ended=now)
         elif ratio > CLEAR or len(tried.calls.walls) == CALLS:
             rises = tried.threads > self.count
             # More threads that all had their time are worth any gain. Were it a mistake, their share would show it.
-            if ratio < (1.0 if rises and share >= ENOUGH else 1 - FASTER):
+            if ratio < (1.0 if rises and mean(tried.calls.shares) >= ENOUGH else 1 - FASTER):
                 self._adopt(tried, now)
             else:
                 self._try = None
                 self._calls.pop(tried.kind)
                 (self._up if rises else self._down).failed(now, tried.cost)
                 if not rises:
-                    self._borne = tried.before.share
+                    self._borne = tried.before.shares[-1]
 
     def _adopt(self, tried: _Try, now: float) -> None:
         if tried.threads > self.count:
