@@ -518,7 +518,7 @@ class Engine:
         if self.models.device.type == "cuda":
             torch.cuda.synchronize(self.models.device)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _predict(self, name: str, inputs: list[Rows]) -> tuple[torch.Tensor, ...]:
         """The UNet's answer for every image's rows."""
         rows = Rows(*(torch.cat(part) for part in zip(*inputs, strict=True)))
