@@ -79,6 +79,16 @@ def test_the_clip_score_is_compared_with_the_scene_check(tiny_model, tmp_path, m
     }
 
 
+@pytest.mark.slow
+def test_new_processes_are_timed_to_their_end(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(imports, "IMPORTS", ("import torch", "import sdxl_lab.config"))
+    values = run("imports", tiny_model / "base", tmp_path)["imports"]
+    names = ["import torch", "import sdxl_lab.config", "generate, the whole command", "service until /readyz"]
+    assert list(values) == [*names, *(f"{name} / import torch" for name in names[1:])]
+    assert all(value > 0 for each in values.values() for value in each)
+    assert values["import sdxl_lab.config / import torch"][0] < 1
+
+
 @pytest.mark.parametrize("program", imports.IMPORTS)
 def test_what_is_timed_can_be_imported(program):
     exec(program, {})
