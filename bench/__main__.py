@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import clip_truth, cost, engine, fleet, gpu, imports, scaling, serving, throughput, truesize
+from bench import clip_truth, cost, engine, fleet, gpu, imports, queueing, scaling, serving, throughput, truesize
 from bench.measure import RESULTS
+from bench.neighbours import neighbours
 from bench.replicas import replicas
 from bench.settings import Size
 from bench.soak import soak
@@ -13,12 +14,14 @@ from bench.soak import soak
 BENCHMARKS: dict[str, Callable[[Size], None]] = {
     "parity": engine.parity,
     "overhead": engine.overhead,
+    "neighbours": neighbours,
     "throughput": throughput.main,
     "grid": engine.grid,
     "latency": serving.latency,
     "health": serving.health,
     "fleet": fleet.main,
     "scaling": scaling.main,
+    "queueing": queueing.main,
     "soak": soak,
     "replicas": replicas,
     "runtime": engine.runtime,
@@ -35,10 +38,11 @@ BENCHMARKS: dict[str, Callable[[Size], None]] = {
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all if left out")
-    sizes = {"model": str, "images": int, "steps": int, "side": int, "rounds": int, "minutes": float}
+    sizes = {"model": str, "images": int, "steps": int, "side": int, "rounds": int, "device": str, "scale": str}
     for field, kind in sizes.items():
         default = getattr(Size, field)
         parser.add_argument(f"--{field}", type=kind, default=default, help=f"default {default}")
+    parser.add_argument("--minutes", type=float, help="default 1 for soak, 8 for gpu")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the results go")
     options = vars(parser.parse_args(arguments))
     names = options.pop("names")

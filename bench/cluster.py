@@ -196,6 +196,7 @@ def cluster(config: GenerationConfig) -> Iterator[Cluster]:
             "SDXL_LOG_LEVEL": "info",
             "SDXL_STORE": f"s3://{BUCKET}/lab",
             "SDXL_LEASE": str(LEASE),
+            "SDXL_EXACT": "true",
             "AWS_ENDPOINT": f"http://127.0.0.1:{link.port}",
             "AWS_REGION": "us-east-1",
             "AWS_ACCESS_KEY_ID": "any",

@@ -20,6 +20,9 @@ HALF = 2  # bytes a weight, in bfloat16 or float16
 # of one image in half precision; CUDA's context and libraries. GB.
 A_ROW, DECODING, CONTEXT = 0.7, 3.0, 1.0
 
+# Published, not measured here: one image of 30 steps at 1024 px on an H100. `scaling` computes with it.
+PUBLISHED = {"published, H100, diffusers, 30 steps: s": 2.496, "published, H100, TensorRT, 30 steps: s": 1.471}
+
 STEPS, HANDOVER, GUIDED_ROWS = 30, 0.8, 2  # service/promoted/sdxl: 24 steps of the base, 6 of the refiner
 UTILISATION = 0.40  # of the dense peak, assumed for all; on a CPU, bench/README.md has 0.87 of a matrix product's rate
 BUSY = 0.5  # of the paid time in which an image is being drawn

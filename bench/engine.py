@@ -171,6 +171,7 @@ def grid(size: Size) -> None:
 
 
 RUNTIMES: dict[str, dict[str, Any]] = {
+    "exact": {"exact": True},
     "channels_last": {"channels_last": True},
     "fuse_qkv": {"fuse_qkv": True},
     "compile": {"compile": True},
@@ -235,7 +236,7 @@ def growth(size: Size) -> None:
         for count in (1, 2, 4, 8, 16):
             requests = [ImageRequest(config.with_(steps=6), PROMPTS[0], seed) for seed in range(count)]
             measured = [all_at_once(engine, requests) for _ in range(size.rounds + 1)]
-            label = f"{2 * count} rows: ms a row and step"
+            label = f"{count} guided images at once: ms a row and step"
             lines[label] = [1000 * value / (12 * count) for value in measured[1:]]
         for steps in (5, 10, 20, 40):
             alone = [ImageRequest(config.with_(steps=steps), PROMPTS[0], 0)]

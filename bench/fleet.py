@@ -21,13 +21,13 @@ from bench.clients import metrics, post, rate
 from bench.measure import Report, alternate, ratios
 from bench.servers import server
 from bench.settings import Size, body, config_of
-from bench.simulate import Cost, Policy, Work, capacity, fleet, poisson
+from bench.simulate import SINGLE, Cost, Policy, Work, capacity, fleet, poisson
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.denoising import DenoiserName, Trajectory
 from sdxl_lab.diffusion.models import Denoiser, Embedding, Prompt, load
 from sdxl_lab.job import ImageRequest
 
-ROWS = 16  # the service's own default
+OURS = Policy()  # as the service comes
 INTERVAL = (0.28, 5.42)
 LOADS = (0.3, 0.6, 0.85)
 AT_ONCE = (1, 2, 4, 8)
@@ -45,8 +45,8 @@ def pinned(cores: Sequence[int]) -> Iterator[None]:
 
 
 @contextmanager
-def replica(config: GenerationConfig, cores: Sequence[int], threads: int, rows: int = ROWS) -> Iterator[int]:
-    """The service on these cores; yields its port."""
+def replica(config: GenerationConfig, cores: Sequence[int], threads: int, rows: int = OURS.rows) -> Iterator[int]:
+    """The service on these cores, with calls of at most `rows` rows; yields its port."""
     with ExitStack() as stack:
         with pinned(cores):
             environment = {"SDXL_MAX_ROWS": str(rows), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
@@ -191,22 +191,22 @@ def against(
         "2 replicas / 1": ratios(two, one),
         "3 replicas / 1": ratios(three, one),
         "2 replicas / 1 with 2 threads": ratios(two, threads),
-        "batching: 16 rows / one image at a time": ratios(one, single),
+        "batching: shared calls / one image at a time": ratios(one, single),
         "interval / guidance throughout": ratios(interval, one),
     }
-    for name, measured, work, rows in (
-        ("16 rows", one, guided, ROWS),
-        ("interval", interval, sparing, ROWS),
-        ("one image at a time", single, guided, 2),
+    for name, measured, work, policy in (
+        ("shared calls", one, guided, OURS),
+        ("interval", interval, sparing, OURS),
+        ("one image at a time", single, guided, SINGLE),
     ):
-        ends = fleet(np.zeros(count), [work] * count, cost, Policy(rows)).ends
+        ends = fleet(np.zeros(count), [work] * count, cost, policy).ends
         lines[f"saturation, {name}: predicted / measured"] = [count / float(ends.max()) / each for each in measured]
     return lines
 
 
 def predicted_latencies(ports: Sequence[int], size: Size, cost: Cost, work: Work) -> dict[str, list[float]]:
     """Seconds until the image for arrivals at random moments, measured and simulated."""
-    most = len(ports) * capacity(work, cost, Policy(ROWS))
+    most = len(ports) * capacity(work, cost, OURS)
     lines: dict[str, list[float]] = {}
     seen: dict[str, list[np.ndarray]] = {"measured": [], "predicted": []}
     for number in range(size.rounds):
@@ -214,7 +214,7 @@ def predicted_latencies(ports: Sequence[int], size: Size, cost: Cost, work: Work
             moments = poisson(share * most, 3 * size.images, 100 * number + int(100 * share))
             both = {
                 "measured": ask_at(ports, moments, size),
-                "predicted": fleet(moments, [work] * len(moments), cost, Policy(ROWS), [0.0] * len(ports)).latencies,
+                "predicted": fleet(moments, [work] * len(moments), cost, OURS, [0.0] * len(ports)).latencies,
             }
             name = f"{len(ports)} replica{'s' * (len(ports) > 1)}, {100 * share:.0f} %"
             for kind, found in both.items():

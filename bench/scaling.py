@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from bench.cost import BASE_ROW, DECODE
-from bench.fleet import INTERVAL, ROWS, left_in, work_of
-from bench.gpu import PUBLISHED
+from bench.cost import BASE_ROW, DECODE, PUBLISHED
+from bench.fleet import INTERVAL, left_in, work_of
 from bench.measure import RESULTS
 from bench.scaling_plot import paint
 from bench.servers import ROOT
 from bench.settings import Size, config_of
-from bench.simulate import Cost, Policy, Scaling, Work, called_for, capacity, fleet, mixed, poisson
+from bench.simulate import SINGLE, STATIC, Cost, Policy, Scaling, Work, called_for, capacity, fleet, mixed, poisson
 
 REPLICAS = (1, 2, 3, 10, 100, 1000)
 LOADS = tuple(tenth / 10 for tenth in range(1, 13))
@@ -32,20 +31,23 @@ STARTUPS = (60, 180, 600)
 RUNS = 5  # of the same load step, other moments
 AT = 900.0  # when the load steps up
 
+OURS = "shortest"  # the engine's default
 # Eager, a call costs 34 ms besides its rows: the rest of the published time. Compiled, it costs almost nothing.
 MACHINES = {
     "H100, eager": Cost((EAGER - DECODE / RATE) / STEPS - 2 * BASE_ROW / RATE, BASE_ROW / RATE, DECODE / RATE),
     "H100, compiled": Cost(0.0, BASE_ROW / RATE, DECODE / RATE),
 }
 POLICIES = {
-    "one at a time": Policy(2),
-    "static batches": Policy(ROWS, together=True),
-    "steps": Policy(ROWS),
+    "one at a time": SINGLE,
+    "static batches": STATIC,
+    "first come": Policy("fifo"),
+    OURS: Policy(),
 }
 
 
 def point(work: Work, cost: Cost, policy: Policy, rate: float, replicas: int, count: int) -> dict[str, float]:
-    """One load: `rate` images a second and replica, at least `count` images in all."""
+    """One load: `rate` images a second and replica, at least `count` images in all. `rows` is the share of a full
+    call's rows in use."""
     played = min(replicas, math.ceil(count / EACH))
     count = max(count, EACH * replicas)
     moments = poisson(rate * replicas, count, replicas)
@@ -56,7 +58,7 @@ def point(work: Work, cost: Cost, policy: Policy, rate: float, replicas: int, co
         "p50": float(np.median(settled)),
         "p99": float(np.quantile(settled, 0.99)),
         "busy": float(out.busy.mean() / horizon),
-        "rows": out.rows / max(1, out.calls) / policy.rows,
+        "rows": out.rows / max(1, out.calls) / policy.call_rows(work, cost),
         "refused": float(out.refused.mean()),
     }
 
@@ -75,21 +77,25 @@ def target(points: list[dict[str, float]], alone: float) -> float:
 
 def fleets(cost: Cost, work: Work, count: int) -> dict[str, Any]:
     """Latency against load for every number of replicas, and the resulting target."""
-    most, alone = capacity(work, cost, POLICIES["steps"]), cost.alone(work)
-    points = {str(n): [point(work, cost, POLICIES["steps"], load * most, n, count) for load in LOADS] for n in REPLICAS}
+    ours = POLICIES[OURS]
+    most, alone = capacity(work, cost, ours), cost.alone(work)
+    points = {str(n): [point(work, cost, ours, load * most, n, count) for load in LOADS] for n in REPLICAS}
     return {
         "alone": alone,
         "capacity": most,
+        "rows": ours.call_rows(work, cost),
         "points": points,
         "target": {n: target(each, alone) for n, each in points.items()},
     }
 
 
 def ways(cost: Cost, works: dict[str, Work], count: int) -> dict[str, list[dict[str, float]]]:
-    """One replica under each policy, at the same rates, up to 1.2 times the best capacity."""
+    """One replica under each policy, at the same rates, up to 1.2 times the best capacity. Equal images make the orders
+    "first come" and "shortest" the same."""
     most = max(capacity(work, cost, policy) for work in works.values() for policy in POLICIES.values())
-    cases = {name: (works["guidance throughout"], policy) for name, policy in POLICIES.items()}
-    cases["steps, interval"] = (works["interval"], POLICIES["steps"])
+    told_apart = {name: policy for name, policy in POLICIES.items() if name != "first come"}
+    cases = {name: (works["guidance throughout"], policy) for name, policy in told_apart.items()}
+    cases[f"{OURS}, interval"] = (works["interval"], POLICIES[OURS])
     return {
         name: [point(work, cost, policy, load * most, 1, count) for load in LOADS]
         for name, (work, policy) in cases.items()
@@ -99,7 +105,7 @@ def ways(cost: Cost, works: dict[str, Work], count: int) -> dict[str, list[dict[
 def steps_of_many(cost: Cost, count: int) -> dict[str, dict[str, float]]:
     """One replica at 70 % of its capacity, with images of 10, 30 and 50 steps: seconds by policy."""
     works = mixed((10, 30, 50), count, 1)
-    rate = 0.7 * capacity(((2, STEPS),), cost, POLICIES["steps"])
+    rate = 0.7 * capacity(((2, STEPS),), cost, POLICIES[OURS])
     found = {}
     for name, policy in POLICIES.items():
         out = fleet(poisson(rate, count, 1), works, cost, policy)
@@ -116,11 +122,11 @@ def steps_of_many(cost: Cost, count: int) -> dict[str, dict[str, float]]:
 
 def step_up(work: Work, cost: Cost, scaling: Scaling, seed: int) -> dict[str, Any]:
     """The load of one replica goes from 50 to 150 % of its capacity at `AT`; the autoscaler calls for more."""
-    most = capacity(work, cost, POLICIES["steps"])
+    most = capacity(work, cost, POLICIES[OURS])
     calm, busy = (poisson(share * most, 20_000, seed + number) for number, share in enumerate((0.5, 1.5)))
     arrivals = np.concatenate([calm[calm < AT], AT + busy[busy < 3 * AT]])
     ready = called_for(arrivals, scaling, scaling.wanted(int(0.5 * most * scaling.window)))
-    out = fleet(arrivals, [work] * len(arrivals), cost, POLICIES["steps"], ready)
+    out = fleet(arrivals, [work] * len(arrivals), cost, POLICIES[OURS], ready)
     after = arrivals >= AT
     slow = ~(out.latencies <= SLOW * cost.alone(work))  # the refused, too
     share = np.convolve(slow, np.ones(50) / 50)[: len(slow)]  # of the last 50
@@ -151,7 +157,7 @@ def main(size: Size) -> None:
         found["ways"][name] = ways(cost, works, count)
         found["mixed"][name] = steps_of_many(cost, count)
     cost, work = MACHINES["H100, eager"], works["interval"]
-    capable, prompt = capacity(work, cost, POLICIES["steps"]), found["fleets"]["H100, eager, interval"]["target"]["3"]
+    capable, prompt = capacity(work, cost, POLICIES[OURS]), found["fleets"]["H100, eager, interval"]["target"]["3"]
     traces = {}
     cases = [
         (aim, window, 300, startup)
@@ -169,9 +175,10 @@ def main(size: Size) -> None:
         found["steps"][label] = [{key: run[key] for key in kept} for run in runs]
     _show(found)
     size.folder.mkdir(parents=True, exist_ok=True)
+    ours = POLICIES[OURS]
     content = {
         "title": "Replicas behind round robin, simulated",
-        "conditions": f"{count} images a point, {ROWS} rows, queue of 100, {STEPS} steps",
+        "conditions": f"{count} images a point, at most {ours.rows} rows a call, queue of {ours.queue}, {STEPS} steps",
         "costs": {name: vars(cost) for name, cost in machines.items()},
         "works": works,
         **found,

@@ -58,7 +58,11 @@ def _ways(ax: Axes, policies: Mapping[str, Any], title: str) -> None:
 def _use(ax: Axes, fleets: Mapping[str, Any]) -> None:
     points = fleets["points"]["1"]
     x = [100 * point["rate"] / fleets["capacity"] for point in points]
-    lines = {"busy": "share of time busy", "rows": "share of the 16 rows in use", "refused": "share refused (429)"}
+    lines = {
+        "busy": "share of time busy",
+        "rows": f"share of the {fleets['rows']} rows in use",
+        "refused": "share refused (429)",
+    }
     for (key, label), colour, mark in zip(lines.items(), COLOURS, MARKS, strict=False):
         ax.plot(x, [100 * point[key] for point in points], f"-{mark}", color=colour, lw=1.4, ms=4, label=label)
     ax.plot(x, x, ":", color=FAINT, lw=1)
@@ -86,7 +90,7 @@ def _step(ax: Axes, traces: Mapping[int, Any]) -> None:
         xlabel="minutes since (dotted: a replica is ready)",
         ylabel="seconds an image",
     )
-    ax.legend(title="until a replica is ready")
+    ax.legend(title="until a replica is ready", loc="upper right")
 
 
 def _predicted(ax: Axes, fleet: Mapping[str, Sequence[float]]) -> None:

@@ -26,7 +26,7 @@ def latency(size: Size) -> None:
         ("litserve", "(d) LitServe, dynamic batching"),
         ("service", "service"),
     ):
-        with server(kind, config, SDXL_MAX_ROWS="32") as port:
+        with server(kind, config) as port:
             waits[name] = [_short_among_long(port, size, long, short) for _ in range(size.rounds)]
     first, ticks = [], []
     with Engine.load(config, FLOAT32) as engine:
@@ -74,7 +74,7 @@ def health(size: Size) -> None:
     config = config_of(size)
     found = {}
     for kind, name in (("inline", "(c) pipeline inside async def"), ("service", "service")):
-        with server(kind, config, SDXL_MAX_ROWS="32") as port:
+        with server(kind, config) as port:
             waits = _health_waits(port, size)
             found[f"{name}: median ms"] = [statistics.median(waits)]
             found[f"{name}: p99 ms"] = [float(np.quantile(waits, 0.99, method="higher"))]

@@ -15,21 +15,24 @@ PROMPTS = (
     "a large green boat on a yellow background",
     "a pink heart above a black ring on a cyan background",
 )
-FLOAT32 = RuntimeProfile(device="cpu", dtype="float32", rows=32)
+FLOAT32 = RuntimeProfile(device="cpu", dtype="float32")
 
 Body = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Size:
-    """`side` is in pixels, `rounds` without the first, `minutes` for the soak. Results go to `folder`."""
+    """`side` is in pixels, `rounds` without the first; `minutes` are for `soak` and `gpu`, which have defaults of their
+    own, `device` and `scale` (one of `random_sdxl.SCALES`) for `gpu`. Results go to `folder`."""
 
     model: str = "nano"
     images: int = 16
     steps: int = 20
     side: int = 256
     rounds: int = 3
-    minutes: float = 1.0
+    minutes: float | None = None
+    device: str = "cuda"
+    scale: str = "true"
     folder: Path = RESULTS
 
 

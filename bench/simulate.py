@@ -1,18 +1,24 @@
 """A simulated fleet of replicas behind round robin: when each image is started, done or refused.
 
-The inputs are the cost of a UNet call and the rows of each image's calls. Round robin ignores the replicas' state, so
-each replica is simulated alone, in leaps over equal calls. That is exact, and for 1,000 replicas faster than an event
-queue shared by all.
+The inputs are the cost of a UNet call and the rows of each image's calls. Who is in the next call is the engine's own
+`Batcher`'s to say. Round robin ignores the replicas' state, so each replica is simulated alone, in leaps over equal
+calls. That is exact, and for 1,000 replicas faster than an event queue shared by all.
 """
 
 import math
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from sdxl_lab.config import RuntimeProfile
+from sdxl_lab.diffusion.batching import Batcher, Part
+from sdxl_lab.diffusion.latency import Group, LatencyModel
+
+GROUP = Group("base", 128, 128)
+SHIPPED = RuntimeProfile()  # its limits are those of an engine that was told nothing
 Work = tuple[tuple[int, int], ...]  # (rows, calls) in order: ((2, 30),) is 30 guided steps
 
 
@@ -30,20 +36,40 @@ class Cost:
         """Seconds of an image alone on a replica."""
         return sum(calls * (self.call + self.row * rows) for rows, calls in work) + self.image + self.beside
 
+    def latency(self, rows: int) -> LatencyModel:
+        """What an engine has learnt that measured the calls of one row and of guided images, up to `rows` rows."""
+        model = LatencyModel()
+        for each in (1, *range(2, rows + 1, 2)):
+            model.took(GROUP, each, self.call + self.row * each)
+        return model
+
 
 @dataclass(frozen=True)
 class Policy:
-    """How a replica batches. Images join while the sum of their widest calls is at most `rows`; one image always joins.
-    `queue` images may wait, and further ones are refused. With `together` no image joins until all running ones are
-    done (a static batch), and all are answered with the last."""
+    """How a replica batches: by the engine's `Batcher`, in calls of at most `rows` rows, with at most `active` images
+    under way. `queue` images may wait, and further ones are refused. With `together` it is a static batch instead, as
+    LitServe's: images whose widest calls fill `rows` start at once, no other joins until all are done, and all are
+    answered with the last."""
 
-    rows: int
+    order: str = SHIPPED.order
+    rows: int = SHIPPED.rows
+    active: int = SHIPPED.active
     queue: int = 100
     together: bool = False
 
-    def at_once(self, work: Work) -> int:
-        """The largest number of such images that run at once."""
-        return max(1, self.rows // _width(work))
+    def batcher(self, cost: Cost) -> Batcher:
+        """One that has measured all and tries nothing out."""
+        model = cost.latency(self.rows)
+        return Batcher(model, max_rows=self.rows, max_active=self.active, order=self.order, exploring=False)
+
+    def call_rows(self, work: Work, cost: Cost) -> int:
+        """The rows of a well filled call of such images: all of them in a static batch, else the batcher's choice."""
+        chosen = self.rows if self.together else self.batcher(cost).rows_of(GROUP)
+        return _width(work) if self.active == 1 else max(_width(work), chosen)
+
+
+STATIC = Policy(together=True)
+SINGLE = Policy("fifo", active=1)  # first come, first served, one at a time
 
 
 @dataclass(frozen=True)
@@ -104,9 +130,14 @@ def _width(work: Work) -> int:
 
 
 def capacity(work: Work, cost: Cost, policy: Policy) -> float:
-    """Images a second of one saturated replica."""
-    calls, rows = sum(count for _, count in work), sum(count * many for many, count in work)
-    return 1 / (calls * cost.call / policy.at_once(work) + rows * cost.row + cost.image)
+    """Images a second of one saturated replica, whose calls are all as full as the policy lets them be."""
+    limit = policy.call_rows(work, cost)
+
+    def at_once(rows: int) -> int:
+        return min(policy.active, limit // (_width(work) if policy.together else rows))
+
+    calls = sum(count * (cost.call / at_once(rows) + cost.row * rows) for rows, count in work)
+    return 1 / (calls + cost.image)
 
 
 def poisson(rate: float, count: int, seed: int) -> np.ndarray:
@@ -134,7 +165,8 @@ def fleet(
         mine = np.flatnonzero(to == number)
         moments = arrivals[mine].tolist()
         replica = _Replica(cost, policy, horizon)
-        starts[mine], ends[mine] = replica.play(moments, [works[index] for index in mine.tolist()])
+        play = replica.play_together if policy.together else replica.play
+        starts[mine], ends[mine] = play(moments, [works[index] for index in mine.tolist()])
         busy[number], calls, rows = replica.busy, calls + replica.calls, rows + replica.rows
     kept = to < among
     return FleetOutcome(arrivals[kept], starts[kept], ends[kept], to[kept], busy, calls, rows)
@@ -150,62 +182,83 @@ def routes(arrivals: np.ndarray, ready: Sequence[float]) -> np.ndarray:
 
 
 class _Replica:
-    """One replica with the engine's batching: each call makes one step of every running image."""
+    """One replica. Images are known by their index among its arrivals."""
 
     def __init__(self, cost: Cost, policy: Policy, horizon: float) -> None:
         self.cost, self.policy, self.horizon = cost, policy, horizon
         self.busy, self.calls, self.rows = 0.0, 0, 0
 
     def play(self, arrivals: list[float], works: list[Work]) -> tuple[list[float], list[float]]:
-        """Starts and ends of the images, NaN where refused."""
-        cost, policy = self.cost, self.policy
+        """Starts and ends of the images, NaN where refused, with the engine's batcher."""
+        cost, queue = self.cost, self.policy.queue
+        batcher = self.policy.batcher(cost)
+        starts: dict[Hashable, float] = {}
+        ends: dict[Hashable, float] = {}
+        upcoming, waiting, now = 0, 0, 0.0
+        while upcoming < len(arrivals) or len(batcher):
+            if not len(batcher):
+                now = max(now, arrivals[upcoming])
+            while upcoming < len(arrivals) and arrivals[upcoming] <= now:
+                if waiting < queue:
+                    parts = [Part(GROUP, rows, calls) for rows, calls in works[upcoming]]
+                    batcher.add(upcoming, parts, arrivals[upcoming])
+                    waiting += 1
+                upcoming += 1
+            plan = batcher.plan(now)
+            for index in plan.start:
+                batcher.started(index)
+                starts[index] = now
+            waiting -= len(plan.start)
+            seconds = cost.call + cost.row * plan.rows
+            leap = batcher.alike(plan, now, seconds)
+            if upcoming < len(arrivals) and waiting < queue:
+                leap = max(1, min(leap, math.ceil((arrivals[upcoming] - now) / seconds)))
+            done = batcher.called(plan.call, leap)
+            now = self._pass(now, leap, plan.rows, len(done))
+            for index in done:
+                batcher.remove(index)
+                ends[index] = now + cost.beside
+        every = range(len(arrivals))
+        return [starts.get(index, math.nan) for index in every], [ends.get(index, math.nan) for index in every]
+
+    def play_together(self, arrivals: list[float], works: list[Work]) -> tuple[list[float], list[float]]:
+        """The same in static batches."""
         starts, ends = [math.nan] * len(arrivals), [math.nan] * len(arrivals)
         waiting: deque[int] = deque()
-        running: list[list[int]] = []  # index of the image, of its stretch, the stretch's rows, calls left in it
-        finished: list[int] = []
-        upcoming, in_flight, now = 0, 0, 0.0
-        while True:
+        upcoming, now = 0, 0.0
+        while upcoming < len(arrivals) or waiting:
+            if not waiting:
+                now = max(now, arrivals[upcoming])
             while upcoming < len(arrivals) and arrivals[upcoming] <= now:
-                if len(waiting) < policy.queue:
+                if len(waiting) < self.policy.queue:
                     waiting.append(upcoming)
                 upcoming += 1
-            open_ = not (policy.together and running)
-            while open_ and waiting and (not running or in_flight + _width(works[waiting[0]]) <= policy.rows):
-                index = waiting.popleft()
-                rows, calls = works[index][0]
-                running.append([index, 0, rows, calls])
-                in_flight += _width(works[index])
+            batch: list[int] = []
+            width = 0
+            while waiting and (not batch or width + _width(works[waiting[0]]) <= self.policy.rows):
+                width += _width(works[waiting[0]])
+                batch.append(waiting.popleft())
+            for index in batch:
                 starts[index] = now
-            if not running:
-                if upcoming == len(arrivals):
-                    return starts, ends
-                now = arrivals[upcoming]
-                continue
-            rows = sum(each[2] for each in running)
-            seconds = cost.call + cost.row * rows
-            leap = min(each[3] for each in running)
-            if not (waiting or policy.together) and upcoming < len(arrivals):
-                leap = max(1, min(leap, math.ceil((arrivals[upcoming] - now) / seconds)))
-            before, now = now, now + leap * seconds
-            self.calls, self.rows = self.calls + leap, self.rows + leap * rows
-            for each in running:
-                each[3] -= leap
-                if not each[3]:
-                    each[1] += 1
-                    stretches = works[each[0]]
-                    if each[1] == len(stretches):
-                        finished.append(each[0])
-                    else:
-                        each[2], each[3] = stretches[each[1]]
-            if finished:
-                running = [each for each in running if each[3]]
-                if not (policy.together and running):
-                    now += cost.image * len(finished)
-                    for index in finished:
-                        ends[index] = now + cost.beside
-                        in_flight -= _width(works[index])
-                    finished.clear()
-            self.busy += max(0.0, min(now, self.horizon) - min(before, self.horizon))
+            running = [[list(stretch) for stretch in works[index]] for index in batch]
+            while running:
+                leap, rows = min(each[0][1] for each in running), sum(each[0][0] for each in running)
+                for each in running:
+                    each[0][1] -= leap
+                    if not each[0][1]:
+                        each.pop(0)
+                running = [each for each in running if each]
+                now = self._pass(now, leap, rows, 0 if running else len(batch))
+            for index in batch:
+                ends[index] = now + self.cost.beside
+        return starts, ends
+
+    def _pass(self, now: float, calls: int, rows: int, done: int) -> float:
+        """The second after these calls of `rows` rows and the decode of `done` images."""
+        after = now + calls * (self.cost.call + self.cost.row * rows) + self.cost.image * done
+        self.calls, self.rows = self.calls + calls, self.rows + calls * rows
+        self.busy += max(0.0, min(after, self.horizon) - min(now, self.horizon))
+        return after
 
 
 def called_for(arrivals: np.ndarray, scaling: Scaling, replicas: int = 1) -> list[float]:

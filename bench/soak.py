@@ -24,6 +24,7 @@ from bench.servers import server
 from bench.settings import PROMPTS, Size, config_of, varied_body
 from sdxl_lab.research.plots import COLOURS
 
+MINUTES = 1.0
 CLIENTS = 24
 QUEUE = 12  # fewer than the clients, so that some requests are refused
 WARM = 0.1  # of the time, after which memory must not grow
@@ -241,9 +242,9 @@ def soak(size: Size) -> None:
     config = config_of(size)
     ledger = Ledger()
     over = threading.Event()
-    with server("service", config, SDXL_MAX_QUEUE=str(QUEUE), SDXL_MAX_ROWS="16") as port:
+    with server("service", config, SDXL_MAX_QUEUE=str(QUEUE)) as port:
         before = set(listed(port))
-        until = time.monotonic() + 60 * size.minutes
+        until = time.monotonic() + 60 * (size.minutes or MINUTES)
         monitor = Monitor(port)
         watching = threading.Thread(target=monitor.run, args=(until, over))
         clients = [Client(port, size, ledger, number) for number in range(CLIENTS)]
@@ -308,7 +309,7 @@ def reconcile(port: int, ledger: Ledger, before: Set[str] = frozenset()) -> dict
 
 def _report(size: Size, ledger: Ledger, monitor: Monitor, figures: dict[str, float]) -> None:
     waits = [wait for _, wait in monitor.health]
-    minutes = size.minutes
+    minutes = size.minutes or MINUTES
     lines: dict[str, float] = {
         **{f"calls, {outcome}": count for outcome, count in sorted(ledger.outcomes.items())},
         **figures,

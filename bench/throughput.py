@@ -47,7 +47,7 @@ def measure(size: Size) -> dict[bool, dict[str, list[float]]]:
             for dtype in ("float32", "bfloat16")
         }
         ports = {kind: stack.enter_context(server(kind, config)) for kind in ("locked", "litserve")}
-        ports["service"] = stack.enter_context(server("service", config, SDXL_MAX_ROWS="32"))
+        ports["service"] = stack.enter_context(server("service", config))
 
         def measurements(batch: Sequence[Body]) -> dict[str, Measurement]:
             count, drawn = len(batch), requests(config, batch)

@@ -7,32 +7,16 @@ import time
 from dataclasses import replace
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.engine import draw_all
 from bench.measure import Report, alternate, ratios
+from bench.random_sdxl import filled, new_unet
 from bench.settings import Size
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import Denoiser, Embedding, Prompt, load
 from sdxl_lab.job import ImageRequest
-
-# stable-diffusion-xl-base-1.0/unet/config.json
-SDXL_UNET = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 class TextlessDenoiser(Denoiser):
@@ -41,20 +25,6 @@ class TextlessDenoiser(Denoiser):
     def _encoded(self, prompt: Prompt) -> Embedding:
         draw = torch.Generator().manual_seed(len(prompt.text or ""))
         return Embedding(torch.randn(1, 77, 2048, generator=draw), torch.randn(1, 1280, generator=draw))
-
-
-def random_unet() -> UNet2DConditionModel:
-    """2.567 B parameters: 5.1 GB in bfloat16, filled in place."""
-    with torch.device("meta"):
-        built = UNet2DConditionModel(**SDXL_UNET)
-    built = built.to(torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
-    draw = torch.Generator().manual_seed(0)
-    for name, weight in built.named_parameters():
-        if weight.ndim == 1:
-            weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        else:
-            weight.uniform_(-1, 1, generator=draw).mul_((3 / weight[0].numel()) ** 0.5)
-    return built
 
 
 def product_rate(side: int = 4096) -> float:
@@ -68,7 +38,7 @@ def product_rate(side: int = 4096) -> float:
 
 def main(size: Size) -> None:
     nano = load(GenerationConfig().model, RuntimeProfile(device="cpu"))
-    unet = random_unet()
+    unet = filled(new_unet(), torch.bfloat16, "cpu")
     base = TextlessDenoiser(unet, (), (), nano.base.scheduler_config, zero_negative=True, aesthetic=False)
     models = replace(nano, base=base, refiner=None, dtype=torch.bfloat16)
     side = 2 * size.side

@@ -6,7 +6,8 @@ it is first used, so that `import sdxl_lab` loads no torch.
 
 import lazy_loader
 
-from sdxl_lab.environment import prepare
+from sdxl_lab.environment import collect_less, prepare
 
 prepare()
+collect_less()
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

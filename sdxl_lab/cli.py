@@ -273,7 +273,8 @@ def _promote(asked: argparse.Namespace) -> None:
         if given := [name for name in ("plan", "prompt", "seed", "gate") if getattr(asked, name) is not None]:
             raise ValueError(f"--evidence says what was tried, and must come without --{given[0]}")
         findings = read_findings(asked.evidence)
-        goldens = draw([ImageRequest(config, golden.prompt, golden.seed) for golden in findings.goldens])
+        requests = [ImageRequest(config, golden.prompt, golden.seed) for golden in findings.goldens]
+        goldens = draw(requests, exact=range(len(requests)))
     else:
         found = compare(config, asked.slot, _plan(asked))
         findings, goldens = found.findings(), found.goldens

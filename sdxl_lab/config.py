@@ -609,7 +609,7 @@ class RuntimeProfile(Declared):
         Setting(
             kind=Whole(1, 1024),
             label="Threads",
-            help="torch's threads (left out: one for each core)",
+            help="torch's threads (left out: as many as calls show to be fastest)",
             example=2,
         ),
     ] = None
@@ -637,6 +637,15 @@ class RuntimeProfile(Declared):
             kind=Switch(),
             label="Compiled",
             help="compile the UNet, which is then called with 1, 2, 4, 8, ... rows only: few shapes are compiled",
+            example=True,
+        ),
+    ] = False
+    graphs: Annotated[
+        bool,
+        Setting(
+            kind=Switch(),
+            label="CUDA graphs",
+            help="record the UNet's kernels once for each number of rows and size, and replay them; only with CUDA",
             example=True,
         ),
     ] = False

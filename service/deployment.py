@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sdxl_lab.config import ConfigError
+from sdxl_lab.errors import EngineStopped
 from sdxl_lab.release.slot import load_slot
 from service.attestation import Attestation, attest
 from service.jobs.prompt_limits import PromptLimits
@@ -78,6 +79,10 @@ class Deployment:
         if not on_loop(loop, here):
             engine.close()
             return
+        try:
+            engine.calibrate(self.slot.config)
+        except EngineStopped:
+            log.debug("closed while it was calibrated")
         self._attest(engine)
 
     def _attest(self, engine: "Engine") -> None:

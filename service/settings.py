@@ -152,7 +152,22 @@ class Settings(BaseSettings):
         default=100, description="how many images may wait before a request is refused"
     )
     max_rows: Annotated[int, _count(1, 4096)] = Field(
-        default=16, description="UNet rows in one call; a guided image takes two"
+        default=32,
+        description="the most UNet rows in one call; a guided image takes two. How many it has is measured: a smaller "
+        "limit is for a GPU whose memory others use too",
+    )
+    max_active: Annotated[int, _count(1, 100_000)] = Field(
+        default=256, description="the most images that are begun and not done: each holds some 2 MB at 1024 px"
+    )
+    order: Annotated[str, _profile("order")] = Field(
+        default="shortest",
+        description="who goes first: shortest, the image with the least time left, within a bound on everybody's wait; "
+        "fifo, the one that came first",
+    )
+    exact: Annotated[bool, _read(_switch)] = Field(
+        default=False,
+        description="true: one image a call, and on a CPU one thread, so that an image's bits do not depend on its "
+        "company",
     )
     lease: Annotated[int, _count(3, 3600)] = Field(
         default=30,
@@ -209,7 +224,15 @@ class Settings(BaseSettings):
 
     @property
     def profile(self) -> RuntimeProfile:
-        return RuntimeProfile(device=self.device, dtype=self.dtype, rows=self.max_rows, compile=self.compile)
+        return RuntimeProfile(
+            device=self.device,
+            dtype=self.dtype,
+            rows=self.max_rows,
+            active=self.max_active,
+            order=self.order,
+            exact=self.exact,
+            compile=self.compile,
+        )
 
 
 class _Environment(EnvSettingsSource):

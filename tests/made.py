@@ -6,6 +6,7 @@ from typing import Any
 from PIL import Image
 
 from sdxl_lab.config import GenerationConfig, ServingLimits
+from sdxl_lab.diffusion.latency import Group, LatencyModel
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.record import ImageRecord
 from sdxl_lab.release.promote import promote
@@ -100,3 +101,22 @@ def put(slot: Path, config: GenerationConfig | None = None, **more: Any) -> Slot
         "findings": findings(config, slot_config(slot)),
     }
     return promote(config, slot, **(asked | more))
+
+
+class SettledLatency(LatencyModel):
+    """Every call takes 30 ms whatever its rows, and no measurement changes that: the fuller a call, the better."""
+
+    def took(self, group: Group, rows: int, seconds: float) -> None:
+        pass
+
+    def counts(self, group: Group) -> dict[int, int]:
+        return dict.fromkeys(self.measured(group), 3)
+
+    def measured(self, group: Group) -> list[int]:
+        return list(range(1, 65))
+
+    def _median(self, group: Group, rows: int) -> float:
+        return 0.03
+
+    def __bool__(self) -> bool:
+        return True

@@ -1,10 +1,10 @@
 """The benchmarks run; their figures are for people to read."""
 
-import importlib.util
 import json
 import math
 import os
 import re
+import time
 from contextlib import contextmanager, nullcontext
 from email.message import Message
 from pathlib import Path
@@ -13,11 +13,13 @@ import pytest
 from PIL import Image
 
 from bench import __main__ as bench
-from bench import clip_truth, fleet, imports, scaling, soak, throughput
+from bench import clip_truth, fleet, imports, neighbours, queueing, scaling, soak, throughput
 from bench.clients import Answer
 from bench.measure import Report, alternate
 from bench.settings import config_of
 from bench.simulate import Cost
+from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.job import ImageRequest
 
 SMALL = ["--images", "2", "--steps", "2", "--side", "64", "--rounds", "1"]
 
@@ -45,6 +47,24 @@ def test_a_benchmark_of_the_engine_leaves_its_figures(name, tiny_model, tmp_path
 
 
 @pytest.mark.slow
+def test_an_image_is_timed_beside_processes_and_a_second_engine(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(neighbours, "STEPS", 2)
+    values = run("neighbours", tiny_model, tmp_path)["neighbours"]
+    assert all(len(each) == 1 and each[0] > 0 for each in values.values())
+    for company in (neighbours.ALONE, neighbours.ONE, neighbours.TWO, neighbours.ENGINE):
+        assert {f"{name}, {company}" for name in neighbours.SUBJECTS} <= values.keys()
+
+
+def test_an_image_that_takes_too_long_is_cancelled_and_reckoned_by_its_steps(tiny_config, monkeypatch):
+    monkeypatch.setattr(neighbours, "LONGEST", 0.3)
+    with Engine.load(tiny_config) as engine:
+        engine.draw(ImageRequest(tiny_config, "a cat", 0))
+        slow = engine.models.base.unet.forward
+        monkeypatch.setattr(engine.models.base.unet, "forward", lambda *a, **k: time.sleep(0.1) or slow(*a, **k))
+        assert neighbours._seconds(engine, tiny_config.with_(steps=100)) > 5
+
+
+@pytest.mark.slow
 def test_the_clip_score_is_compared_with_the_scene_check(tiny_model, tmp_path, monkeypatch):
     """Also for a model that draws nothing right, and so leaves nothing to compare."""
     monkeypatch.setattr(clip_truth, "RENDERINGS", 20)
@@ -59,18 +79,19 @@ def test_the_clip_score_is_compared_with_the_scene_check(tiny_model, tmp_path, m
     }
 
 
-def test_imports_are_timed_in_an_interpreter_of_their_own(tiny_model, tmp_path, monkeypatch):
-    assert all(importlib.util.find_spec(module) for module in imports.MODULES)
-    monkeypatch.setattr(imports, "MODULES", ("email.message", "sdxl_lab", "sdxl_lab.config"))
-    values = run("imports", tiny_model, tmp_path)["imports"]
-    assert list(values) == [
-        "import email.message",
-        "import sdxl_lab",
-        "import sdxl_lab.config",
-        "email.message / sdxl_lab.config",
-        "sdxl_lab / sdxl_lab.config",
-    ]
+@pytest.mark.slow
+def test_new_processes_are_timed_to_their_end(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(imports, "IMPORTS", ("import torch", "import sdxl_lab.config"))
+    values = run("imports", tiny_model / "base", tmp_path)["imports"]
+    names = ["import torch", "import sdxl_lab.config", "generate, the whole command", "service until /readyz"]
+    assert list(values) == [*names, *(f"{name} / import torch" for name in names[1:])]
     assert all(value > 0 for each in values.values() for value in each)
+    assert values["import sdxl_lab.config / import torch"][0] < 1
+
+
+@pytest.mark.parametrize("program", imports.IMPORTS)
+def test_what_is_timed_can_be_imported(program):
+    exec(program, {})
 
 
 @contextmanager
@@ -107,6 +128,25 @@ def test_fleets_are_simulated(tiny_model, tmp_path, capsys, monkeypatch):
     with Image.open(tmp_path / "scaling.png") as plot:
         assert plot.width > 500
     assert "p99 passes twice the time alone" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_orders_are_compared(tmp_path, capsys, monkeypatch):
+    for name, value in {"EACH": 300, "RUNS": 2, "PATIENCES": (1e9,), "STRETCHES": (1.5,), "SLACKS": (0.1, 0.3)}.items():
+        monkeypatch.setattr(queueing, name, value)
+    bench.main(["queueing", "--folder", str(tmp_path), "--images", "1"])
+    found = json.loads((tmp_path / "queueing.json").read_text())
+    assert not found["wrong"]
+    for load in ("50%", "70%", "85%"):
+        assert found["values"][f"compiled, {load}: equal, mean / one at a time"] == pytest.approx([1, 1])
+    assert max(found["values"]["compiled, 85%: mean / one at a time"]) < 1
+    constants = found["constants"]
+    assert constants["PATIENCE 10, STRETCH 1.5"] != constants["PATIENCE 1e+09, STRETCH 3"]  # they reach the batcher
+    rows = [next(iter(constants[f"SLACK {slack}"].values()))["rows of a call"] for slack in (0.1, 0.3)]
+    assert rows[0] > rows[1] > 2
+    with Image.open(tmp_path / "queueing.png") as plot:
+        assert plot.width > 500
+    assert "eager, full calls, 85%, mixed, shortest" in capsys.readouterr().out
 
 
 def test_the_published_times_of_an_h100_come_out_of_its_computed_costs():
@@ -162,13 +202,6 @@ def test_an_unknown_benchmark_is_refused(capsys):
     with pytest.raises(SystemExit):
         bench.main(["speed"])
     assert "NAME must be one of parity, overhead" in capsys.readouterr().err
-
-
-def test_without_a_gpu_its_benchmark_says_that_nothing_was_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    bench.main(["gpu", "--folder", str(tmp_path)])
-    assert "not measured" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -1,22 +1,45 @@
-"""The simulation against queueing theory, a slower one without leaps, the engine's forecast and dstack's autoscaler."""
+"""The simulation against queueing theory, a slower one without leaps, the batcher's forecast, its own bound, and
+dstack's autoscaler."""
 
 import datetime
 import importlib.util
 import math
 import random
-from collections import deque
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from dstack._internal.proxy.gateway.schemas.stats import Stat
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bench.simulate import Cost, Policy, Scaling, called_for, capacity, fleet, mixed, poisson, routes
-from sdxl_lab.diffusion.latency import LatencyModel, Workload, forecast
+from bench.queueing import bound
+from bench.simulate import (
+    GROUP,
+    SINGLE,
+    STATIC,
+    Cost,
+    Policy,
+    Scaling,
+    called_for,
+    capacity,
+    fleet,
+    mixed,
+    poisson,
+    routes,
+)
+from sdxl_lab.diffusion import batching
+from sdxl_lab.diffusion.batching import STRETCH, Part
 
-ALONE = Policy(rows=2, queue=10**9)
+ALONE = replace(SINGLE, queue=10**9)
+SHORTEST = Policy(queue=10**9)
 COST = Cost(call=0.03, row=0.02, image=0.04, beside=0.01)
+COMPILED = Cost(call=0.0, row=0.02)  # any call costs the same a row: the batcher takes one image a call
 GUIDED, INTERVAL = ((2, 30),), ((1, 5), (2, 22), (1, 3))
+POLICIES = {"shortest": Policy(queue=4), "fifo": Policy("fifo", queue=4), "static": replace(STATIC, queue=4)}
+each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
 
 @pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
@@ -24,7 +47,7 @@ GUIDED, INTERVAL = ((2, 30),), ((1, 5), (2, 22), (1, 3))
 def test_one_image_at_a_time_waits_as_pollaczek_and_khinchine_say(load, steps):
     cost = Cost(call=0.1, row=0.0)
     times = np.array(steps) * 0.1
-    rate, count = load / times.mean(), 40_000
+    rate, count = load / times.mean(), 30_000
     expected = rate * (times**2).mean() / (2 * (1 - load))
     out = fleet(poisson(rate, count, 1), mixed(steps, count, 2), cost, ALONE)
     assert out.waits[1000:].mean() == pytest.approx(expected, rel=0.05)
@@ -34,7 +57,7 @@ def test_one_image_at_a_time_waits_as_pollaczek_and_khinchine_say(load, steps):
 def test_exponential_times_wait_as_m_m_1():
     draw = np.random.default_rng(3)
     works = [((1, 1 + int(calls)),) for calls in draw.exponential(1000, 40_000)]
-    out = fleet(poisson(0.5, len(works), 4), works, Cost(call=0.001, row=0.0), Policy(rows=1, queue=10**9))
+    out = fleet(poisson(0.5, len(works), 4), works, Cost(call=0.001, row=0.0), ALONE)
     assert out.waits[1000:].mean() == pytest.approx(0.5 / 0.5, rel=0.05)
 
 
@@ -42,7 +65,7 @@ def test_behind_round_robin_arrivals_become_even_and_nobody_waits():
     """Every thousandth arrival of a Poisson stream is nearly a clock's tick: a thousand D/D/1 queues."""
     waits = []
     for replicas in (1, 10, 1000):
-        count = 10_000 if replicas < 1000 else 40_000
+        count = 5_000 if replicas < 1000 else 20_000
         out = fleet(poisson(0.8 * replicas, count, 5), [((1, 10),)] * count, Cost(0.1, 0.0), ALONE, [0.0] * replicas)
         waits.append(float(out.waits.mean()))
     assert waits[0] > 5 * waits[1] > 25 * waits[2]
@@ -50,89 +73,160 @@ def test_behind_round_robin_arrivals_become_even_and_nobody_waits():
 
 
 def naive(arrivals, works, cost, policy):
-    """Every call by itself, with the rows of every call in a list. Ends, NaN where refused."""
-    ends, waiting, running, now, upcoming = [math.nan] * len(works), deque(), {}, 0.0, 0
-    plans = [[rows for rows, calls in work for _ in range(calls)] for work in works]
-    answered = []
-    while upcoming < len(works) or waiting or running:
-        if not waiting and not running:
+    """Every call by itself: the batcher, or a static batch, is asked before each. Ends, NaN where refused."""
+    ends, now, upcoming, waiting, batch = [math.nan] * len(works), 0.0, 0, [], {}
+    calls = [[rows for rows, count in work for _ in range(count)] for work in works]
+    batcher = policy.batcher(cost)
+    while upcoming < len(works) or waiting or batch or len(batcher):
+        if not (waiting or batch or len(batcher)):
             now = max(now, arrivals[upcoming])
         while upcoming < len(works) and arrivals[upcoming] <= now:
-            if len(waiting) < policy.queue:
+            if len(waiting if policy.together else batcher.waiting) < policy.queue:
                 waiting.append(upcoming)
+                if not policy.together:
+                    batcher.add(upcoming, [Part(GROUP, *part) for part in works[waiting.pop()]], arrivals[upcoming])
             upcoming += 1
-        joined = not (policy.together and running)
-        while waiting and joined:
-            width = sum(max(plans[index]) for index in [*running, waiting[0]])
-            if running and width > policy.rows:
-                break
-            running[waiting.popleft()] = 0
-        live = [index for index in running if running[index] < len(plans[index])]
-        now += cost.call + cost.row * sum(plans[index][running[index]] for index in live)
-        for index in live:
-            running[index] += 1
-        answered = [index for index in running if running[index] == len(plans[index])]
-        if answered and not (policy.together and len(answered) < len(running)):
-            now += cost.image * len(answered)
-            for index in answered:
-                ends[index] = now + cost.beside
-                del running[index]
+        if policy.together:
+            while not batch and waiting:
+                taken = waiting[: max(1, sum(np.cumsum([max(calls[index]) for index in waiting]) <= policy.rows))]
+                batch, waiting = dict.fromkeys(taken, 0), waiting[len(taken) :]
+            live = [index for index in batch if batch[index] < len(calls[index])]
+            now += cost.call + cost.row * sum(calls[index][batch[index]] for index in live)
+            batch.update({index: batch[index] + 1 for index in live})
+            done = list(batch) if all(batch[index] == len(calls[index]) for index in batch) else []
+        else:
+            plan = batcher.plan(now)
+            for index in plan.start:
+                batcher.started(index)
+            now += cost.call + cost.row * plan.rows
+            done = batcher.called(plan.call)
+        now += cost.image * len(done)
+        for index in done:
+            ends[index] = now + cost.beside
+            batch.pop(index, None)
+            batcher.remove(index)
     return ends
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["steps", "static batches"])
+@each_policy
+@pytest.mark.parametrize("cost", [COST, COMPILED], ids=["eager", "compiled"])
 @pytest.mark.parametrize("load", [0.2, 0.7, 1.3])
-def test_leaps_change_nothing(load, together):
+def test_leaps_change_nothing(load, cost, policy, monkeypatch):
+    monkeypatch.setattr(batching, "STRETCH", math.pi)  # with a whole one, images fall due exactly when a call ends
     draw = random.Random(6)
-    works = [draw.choice([GUIDED, INTERVAL, ((1, 7),), ((2, 12),)]) for _ in range(300)]
-    policy = Policy(rows=9, queue=4, together=together)
-    arrivals = poisson(load * capacity(GUIDED, COST, policy), len(works), 7)
-    out = fleet(arrivals, works, COST, policy)
-    np.testing.assert_allclose(out.ends, naive(arrivals.tolist(), works, COST, policy), rtol=1e-9)
+    works = [draw.choice([GUIDED, INTERVAL, ((1, 7),), ((2, 12),), ((2, 80),)]) for _ in range(300)]
+    arrivals = poisson(load * capacity(GUIDED, cost, policy), len(works), 7)
+    out = fleet(arrivals, works, cost, policy)
+    np.testing.assert_allclose(out.ends, naive(arrivals.tolist(), works, cost, policy), rtol=1e-9)
     assert out.refused.any() or load < 1
 
 
-def test_images_that_arrive_at_once_end_when_the_engine_forecasts():
-    pace = LatencyModel()
-    for rows in range(1, 17):
-        pace.took("base", rows, COST.call + COST.row * rows)
-        pace.took("decode", rows, COST.image * rows)
+@pytest.mark.parametrize("policy", [Policy(), Policy("fifo"), SINGLE], ids=["shortest", "fifo", "one at a time"])
+@pytest.mark.parametrize("call", [COST, COMPILED], ids=["eager", "compiled"])
+def test_images_that_arrive_at_once_start_and_end_when_the_batcher_forecasts(call, policy):
     steps = [10, 30, 20, 25, 5, 15, 40, 35, 12, 9, 28, 31]
-    loads = [Workload("base", 2, each) for each in steps]
-    spans = forecast([], loads, 16, pace)
-    out = fleet(np.zeros(len(steps)), [((2, each),) for each in steps], COST, Policy(rows=16))
-    np.testing.assert_allclose(out.starts, [span.start for span in spans])
-    np.testing.assert_allclose(out.ends, [span.end + COST.beside for span in spans])
+    batcher = policy.batcher(call)
+    for images in range(1, 17):
+        batcher.latency.took(GROUP.decode, images, call.image * images)
+    for index, each in enumerate(steps):
+        batcher.add(index, [Part(GROUP, 2, each)], 0.0)
+    spans = batcher.forecast(0.0)
+    out = fleet(np.zeros(len(steps)), [((2, each),) for each in steps], call, policy)
+    np.testing.assert_allclose(out.starts, [spans[index].start for index in range(len(steps))])
+    np.testing.assert_allclose(out.ends, [spans[index].end + call.beside for index in range(len(steps))])
 
 
 @pytest.mark.parametrize("replicas", [1, 3])
-@pytest.mark.parametrize("together", [False, True], ids=["steps", "static batches"])
-def test_what_arrived_is_done_refused_or_still_there(replicas, together):
-    policy = Policy(rows=8, queue=5, together=together)
+@each_policy
+def test_what_arrived_is_done_refused_or_still_there(replicas, policy):
     rate = 1.2 * replicas * capacity(INTERVAL, COST, policy)
     out = fleet(poisson(rate, 4000, 8), [INTERVAL] * 4000, COST, policy, [0.0] * replicas)
-    assert 0.1 < out.refused.mean() < 0.25
+    assert 0.1 < out.refused.mean() < 0.3
     for moment in np.linspace(0, out.arrivals[-1] + 1, 50):
         arrived = int((out.arrivals <= moment).sum())
         refused = int((out.refused & (out.arrivals <= moment)).sum())
         assert arrived == int((out.ends <= moment).sum()) + refused + out.in_system(moment)
-        assert out.in_system(moment) <= replicas * (policy.at_once(INTERVAL) + policy.queue + 1)
     assert out.rows == (~out.refused).sum() * 52
     assert np.ptp(np.bincount(out.replicas)) <= 1
 
 
+@each_policy
+def test_an_image_is_refused_only_while_the_queue_is_full(policy):
+    out = fleet(poisson(3 * capacity(GUIDED, COST, policy), 500, 10), [GUIDED] * 500, COST, policy)
+    assert 0.5 < out.refused.mean() < 0.8
+    for index, moment in enumerate(out.arrivals):
+        before = out.arrivals < moment
+        assert ((before & (out.starts >= moment)).sum() >= policy.queue) == out.refused[index]
+
+
 @pytest.mark.parametrize("work", [GUIDED, INTERVAL], ids=["guided", "interval"])
-@pytest.mark.parametrize("policy", [Policy(2), Policy(16), Policy(16, together=True)], ids=["one", "steps", "static"])
-def test_an_overloaded_replica_draws_as_much_as_its_capacity(policy, work):
-    expected = capacity(work, COST, policy)
-    out = fleet(poisson(2 * expected, 3000, 9), [work] * 3000, COST, policy)
+@pytest.mark.parametrize("cost", [COST, COMPILED], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "policy", [SINGLE, Policy(), Policy("fifo"), STATIC], ids=["one", "shortest", "fifo", "static"]
+)
+def test_an_overloaded_replica_draws_as_much_as_its_capacity(policy, cost, work):
+    expected = capacity(work, cost, policy)
+    out = fleet(poisson(2 * expected, 2000, 9), [work] * 2000, cost, policy)
     done = out.ends[~out.refused]
     assert len(done) / done.max() == pytest.approx(expected, rel=0.02)
     assert out.busy[0] / out.arrivals[-1] > 0.98
 
 
-def test_a_image_alone_takes_its_own_time():
-    out = fleet(np.array([5.0]), [INTERVAL], COST, Policy(16))
+def test_rows_are_chosen_by_their_cost():
+    assert Policy().call_rows(GUIDED, COMPILED) == SINGLE.call_rows(GUIDED, COST) == 2
+    assert 2 < Policy().call_rows(GUIDED, COST) < Policy().call_rows(GUIDED, Cost(9.0, 0.02)) == 30
+    out = fleet(np.zeros(40), [GUIDED] * 40, COMPILED, Policy())
+    assert out.rows / out.calls == 2
+
+
+def test_where_a_call_holds_one_image_equal_ones_are_drawn_one_after_the_other():
+    moments = poisson(0.85 * capacity(GUIDED, COMPILED, ALONE), 2000, 12)
+    shortest, alone = (fleet(moments, [GUIDED] * 2000, COMPILED, policy) for policy in (SHORTEST, ALONE))
+    np.testing.assert_allclose(shortest.ends, alone.ends)
+
+
+arrival = st.tuples(st.floats(0, 3), st.integers(1, 60))
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(arrival, min_size=1, max_size=60))
+def test_no_image_takes_longer_than_its_bound(drawn):
+    gaps, calls = zip(*drawn, strict=True)
+    check_bound(np.cumsum(gaps), [((2, each),) for each in calls])
+
+
+def check_bound(moments, works):
+    """No image takes longer. Returns the most that one took, as a multiple of first come, first served."""
+    first = fleet(moments, works, COMPILED, ALONE).latencies
+    ours = fleet(moments, works, COMPILED, SHORTEST).latencies
+    assert (ours <= bound(first, works, COMPILED) + 1e-6).all()
+    return float((ours / first).max())
+
+
+def test_the_bound_is_nearly_reached_by_images_that_fall_due_together():
+    """A crowd, then arrivals at a rate that lets them all fall due at one moment, then a crowd of short ones that keeps
+    the replica from them until then."""
+    long, short = ((2, 25),), ((2, 1),)
+    crowd, own = 30, COMPILED.alone(long)
+    due = STRETCH * crowd * own
+    until = 0.7 * due
+    later = np.arange(0, until, own / (1 - 1 / STRETCH))
+    burst = np.full(int((due - until) / COMPILED.alone(short)), until)
+    moments = np.concatenate([np.zeros(crowd), later, burst])
+    works = [long] * (crowd + len(later)) + [short] * len(burst)
+    assert STRETCH + 0.5 < check_bound(moments, works) < STRETCH + 1
+
+
+def test_many_images_are_simulated_in_moments():
+    """10,000 of 30 steps, half of them with a full queue: call by call that takes several times as long."""
+    began = time.process_time()
+    for load in (0.7, 2.0):
+        fleet(poisson(load * capacity(GUIDED, COST, Policy()), 5_000, 13), [GUIDED] * 5_000, COST, Policy())
+    assert time.process_time() - began < 10
+
+
+def test_an_image_alone_takes_its_own_time():
+    out = fleet(np.array([5.0]), [INTERVAL], COST, Policy())
     assert out.latencies[0] == pytest.approx(COST.alone(INTERVAL)) == pytest.approx(30 * 0.03 + 52 * 0.02 + 0.05)
 
 
@@ -153,7 +247,7 @@ def dstacks_own():
 
 
 def test_some_of_many_replicas_fare_as_they_do_among_all():
-    given = poisson(9.0, 500, 11), [GUIDED] * 500, COST, Policy(16), [0.0] * 20
+    given = poisson(9.0, 500, 11), [GUIDED] * 500, COST, Policy(), [0.0] * 20
     every, some = fleet(*given), fleet(*given, played=3)
     np.testing.assert_array_equal(some.ends, every.ends[every.replicas < 3])
     assert len(some.ends) == 75

@@ -6,6 +6,7 @@ forward.
 """
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -25,8 +26,6 @@ TRIALS = 3
 GAIN = 0.05
 # ... and this often in spite of one that did not: a measurement may be unlucky.
 PATIENT = 1
-# With more images than this the forecast leaps over calls that are alike at both ends; with fewer it makes every one.
-EACH_CALL = 32
 
 
 class Part(NamedTuple):
@@ -56,13 +55,14 @@ class _Image:
     """An image as the batcher sees it. Times are on the caller's clock."""
 
     key: Hashable
-    parts: list[Part]
+    whole: list[Part]
+    parts: list[Part]  # those that are left
     priority: int
     arrived: float
     number: int
     cost: float  # seconds of its own calls, at the price of a row in a well filled call
     left: float  # the same for what remains
-    due: float  # by when it goes before everybody
+    due: float  # by when it goes before everybody; endless where nothing was measured as it arrived
     alone: bool  # it shares no call
     active: bool = False
 
@@ -73,6 +73,16 @@ class _Image:
     @property
     def group(self) -> Group:
         return self.parts[0].group
+
+    def rank(self, now: float) -> float:
+        """Its remaining time, which counts for less the longer it has waited."""
+        return self.left / (1 + max(0.0, now - self.arrived) / (PATIENCE * self.cost))
+
+    def reaches(self, rank: float, now: float) -> float:
+        """Seconds until its age alone brings it down to this rank; 0 for a rank that no time leads to."""
+        if rank <= 0:
+            return 0.0
+        return PATIENCE * self.cost * (self.left / rank - 1) - max(0.0, now - self.arrived)
 
 
 @dataclass
@@ -104,17 +114,19 @@ class Batcher:
         if key in self._images:
             raise ValueError(f"an image must be added once; received {key!r} again")
         parts = _checked(work)
-        cost = self._cost(parts)
-        self._busy_until = max(self._busy_until, now) + cost
-        due = now + STRETCH * (self._busy_until - now) - cost
-        self._images[key] = _Image(key, parts, priority, now, self._count, cost, cost, due, alone)
+        cost, due = self._cost(parts), math.inf
+        if all(self.latency.measured(part.group) for part in parts):
+            self._busy_until = max(self._busy_until, now) + cost
+            due = now + STRETCH * (self._busy_until - now) - cost
+        self._images[key] = _Image(key, parts, list(parts), priority, now, self._count, cost, cost, due, alone)
         self._count += 1
 
     def refine(self, key: Hashable, work: Iterable[Part]) -> None:
         """The image's remaining work, now that it is known exactly."""
         image = self._images[key]
         image.parts = _checked(work)
-        image.left = self._cost(image.parts)
+        image.whole = list(image.parts)
+        image.cost = image.left = self._cost(image.parts)
 
     def remove(self, key: Hashable) -> None:
         """The image is gone: done, failed or cancelled. Nothing happens where it was gone already."""
@@ -140,6 +152,14 @@ class Batcher:
     def arrivals(self) -> int:
         """How many images have arrived in all."""
         return self._count
+
+    @property
+    def filled(self) -> bool:
+        """Whether the images here fill a call: one more makes somebody wait."""
+        rows: Counter[Group] = Counter()
+        for image in self._images.values():
+            rows[image.group] += image.rows
+        return any(count >= (self._to_try(group) or self.rows_of(group)) for group, count in rows.items())
 
     def position(self, key: Hashable, now: float) -> int:
         """The place among those that wait, from 1; 0 for one that does not wait."""
@@ -175,30 +195,59 @@ class Batcher:
         """The image is under way: it holds memory until it is removed."""
         self._images[key].active = True
 
-    def called(self, keys: Iterable[Hashable]) -> list[Hashable]:
-        """These images had their call. Returns those that have none left; they stay until they are removed."""
+    def called(self, keys: Iterable[Hashable], calls: int = 1) -> list[Hashable]:
+        """These images had their call, or `calls` of them that were `alike`. Returns those that have none left; they
+        stay until they are removed."""
         done = []
         for key in keys:
             image = self._images[key]
             part = image.parts[0]
-            image.left -= self._price(part.group) * part.rows
-            if part.calls > 1:
-                image.parts[0] = part._replace(calls=part.calls - 1)
+            if part.calls > calls:
+                image.parts[0] = part._replace(calls=part.calls - calls)
             elif len(image.parts) > 1:
                 image.parts.pop(0)
             else:
                 done.append(key)
+            image.left = self._cost(image.parts)
         return done
+
+    def alike(self, plan: Plan, now: float, seconds: float) -> int:
+        """How many calls of `seconds` each the plan made at `now` stands for, if nobody comes or goes: at least 1, and
+        never too many. Its images have been `started`.
+
+        A call moves its own images forward only. So the plan stands until one of them is done with a part, or one of
+        the others falls due or passes one of them by its age. The rank of those in the call falls, too, so their
+        present rank bounds it.
+        """
+        if self.exploring:
+            return 1
+        leap = min(self._images[key].parts[0].calls for key in plan.call)
+        if self.order == "fifo" or seconds <= 0:
+            return leap
+        mine = set(plan.call)
+        last: _Image | None = None
+        for image in self._ordered(now):
+            if image.key in mine:
+                last = image
+            elif now < image.due:
+                until = image.due - now
+                if last and now < last.due and last.priority == image.priority:
+                    until = min(until, image.reaches(last.rank(now), now) + seconds)
+                leap = min(leap, math.ceil(min(until / seconds, leap) - 1e-6))  # some are never due
+        return max(1, leap)
 
     def _limit(self, group: Group, room: int) -> int:
         """The rows of the next call: a count to be tried, if there are images to fill it, else the best known."""
-        untried = self.untried(group) if self.exploring else None
+        untried = self._to_try(group)
         if untried is not None:
             sharing = [image for image in self._images.values() if image.group == group and not image.alone]
             waiting = sorted((image.rows for image in sharing if not image.active), reverse=True)[:room]
             if sum(waiting) + sum(image.rows for image in sharing if image.active) >= untried:
                 return untried
         return self.rows_of(group)
+
+    def _to_try(self, group: Group) -> int | None:
+        return self.untried(group) if self.exploring else None
 
     def untried(self, group: Group) -> int | None:
         """The next row count to be measured: powers of two, and `max_rows`, while more rows make a row cheaper."""
@@ -233,8 +282,10 @@ class Batcher:
         return self._choices[group]
 
     def measured(self) -> None:
-        """The latency model has learnt: choose rows anew."""
+        """The latency model has learnt: choose rows anew, and count everybody's time at the new price."""
         self._choices.clear()
+        for image in self._images.values():
+            image.cost, image.left = self._cost(image.whole), self._cost(image.parts)
 
     def _price(self, group: Group) -> float:
         return self._choice(group)[1] or 1.0  # nothing measured: calls count
@@ -249,8 +300,7 @@ class Batcher:
         def rank(image: _Image) -> tuple[float, ...]:
             if now >= image.due:
                 return (-math.inf, image.due, image.number)
-            waited = max(0.0, now - image.arrived)
-            return (-image.priority, image.left / (1 + waited / (PATIENCE * image.cost)), image.number)
+            return (-image.priority, image.rank(now), image.number)
 
         return sorted(self._images.values(), key=rank)
 
@@ -270,9 +320,9 @@ class Batcher:
             for key in plan.start:
                 twin.started(key)
                 starts[key] = passed
-            for _ in range(twin._alike(plan, now + passed, seconds)):
-                done = twin.called(plan.call)
-                passed += seconds
+            calls = twin.alike(plan, now + passed, seconds)
+            done = twin.called(plan.call, calls)
+            passed += calls * seconds
             passed += self.latency.seconds(plan.group.decode, len(done)) if done else 0.0
             for key in done:
                 ends[key] = passed
@@ -283,21 +333,6 @@ class Batcher:
         """The same images, to be played forward: it shares only the measurements, and tries nothing out."""
         images = {key: replace(image, parts=list(image.parts)) for key, image in self._images.items()}
         return replace(self, exploring=False, _images=images, _choices=dict(self._choices))
-
-    def _alike(self, plan: Plan, now: float, seconds: float) -> int:
-        """How many calls in a row this plan stands for."""
-        if len(self._images) <= EACH_CALL:
-            return 1
-        leap = min(self._images[key].parts[0].calls for key in plan.call)
-        while leap > 1:
-            members = {key: replace(self._images[key], parts=list(self._images[key].parts)) for key in plan.call}
-            later = replace(self, _images=self._images | members)
-            for _ in range(leap - 1):
-                later.called(plan.call)
-            if later.plan(now + (leap - 1) * seconds).call == plan.call:
-                return leap
-            leap //= 2
-        return 1
 
 
 def _checked(work: Iterable[Part]) -> list[Part]:

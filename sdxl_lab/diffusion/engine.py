@@ -14,6 +14,7 @@ import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, overload
@@ -29,7 +30,7 @@ from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_o
 from sdxl_lab.diffusion.inventory import differing, identity
 from sdxl_lab.diffusion.latency import Forecast, Group, LatencyModel
 from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load, settled
-from sdxl_lab.diffusion.processor import capability
+from sdxl_lab.diffusion.processor import CallThreads, capability
 from sdxl_lab.environment import processor
 from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import GeneratedImage, finish, preview
@@ -84,13 +85,13 @@ class Engine:
         latency: LatencyModel | None = None,
     ) -> None:
         self.models, self.profile, self.weights = models, profile, weights
+        self.processor = processor_of(models.device)
         self.max_queue = max_queue
         self.failure: str | None = None
         self._latency = LatencyModel() if latency is None else latency
         self._batcher = Batcher(self._latency, profile.rows, profile.active, profile.order)
         self._works: dict[Job[Any], Work] = {}  # with the batcher and its measurements, under the lock of `_wake`
         self._wake = threading.Condition()
-        self._threads = profile.threads or torch.get_num_threads()
         self._chores: deque[tuple[Future[None], Callable[[], None]]] = deque()
         self._closed = False
         self._ticks = 0
@@ -134,9 +135,10 @@ class Engine:
 
     @property
     def runtime(self) -> dict[str, Any]:
-        """The profile as it was settled, in plain values, and on a CPU the instructions that torch uses there."""
-        on_cpu = self.models.device.type == "cpu"
-        return self.profile.to_dict() | ({"cpu_capability": capability()} if on_cpu else {})
+        """The profile as it was settled, in plain values; what computes, and on a CPU the instructions that torch uses
+        there."""
+        found = {"processor": self.processor} | ({"cpu_capability": capability()} if self._on_cpu else {})
+        return self.profile.to_dict() | found
 
     @property
     def healthy(self) -> bool:
@@ -145,6 +147,12 @@ class Engine:
     @property
     def queued(self) -> int:
         return len(self._batcher.waiting)
+
+    @property
+    def filled(self) -> bool:
+        """Whether the images here fill a UNet call."""
+        with self._wake:
+            return self._batcher.filled
 
     @property
     def rows(self) -> int:
@@ -244,9 +252,10 @@ class Engine:
             raise EngineStopped(self.failure or "the engine is closed") from None
 
     def _calibrate(self, request: ImageRequest, seconds: float) -> None:
+        self._use_threads(self.profile.exact)
         trajectory = Trajectory(self.models, request, partial(self._embed, self.profile.exact))
         group, row = trajectory.group, Rows(*(part[:1] for part in trajectory.inputs()))
-        ends = time.monotonic() + seconds
+        ends, warm = time.monotonic() + seconds, 0
         while not self._closed and (count := self._batcher.untried(group)) is not None:
             began = time.monotonic()
             if began > ends:
@@ -257,9 +266,11 @@ class Engine:
                 self._halve(count)
                 continue
             self._settle()
-            with self._wake:
-                self._latency.took(group, count, time.monotonic() - began)
-                self._batcher.measured()
+            if count == warm:
+                with self._wake:
+                    self._latency.took(group, count, time.monotonic() - began)
+                    self._batcher.measured()
+            warm = count  # a first call prepares what the later ones find
 
     def stats(self) -> EngineStats:
         rows, seconds = self._last_call
@@ -328,6 +339,10 @@ class Engine:
     # --- the engine's thread ---------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        if self.profile.threads is not None:
+            torch.set_num_threads(self.profile.threads)  # OpenMP keeps it per calling thread
+        # A compiled UNet is compiled anew for another number of threads, and on a GPU the number does not matter.
+        self._threads = CallThreads(adapt=self._on_cpu and self.profile.threads is None and not self.profile.compile)
         try:
             while True:
                 with self._wake:
@@ -392,10 +407,14 @@ class Engine:
                 self._forget(work.job)
 
     def _use_threads(self, exact: bool) -> None:
-        """torch's threads for the next call, its embeddings and its decode. Sums are rounded in another order by
-        another number of them, so `exact` has one number everywhere."""
-        if self.models.device.type == "cpu":
-            torch.set_num_threads(self._exact_threads if exact else self._threads)
+        """torch's threads for all that is computed in this tick; a call that is not exact may have others. Sums are
+        rounded in another order by another number of them, so `exact` has one number everywhere."""
+        if self._on_cpu:
+            torch.set_num_threads(self._exact_threads if exact else self._threads.count)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.models.device.type == "cpu"
 
     @property
     def _exact_threads(self) -> int:
@@ -450,7 +469,8 @@ class Engine:
         exhausted = False
         try:
             inputs = [trajectory.inputs() for trajectory in trajectories]
-            predictions = self._predict(group.name, inputs)
+            with nullcontext() if exact else self._threads.call((group, sum(len(each.timesteps) for each in inputs))):
+                predictions = self._predict(group.name, inputs)
         except Exception as error:
             if len(picked) == 1:
                 self._end(picked[0].job, error)
@@ -553,11 +573,9 @@ class Engine:
         work.job.deliver(drawn)
 
     def _runtime(self, exact: bool) -> dict[str, Any]:
-        """The runtime, as far as this image was drawn with it."""
-        if not exact:
-            return self.runtime | self.profile.with_(exact=False).to_dict()
-        threads = self._exact_threads if self.models.device.type == "cpu" else self.profile.threads
-        return self.runtime | self.profile.with_(exact=True, threads=threads).to_dict()
+        """The runtime as this image was drawn with it."""
+        threads = self._exact_threads if exact and self._on_cpu else self.profile.threads
+        return self.runtime | self.profile.with_(exact=exact, threads=threads).to_dict()
 
     def _record(self, work: Work) -> ImageRecord:
         """All that decides the image's pixels: the only place where such a record begins."""
@@ -578,13 +596,16 @@ class Engine:
         )
 
 
+def processor_of(device: torch.device) -> str:
+    """The name of what computes: the GPU's, or the processor's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
 def _decides_latency(profile: RuntimeProfile, weights: dict[str, str]) -> dict[str, Any]:
     """What a call's seconds depend on, beside its group and rows."""
-    device = torch.device(profile.device)
     return {
-        "processor": processor(),
+        "processor": processor_of(torch.device(profile.device)),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "weights": weights,
         **{

@@ -63,14 +63,15 @@ class LatencyModel:
         seconds. A file that cannot be read is an empty one."""
         path = cache_folder() / "latency" / f"{hashlib.sha256(canonical(of).encode()).hexdigest()[:32]}.json"
         model = cls(path)
-        with suppress(FileNotFoundError):
-            try:
-                for name, height, width, rows, seconds in json.loads(path.read_text())["calls"]:
-                    for each in seconds:
-                        model.took(Group(name, int(height), int(width)), int(rows), float(each))
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                log.warning("%s is damaged and left out: %s", path, error)
-                model._seconds.clear()
+        try:
+            for name, height, width, rows, seconds in json.loads(path.read_text())["calls"]:
+                for each in seconds:
+                    model.took(Group(name, int(height), int(width)), int(rows), float(each))
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            log.warning("%s is damaged and left out: %s", path, error)
+            model._seconds.clear()
         return model
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,6 +94,8 @@ class LatencyModel:
     def took(self, group: Group, rows: int, seconds: float) -> None:
         by_rows = self._seconds.setdefault(group, {})
         known = by_rows.setdefault(rows, deque(maxlen=REMEMBERED))
+        if len(known) == 1 and known[0] > FACTOR * seconds:
+            known.clear()  # a first call prepares what the later ones find
         before = statistics.median(known) if len(known) > CHANGED else None
         known.append(seconds)
         if before is not None:

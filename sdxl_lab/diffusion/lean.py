@@ -78,9 +78,13 @@ def _attended(
 
 
 class LeanGEGLU(GEGLU):
-    """One product for the values and one for the gate."""
+    """One product for the values and one for the gate. An adapter in the place of the projection is not passed over:
+    its product is made in one piece."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        if type(self.proj) is not nn.Linear:
+            projected: torch.Tensor = super().forward(hidden_states)
+            return projected
         values, gate = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True)
         gated = functional.gelu(functional.linear(hidden_states, *gate))
         gated *= functional.linear(hidden_states, *values)

@@ -34,6 +34,7 @@ from PIL import Image
 from sdxl_lab.config import ConfigError, ModelRef, RuntimeProfile
 from sdxl_lab.diffusion import processor
 from sdxl_lab.diffusion.checksums import hub_difference
+from sdxl_lab.diffusion.graphs import Graphed
 from sdxl_lab.diffusion.inventory import SHARED, ModelError, check_folder, folder_of
 from sdxl_lab.diffusion.lean import lighten
 from sdxl_lab.environment import keep_allocations
@@ -62,13 +63,13 @@ class Embedding(NamedTuple):
 
 @dataclass(frozen=True)
 class Denoiser:
-    """One UNet with the text encoders it listens to, and its pristine scheduler config.
+    """One UNet, perhaps behind CUDA graphs, with the text encoders it listens to, and its pristine scheduler config.
 
     `zero_negative`: without a negative prompt the unguided row gets zeros (SDXL base) instead of the empty prompt's
     embedding (SDXL refiner). `aesthetic`: the last conditioning number is an aesthetic score, not the target size.
     """
 
-    unet: UNet2DConditionModel
+    unet: UNet2DConditionModel | Graphed
     tokenizers: tuple[Any, ...]
     text_encoders: tuple[Any, ...]
     scheduler_config: Mapping[str, Any]
@@ -206,15 +207,12 @@ def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:
     ]
     for part in parts:
         part.to(device).eval().requires_grad_(False)
-    for pipe in (base, refiner):
-        if pipe is not None:
-            _lay_out(pipe.unet, profile)
     if device.type == "cpu" and profile.channels_last:
         base.vae.to(memory_format=torch.channels_last)
+    second = _denoiser(refiner, profile) if refiner else None
     if device.type == "cpu":
         keep_allocations()  # from here on: what loading took for a moment goes back to the system
-    second = _denoiser(refiner) if refiner else None
-    return Models(_denoiser(base), second, base.vae, device, dtype, _latent_rgb(ref), ref)
+    return Models(_denoiser(base, profile), second, base.vae, device, dtype, _latent_rgb(ref), ref)
 
 
 def _steadied(vae: AutoencoderKL) -> AutoencoderKL:
@@ -231,7 +229,8 @@ def _dtypes(device: torch.device, dtype: torch.dtype) -> Dtypes:
     return {"default": torch.float32 if device.type == "cpu" else dtype, "unet": dtype}
 
 
-def _lay_out(unet: UNet2DConditionModel, profile: RuntimeProfile) -> None:
+def laid_out(unet: UNet2DConditionModel, profile: RuntimeProfile) -> Any:
+    """A UNet on its device as the profile wants it called. It is changed in place, and wrapped for CUDA graphs."""
     if profile.channels_last:
         unet.to(memory_format=torch.channels_last)
     if profile.fuse_qkv:
@@ -243,6 +242,7 @@ def _lay_out(unet: UNet2DConditionModel, profile: RuntimeProfile) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
         torch._dynamo.config.recompile_limit = 64  # row counts x sizes; beyond the limit torch runs uncompiled
         unet.compile(dynamic=False)
+    return Graphed(unet) if profile.graphs else unet
 
 
 # ComfyUI's published fit for SDXL's latents, scaled as the UNet sees them: four channels and a constant, to RGB in
@@ -315,10 +315,10 @@ def settled(profile: RuntimeProfile) -> RuntimeProfile:
     return profile.with_(device=str(device), dtype=str(dtype).removeprefix("torch."), channels_last=layout)
 
 
-def _denoiser(pipe: Any) -> Denoiser:
+def _denoiser(pipe: Any, profile: RuntimeProfile) -> Denoiser:
     first = getattr(pipe, "text_encoder", None) is not None
     return Denoiser(
-        unet=pipe.unet,
+        unet=laid_out(pipe.unet, profile),
         tokenizers=(pipe.tokenizer, pipe.tokenizer_2) if first else (pipe.tokenizer_2,),
         text_encoders=(pipe.text_encoder, pipe.text_encoder_2) if first else (pipe.text_encoder_2,),
         scheduler_config=dict(pipe.scheduler.config),

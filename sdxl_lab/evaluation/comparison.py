@@ -7,7 +7,7 @@ evidence for a promotion and the images to look at. Nothing is written.
 import dataclasses
 import platform
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -101,6 +101,11 @@ class ComparisonPlan:
         """Prompts x seeds, the seeds running fastest: the order of a comparison's images and values."""
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
+    @property
+    def golden_places(self) -> range:
+        """Where in `pairs` the goldens stand: the first seed of each of the first prompts."""
+        return range(0, len(self.pairs), len(self.seeds))[: self.goldens]
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -116,7 +121,7 @@ class Comparison:
 
     @property
     def goldens(self) -> list[GeneratedImage]:
-        return list(self.images[:: len(self.plan.seeds)][: self.plan.goldens])
+        return [self.images[place] for place in self.plan.golden_places]
 
     @property
     def panels(self) -> list[tuple[str, Image.Image]]:
@@ -207,7 +212,10 @@ def compare(
     before = slot_config(slot)
     _check_gates(plan, before)
     configs = [candidate] if before is None else [candidate, before]
-    drawn = draw([ImageRequest(config, prompt, seed) for config in configs for prompt, seed in plan.pairs], profile)
+    requests = [ImageRequest(config, prompt, seed) for config in configs for prompt, seed in plan.pairs]
+    # What is served in the same way, so that equal settings give equal images.
+    exact = {place + len(plan.pairs) * each for each in range(len(configs)) for place in plan.golden_places}
+    drawn = draw(requests, profile, exact)
     mine, theirs = drawn[: len(plan.pairs)], drawn[len(plan.pairs) :]
     return Comparison(plan, candidate, tuple(mine), before, tuple(theirs), measure(plan, mine), measure(plan, theirs))
 
@@ -233,13 +241,17 @@ def measure(plan: ComparisonPlan, images: Sequence[GeneratedImage]) -> dict[str,
     return {metric.name: metric(images) for metric in plan.measures} if images else {}
 
 
-def draw(requests: Sequence[ImageRequest], profile: RuntimeProfile | None = None) -> list[GeneratedImage]:
-    """Draw many requests with one engine for each set of models. The images are in the order of the requests."""
+def draw(
+    requests: Sequence[ImageRequest], profile: RuntimeProfile | None = None, exact: Container[int] = ()
+) -> list[GeneratedImage]:
+    """Draw many requests with one engine for each set of models. The images are in the order of the requests. Those at
+    the places `exact` are drawn as `RuntimeProfile.exact` does, whatever the profile: goldens are to come back bit for
+    bit."""
     images: dict[int, GeneratedImage] = {}
     for model in dict.fromkeys(request.config.model for request in requests):
         mine = [index for index, request in enumerate(requests) if request.config.model == model]
         with Engine.load(requests[mine[0]].config, profile, max_queue=len(mine)) as engine:
-            jobs = [engine.submit(requests[index]) for index in mine]
+            jobs = [engine.submit(requests[index], exact=index in exact or None) for index in mine]
             images |= {index: job.result() for index, job in zip(mine, jobs, strict=True)}
     return [images[index] for index in range(len(requests))]
 

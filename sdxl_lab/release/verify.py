@@ -1,9 +1,11 @@
 """Is a slot's golden still what the slot draws? The one comparison that the command line, the regression notebook and
 a service at its start make.
 
-Pixels are a function of the configuration, the prompt, the seed and the kind of machine. On the same kind (device and
-dtype) a golden must come back sample by sample. Elsewhere that is not promised: there its mean difference must be small
-and its structure the same. Imports no torch: the engine comes from the caller.
+Pixels are a function of the configuration, the prompt, the seed and the machine. Goldens are drawn exactly (see
+`RuntimeProfile.exact`): where processor, threads and libraries are those of the promotion, a golden must come back bit
+for bit. On the same kind of machine (device and dtype) samples may be rounded the other way. Elsewhere that is not
+promised: there its mean difference must be small and its structure the same. Imports no torch: the engine comes from
+the caller.
 """
 
 from collections.abc import Sequence
@@ -15,14 +17,28 @@ from PIL import Image
 from sdxl_lab.errors import Cancelled, EngineStopped, QueueFull
 from sdxl_lab.images import GeneratedImage, beside, max_difference, mean_difference, open_image, ssim
 from sdxl_lab.job import ImageRequest, Job
+from sdxl_lab.record import ImageRecord
 from sdxl_lab.release.promote import changed_values
 from sdxl_lab.release.slot import Golden, Slot, SlotError
 
 if TYPE_CHECKING:
     from sdxl_lab.diffusion.engine import Engine
 
+# What must agree of two exact runtimes for the same bits.
+DECIDES_BITS = (
+    "device",
+    "dtype",
+    "exact",
+    "processor",
+    "cpu_capability",
+    "threads",
+    "channels_last",
+    "fuse_qkv",
+    "compile",
+)
 # An image of 8 bits cannot show float32's 1e-3 better than by one step of a sample, where a value is rounded the
 # other way. Another device or dtype moves whole images slightly: bfloat16 by 13/255 at most, far less on average.
+EXACT_RUNTIME = 0.0
 SAME_RUNTIME = 1 / 255
 OTHER_RUNTIME = 5 / 255
 # nano's images in bfloat16 have an SSIM of 0.9988 to 0.9994 with those in float32. No limit tells that from a small
@@ -37,7 +53,8 @@ class GoldenCheck:
     """A golden beside the image drawn again.
 
     `difference` and `tolerance` are on [0, 1] and of the same `measure`: `max-abs`, the largest over all samples,
-    where both were drawn on the same kind of device in the same dtype; `mean-abs` otherwise, and then `ssim` (Wang et
+    where both were drawn on the same kind of device in the same dtype, and then 0 is asked for where both are exact on
+    one kind of processor; `mean-abs` otherwise, and then `ssim` (Wang et
     al. 2004) counts too. It is None where it is not asked for, or the sizes differ. `reason` says why the golden is not
     what was promoted; None if it is.
     """
@@ -81,7 +98,7 @@ class GoldenCheck:
 
 
 def verify(slot: Slot, engine: "Engine") -> list[GoldenCheck]:
-    """Draw all goldens of a slot in one batch and compare them.
+    """Draw all goldens of a slot exactly and compare them.
 
     Raises `SlotError` for a slot without goldens, which promises nothing that could be checked, and for a golden that
     cannot be drawn; `Cancelled` or `EngineStopped` where the engine is closed.
@@ -106,10 +123,10 @@ def _submitted(engine: "Engine", request: ImageRequest, before: Sequence[Job[Gen
     """The job, once the engine's queue has room for it beside those `before` it."""
     for earlier in before:
         try:
-            return engine.submit(request)
+            return engine.submit(request, exact=True)
         except QueueFull:
             earlier.exception()
-    return engine.submit(request)
+    return engine.submit(request, exact=True)
 
 
 def _compared(golden: Golden, job: Job[GeneratedImage]) -> GoldenCheck:
@@ -129,6 +146,8 @@ def compare_golden(golden: Golden, image: GeneratedImage) -> GoldenCheck:
     before, now = golden.record, image.record
     same = all(before.runtime.get(name) == now.runtime.get(name) for name in ("device", "dtype"))
     measure, tolerance = ("max-abs", SAME_RUNTIME) if same else ("mean-abs", OTHER_RUNTIME)
+    if _same_bits(before, now):
+        tolerance = EXACT_RUNTIME
     promoted, similar = open_image(golden.path), None
     if promoted.size != image.image.size:
         difference = 1.0
@@ -142,6 +161,12 @@ def compare_golden(golden: Golden, image: GeneratedImage) -> GoldenCheck:
     if reason is not None:
         reason = f"golden {golden.path.name}: {reason}"
     return GoldenCheck(golden, image, measure, difference, tolerance, similar, reason)
+
+
+def _same_bits(before: ImageRecord, now: ImageRecord) -> bool:
+    """Whether both were drawn exactly, on one kind of processor with the same libraries."""
+    agree = all(before.runtime.get(name) == now.runtime.get(name) for name in DECIDES_BITS)
+    return agree and now.runtime.get("exact") is True and before.libraries == now.libraries
 
 
 def _reason(measure: str, difference: float, tolerance: float, similar: float | None) -> str | None:

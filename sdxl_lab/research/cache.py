@@ -23,6 +23,7 @@ from sdxl_lab.diffusion.denoising import calls_of, rows_of
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError, differing, identity
 from sdxl_lab.diffusion.models import settled
+from sdxl_lab.environment import processor
 from sdxl_lab.errors import EngineStopped
 from sdxl_lab.evaluation.metrics import Metric
 from sdxl_lab.files import write_whole
@@ -168,7 +169,9 @@ class ImageCache:
     @cached_property
     def _runtime(self) -> dict[str, Any]:
         profile = settled(self.profile).to_dict()
-        return {"device": profile["device"].partition(":")[0], **{name: profile[name] for name in MOVES_PIXELS}}
+        moves = {"device": profile["device"].partition(":")[0], **{name: profile[name] for name in MOVES_PIXELS}}
+        exact = {"exact": True, "threads": self.profile.threads, "processor": processor()}
+        return moves | exact if self.profile.exact else moves
 
     def _identity(self, model: ModelRef) -> dict[str, str]:
         """What a model is. Of the engine lent only where it has that model: what it does not draw is not its own."""

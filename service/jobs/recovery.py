@@ -78,8 +78,8 @@ class Recovery:
                 raise error
 
     async def claim_unheld(self) -> None:
-        """Begin what nobody draws: all of a folder; of a shared store one, and more while all that is drawn here fits
-        into one call, since other replicas look as well."""
+        """Begin what nobody draws: all of a folder; of a shared store one, and more until those here fill a call,
+        since other replicas look as well."""
         if self.deployment.trouble is not None:
             return
         for job in await asyncio.to_thread(self.leases.unheld):
@@ -87,7 +87,7 @@ class Recovery:
                 await self.claim(job)
             except NOT_NOW:
                 return
-            if self.leases.shared and 2 * len(self.registry.active) >= self.settings.max_rows:
+            if self.leases.shared and self.deployment.ready_engine().filled:
                 return
 
     async def _clean(self) -> None:

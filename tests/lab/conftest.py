@@ -10,26 +10,8 @@ from typing import Any
 import pytest
 
 from sdxl_lab.config import ModelRef, RuntimeProfile
-from sdxl_lab.diffusion.latency import Group, LatencyModel
-
-
-class SettledLatency(LatencyModel):
-    """Every call takes 30 ms whatever its rows, and no measurement changes that: the fuller a call, the better."""
-
-    def took(self, group: Group, rows: int, seconds: float) -> None:
-        pass
-
-    def counts(self, group: Group) -> dict[int, int]:
-        return dict.fromkeys(self.measured(group), 3)
-
-    def measured(self, group: Group) -> list[int]:
-        return list(range(1, 65))
-
-    def _median(self, group: Group, rows: int) -> float:
-        return 0.03
-
-    def __bool__(self) -> bool:
-        return True
+from sdxl_lab.diffusion.latency import LatencyModel
+from tests.made import SettledLatency
 
 
 @pytest.fixture(scope="session")

@@ -271,7 +271,7 @@ def test_verify_ends_with_1_and_the_reason_where_a_golden_differs(slot, capsys, 
     capsys.readouterr()
     assert main(["verify", str(slot)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "01-a-cat-5.png  as promoted  max-abs 0.0000, allowed 0.0039"
+    assert printed[0] == "01-a-cat-5.png  as promoted  max-abs 0.0000, allowed 0.0000"
     assert len(printed) == 3
     monkeypatch.setattr(verifying, "ImageRequest", lambda config, *pair: ImageRequest(config.with_(steps=4), *pair))
     assert main(["verify", str(slot)]) == 1

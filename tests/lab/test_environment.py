@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from sdxl_lab.environment import KEEPING, SPINNING, keep_allocations, prepare
+from sdxl_lab.environment import KEEPING, LESS_OFTEN, PYTHONS_OWN, SPINNING, keep_allocations, prepare
 
 
 def test_spinning_is_bounded_where_nobody_chose():
     environment: dict[str, str] = {}
     prepare(environment)
-    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment["GOMP_SPINCOUNT"] == "10000"
 
 
 @pytest.mark.parametrize("name", SPINNING)
@@ -24,7 +24,7 @@ def test_a_choice_of_the_user_stays(name):
     assert len(environment.keys() & set(SPINNING)) == 1
 
 
-@pytest.mark.parametrize("door", ["sdxl_lab.cli", "service.app", "sdxl_lab.diffusion.engine"])
+@pytest.mark.parametrize("door", ["sdxl_lab.cli", "service.app", "sdxl_lab.diffusion.engine", "recipes.nano.fit"])
 def test_each_door_bounds_it_before_torch_is_there(door):
     """Reads what libgomp would read: the variable as it is when torch begins to load."""
     code = f"""
@@ -32,14 +32,21 @@ import os, sys
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY")); sys.stdout.flush(); os._exit(0)
+            print(os.environ.get("GOMP_SPINCOUNT")); sys.stdout.flush(); os._exit(0)
 sys.meta_path.insert(0, Watch())
 import {door}
 import torch
 """
     environment = {name: value for name, value in os.environ.items() if name not in SPINNING}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "PASSIVE"
+    assert said.stdout.strip() == "10000"
+
+
+@pytest.mark.parametrize(("before", "after"), [(PYTHONS_OWN, LESS_OFTEN), ((1000, 10, 10), (1000, 10, 10))])
+def test_garbage_is_looked_for_less_often_where_nobody_chose(before, after):
+    code = f"import gc; gc.set_threshold(*{before}); import sdxl_lab; print(gc.get_threshold())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == str(after)
 
 
 FAULTS = """

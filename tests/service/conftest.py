@@ -21,7 +21,7 @@ from service.jobs.manager import JobManager
 from service.jobs.records import JobRecord
 from service.server.connection import Connection
 from service.settings import Settings
-from tests.made import evidence
+from tests.made import SettledLatency, evidence
 
 LIMITS = ServingLimits(side=(64, 512))  # of the slots of these tests
 Serve = Callable[..., TestClient]
@@ -32,6 +32,23 @@ class Live(NamedTuple):
     port: int
     jobs: JobManager
     server: uvicorn.Server
+
+
+@contextmanager
+def settled_latency() -> Iterator[None]:
+    """What a call takes is settled for the engines loaded meanwhile, so that who shares one does not depend on the
+    machine."""
+    from sdxl_lab.diffusion.latency import LatencyModel
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatencyModel, "remembered", lambda **_: SettledLatency())
+        yield
+
+
+@pytest.fixture(autouse=True)
+def engines_are_settled() -> Iterator[None]:
+    with settled_latency():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -75,8 +92,11 @@ def write_slot(folder: Path, config: GenerationConfig, **said: Any) -> Path:
 @pytest.fixture(scope="session")
 def client(slot: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """A ready service that all tests share which leave it as it was."""
-    with TestClient(create_app(Settings(slot=slot, store=tmp_path_factory.mktemp("shared")))) as client:
-        yield wait_until_ready(client)
+    with ExitStack() as stack:
+        with settled_latency():
+            app = create_app(Settings(slot=slot, store=tmp_path_factory.mktemp("shared")))
+            client = wait_until_ready(stack.enter_context(TestClient(app)))
+        yield client
 
 
 @pytest.fixture

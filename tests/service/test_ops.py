@@ -25,7 +25,7 @@ def test_config_says_what_is_served_and_on_what_ground(client, promoted):
     assert promoted.scheduler in body["schedulers"]
     assert body["digest"] == promoted.digest == client.get("/healthz").headers["x-config-digest"]
     assert (body["evidence"]["digest"], body["evidence"]["why"]) == (promoted.digest, "a test")
-    assert body["runtime"]["rows"] == 16
+    assert body["runtime"]["rows"] == 32
     assert body["runtime"]["dtype"] != "auto"
     assert body["runtime"]["cpu_capability"] == client.app.state.jobs.deployment.engine.runtime["cpu_capability"]
     assert set(body["weights"]) == {"base", "refiner"}

@@ -19,7 +19,7 @@ def test_images_outlive_their_replicas_and_an_outage_of_the_store(tiny_model, tm
     report = json.loads((tmp_path / "replicas.json").read_text())
     values = {label: value for label, (value,) in report["values"].items()}
     assert report["wrong"] == []
-    assert values["acknowledged images"] == values["equal to an undisturbed run"] == 10
+    assert values["acknowledged images"] == values["equal to an undisturbed run in every sample"] == 10
     assert values["acknowledged and lost"] == values["stored and never requested"] == values["job records left"] == 0
     assert values["replicas killed with SIGKILL"] == 1
     assert values["being drawn on a replica as it was stopped"] > 0

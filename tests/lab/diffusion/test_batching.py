@@ -166,6 +166,28 @@ def test_a_cancelled_image_frees_its_rows_at_the_next_call():
     assert batcher.plan(0.2).call == ("next",)
 
 
+def test_a_call_is_filled_by_images_of_one_size():
+    batcher = Batcher(model(), max_rows=8, exploring=False)
+    filled = []
+    for index, group in enumerate([BASE, BASE, REFINER, REFINER, BASE, BASE]):
+        batcher.add(index, (Part(group, 2, 5),), 0.0)
+        filled.append(batcher.filled)
+    assert filled == [False] * 5 + [True]
+    batcher.remove(0)
+    assert not batcher.filled
+
+
+def test_an_image_alone_shares_no_call():
+    batcher = Batcher(model(), max_rows=8, exploring=False)
+    for index in range(6):
+        batcher.add(index, (Part(BASE, 2, 3),), 0.0, alone=index in (0, 3))
+    played = Played(batcher)
+    now = 0.0
+    while len(batcher):
+        now = played.step(now)
+    assert {keys for keys, _ in played.calls} == {(0,), (3,), (1, 2, 4, 5)}
+
+
 def test_a_short_image_passes_the_long_ones():
     batcher = Batcher(model(), max_rows=8, exploring=False)
     played, now = Played(batcher), 0.0
@@ -210,6 +232,17 @@ def test_the_forecast_of_a_long_queue_is_close_and_quick():
         now = played.step(now)
     for key, each in forecast.items():
         assert each.end == pytest.approx(played.ends[key], rel=0.05, abs=1.0)
+
+
+def test_images_that_came_before_anything_was_measured_are_forecast_afterwards():
+    batcher = Batcher(LatencyModel(), max_rows=2, exploring=False)
+    for priority in (0, 1):
+        batcher.add(priority, (Part(BASE, 2, 10),), 0.0, priority)
+    batcher.latency = model()
+    batcher.measured()
+    forecast = batcher.forecast(1.0)
+    seconds = batcher.latency.seconds(BASE, 2)
+    assert [forecast[each].end for each in (1, 0)] == pytest.approx([10 * seconds, 20 * seconds])
 
 
 @pytest.mark.parametrize("work", [(), (Part(BASE, 2, 0),), (Part(BASE, 0, 3),)])

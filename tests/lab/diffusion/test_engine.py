@@ -17,6 +17,7 @@ from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine as engines
+from sdxl_lab.diffusion.batching import TRIALS
 from sdxl_lab.diffusion.denoising import Trajectory
 from sdxl_lab.diffusion.engine import Engine, EngineStats
 from sdxl_lab.diffusion.latency import LatencyModel
@@ -24,9 +25,8 @@ from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import ImageError, max_difference, read_watermark
 from sdxl_lab.job import ImageRequest, Job, SourceImage
 from sdxl_lab.record import ImageRecord
-from tests.lab.conftest import SettledLatency
 from tests.lab.diffusion.conftest import trajectory_of
-from tests.made import image_record
+from tests.made import SettledLatency, image_record
 
 # Other images in the call move float32 sums by 1e-6 at most; rounded, a pixel may fall to the other side.
 ROUNDING = 1 / 255 + 1e-9
@@ -223,6 +223,65 @@ def test_a_compiled_unet_sees_row_counts_of_powers_of_two(tiny_models, config, m
     with Engine(tiny_models, RuntimeProfile(device="cpu"), {}) as plain:
         for request, one in zip(asked, apart, strict=True):
             assert close_to(latents(plain.submit(request)), one)
+
+
+# --- calibration ----------------------------------------------------------------------------------------------------
+
+
+def test_a_calibration_measures_row_counts_before_the_first_image(start, config):
+    latency = LatencyModel()
+    engine = start(rows=8, latency=latency)
+    engine.calibrate(config, seconds=60.0)
+    (group,) = latency._seconds
+    assert group == ("base", 8, 8)
+    assert {2, 4} <= latency.counts(group).keys() <= {2, 4, 8}, "8 where 4 rows were cheaper than 2, a row"
+    assert min(latency.counts(group).values()) == TRIALS
+    assert engine.stats().calls == 0
+    known = latency.to_dict()
+    engine.calibrate(config)
+    assert latency.to_dict() == known, "what is known is not measured again"
+
+
+def test_a_calibration_ends_in_time(start, config):
+    latency = LatencyModel()
+    start(latency=latency).calibrate(config, seconds=0.0)
+    assert sum(latency.counts(("base", 8, 8)).values()) <= 1
+
+
+def test_a_calibration_that_runs_out_of_memory_lowers_the_rows(start, config, monkeypatch):
+    engine = start(rows=8, latency=LatencyModel())
+    predict = engine._predict
+
+    def small(name, inputs):
+        if len(inputs[0].timesteps) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(name, inputs)
+
+    monkeypatch.setattr(engine, "_predict", small)
+    engine.calibrate(config)
+    assert engine.rows == 2
+
+
+@pytest.mark.parametrize("place", ["before", "meanwhile"])
+def test_a_closed_engine_calibrates_nothing(start, config, monkeypatch, place):
+    engine = start(latency=LatencyModel())
+    if place == "meanwhile":
+        monkeypatch.setattr(engine, "_do_chores", lambda: setattr(engine, "_closed", True))
+    else:
+        engine.close()
+    with pytest.raises(EngineStopped, match="the engine is closed"):
+        engine.calibrate(config)
+
+
+def test_what_was_measured_is_known_at_the_next_start(tiny_models, config, monkeypatch):
+    monkeypatch.setattr(engines, "load", lambda *_: tiny_models)
+    for start_number in range(2):
+        with Engine.load(config, RuntimeProfile(device="cpu", dtype="float32", threads=1)) as engine:
+            counts = engine._latency.counts(("base", 8, 8))
+            assert bool(counts) == bool(start_number)
+            engine.draw(ImageRequest(config, "a cat", 1))
+    with Engine.load(config, RuntimeProfile(device="cpu", dtype="float32", threads=2)) as engine:
+        assert not engine._latency, "another number of threads is another machine"
 
 
 # --- company ---------------------------------------------------------------------------------------------------------

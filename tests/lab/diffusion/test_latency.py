@@ -1,83 +1,118 @@
-"""The forecast plays the engine's own rule forward; here against sums done by hand."""
+"""What a call takes: remembered, forgotten when the machine changes, kept for the next start."""
 
 import pytest
 
-from sdxl_lab.diffusion.latency import REMEMBERED, Forecast, LatencyModel, Workload, forecast
+from sdxl_lab.diffusion.latency import CHANGED, REMEMBERED, Group, LatencyModel
 
-SMALL, LARGE = ("base", 8, 8), ("base", 16, 16)
+SMALL, LARGE = Group("base", 8, 8), Group("base", 16, 16)
 
 
 @pytest.fixture
-def pace() -> LatencyModel:
-    """A tenth of a second a row, and as much again for the large group."""
-    pace = LatencyModel()
-    for rows in range(1, 17):
-        pace.took(SMALL, rows, 0.1 * rows)
-        pace.took(LARGE, rows, 0.2 * rows)
-    return pace
-
-
-def ends(forecasts: list[Forecast]) -> list[float]:
-    return [pytest.approx(span.end) for span in forecasts]
+def latency() -> LatencyModel:
+    """A tenth of a second a row, measured at 2, 4 and 16 rows."""
+    latency = LatencyModel()
+    for rows in (2, 4, 16):
+        for _ in range(3):
+            latency.took(SMALL, rows, 0.1 * rows)
+    return latency
 
 
 def test_nothing_measured_is_nothing_known():
     assert not LatencyModel()
     assert LatencyModel().seconds(SMALL, 2) == 0
+    assert LatencyModel().measured(SMALL) == []
+    assert LatencyModel().prices(SMALL, [1, 2]) == {}
 
 
 def test_a_first_slow_call_is_passed_over():
-    pace = LatencyModel()
+    latency = LatencyModel()
     for seconds in (9.0, 0.1, 0.1):
-        pace.took(SMALL, 2, seconds)
-    assert pace
-    assert pace.seconds(SMALL, 2) == 0.1
+        latency.took(SMALL, 2, seconds)
+    assert latency
+    assert latency.seconds(SMALL, 2) == 0.1
+
+
+def test_a_first_call_that_prepares_the_others_is_forgotten_at_once():
+    latency = LatencyModel()
+    latency.took(SMALL, 2, 9.0)
+    assert latency.seconds(SMALL, 2) == 9.0, "better than nothing"
+    latency.took(SMALL, 2, 0.1)
+    assert latency.counts(SMALL) == {2: 1}
+    assert latency.seconds(SMALL, 2) == 0.1
 
 
 def test_old_calls_are_forgotten():
-    pace = LatencyModel()
+    latency = LatencyModel()
     for seconds in [9.0] * 100 + [0.1] * REMEMBERED:
-        pace.took(SMALL, 2, seconds)
-    assert pace.seconds(SMALL, 2) == 0.1
+        latency.took(SMALL, 2, seconds)
+    assert latency.seconds(SMALL, 2) == 0.1
 
 
-def test_rows_never_measured_go_by_the_nearest_number(pace):
-    assert pace.seconds(SMALL, 32) == pytest.approx(3.2)
-    small = LatencyModel()
-    small.took(SMALL, 16, 1.6)
-    assert small.seconds(SMALL, 12) == pytest.approx(1.2)
-    assert small.seconds(SMALL, 2) == pytest.approx(0.8), "a call never gets cheaper than half, however few its rows"
+ROWS = [
+    (1, 0.2, "never less than a smaller call"),
+    (2, 0.2, "as measured"),
+    (3, 0.3, "on the line between 2 and 4"),
+    (10, 1.0, "on the line between 4 and 16"),
+    (32, 3.2, "in proportion to 16"),
+]
 
 
-def test_images_that_share_calls_and_one_that_waits(pace):
-    running = [Workload(SMALL, 2, 10), Workload(SMALL, 2, 4)]
-    forecasts = forecast(running, [Workload(SMALL, 2, 5)], 4, pace)
-    # Four calls of four rows, then the third joins for five such, then one call of two rows.
-    assert [span.start for span in forecasts] == [0, 0, pytest.approx(1.6)]
-    assert ends(forecasts) == [3.6 + 0.2, 1.6, 3.6]
+@pytest.mark.parametrize(("rows", "seconds", "why"), ROWS)
+def test_rows_never_measured_go_by_their_neighbours(latency, rows, seconds, why):
+    assert latency.seconds(SMALL, rows) == pytest.approx(seconds), why
+    assert latency.seconds(LARGE, rows) == 0, "of another size nothing is known"
 
 
-def test_two_sizes_take_turns(pace):
-    forecasts = forecast([Workload(SMALL, 2, 3), Workload(LARGE, 2, 3)], [], 16, pace)
-    assert ends(forecasts) == [1.8, 1.8]
+def test_a_price_is_of_a_row(latency):
+    assert latency.prices(SMALL, [2, 3, 16]) == pytest.approx({2: 0.1, 16: 0.1})
+    assert latency.counts(SMALL) == {2: 3, 4: 3, 16: 3}
 
 
-def test_one_image_always_runs_however_small_the_budget(pace):
-    forecasts = forecast([], [Workload(SMALL, 2, 1), Workload(SMALL, 2, 1)], 1, pace)
-    assert ends(forecasts) == [0.2, 0.4]
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+def test_when_the_machine_changes_what_was_measured_before_is_forgotten(latency, factor):
+    for _ in range(REMEMBERED):
+        latency.took(SMALL, 2, 0.2)
+    latency.took(LARGE, 2, 1.0)
+    for number in range(CHANGED):
+        assert latency.measured(SMALL) == [2, 4, 16], number
+        latency.took(SMALL, 2, 0.2 * factor)
+    assert latency.measured(SMALL) == [2]
+    assert latency.seconds(SMALL, 2) == pytest.approx(0.2 * factor)
+    assert latency.measured(LARGE) == [2], "of another group nothing was seen"
 
 
-def test_a_image_without_guidance_fits_where_a_guided_one_does_not(pace):
-    running = [Workload(SMALL, 2, 5)]
-    assert forecast(running, [Workload(SMALL, 1, 1)], 3, pace)[1].start == 0
-    assert forecast(running, [Workload(SMALL, 2, 1)], 3, pace)[1].start == pytest.approx(1.0)
+def test_noise_is_no_change(latency):
+    for number in range(100):
+        latency.took(SMALL, 2, 0.2 * (2.0 if number % 4 == 0 else 1.0))
+    assert latency.measured(SMALL) == [2, 4, 16]
 
 
-def test_decoding_takes_its_time(pace):
-    pace.took("decode", 1, 5.0)
-    assert ends(forecast([Workload(SMALL, 1, 1)], [], 4, pace)) == [5.1]
+def test_it_is_kept_for_the_same_machine_and_no_other(latency, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fresh = LatencyModel.remembered(device="cpu", dtype="float32")
+    assert not fresh
+    fresh.keep(latency.to_dict())
+    again = LatencyModel.remembered(dtype="float32", device="cpu")
+    assert again.to_dict() == latency.to_dict()
+    assert again.seconds(SMALL, 4) == pytest.approx(0.4)
+    assert not LatencyModel.remembered(device="cpu", dtype="bfloat16")
 
 
-def test_a_thousand_waiting_images_are_forecast_at_once(pace):
-    forecasts = forecast([], [Workload(SMALL, 2, 25)] * 1000, 16, pace)
-    assert forecasts[-1].end == pytest.approx(125 * 25 * 1.6)
+@pytest.mark.parametrize("text", ["", "{", '{"calls": 3}', '{"calls": [["base", 8, 8, 2, ["slow"]]]}', "[]"])
+def test_a_damaged_file_is_left_out_and_written_anew(latency, tmp_path, monkeypatch, caplog, text):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = LatencyModel.remembered(device="cpu").path
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert "damaged" not in caplog.text
+    found = LatencyModel.remembered(device="cpu")
+    assert not found
+    assert f"{path} is damaged and left out" in caplog.text
+    found.keep(latency.to_dict())
+    assert LatencyModel.remembered(device="cpu").to_dict() == latency.to_dict()
+
+
+def test_a_home_that_cannot_be_written_costs_nothing_else(latency, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    LatencyModel.remembered(device="cpu").keep(latency.to_dict())

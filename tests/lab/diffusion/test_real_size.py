@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.truesize import TextlessDenoiser, random_unet
+from bench.random_sdxl import filled, new_unet
+from bench.truesize import TextlessDenoiser
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.job import ImageRequest
@@ -22,7 +23,7 @@ def unet():
     free = int(memory["MemAvailable"].split()[0]) * 1024
     if free < needed:
         pytest.skip(f"needs {needed >> 30} GiB of free memory for SDXL's UNet; this machine has {free >> 30}")
-    built = random_unet()
+    built = filled(new_unet(), torch.bfloat16, "cpu")
     yield built
     del built
     gc.collect()

@@ -141,7 +141,7 @@ def test_a_failing_engine_shows_its_reason(explorer: Explorer, monkeypatch: pyte
     def broken(*_: object) -> None:
         raise RuntimeError("the card fell off the bus")
 
-    monkeypatch.setattr(explorer.engine, "_pick", broken)
+    monkeypatch.setattr(explorer.engine, "_step", broken)
     click_generate(explorer)
     assert "the card fell off the bus" in explorer.panel.status.value
     assert explorer.panel.bar.bar_style == "danger"

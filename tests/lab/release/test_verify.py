@@ -49,6 +49,35 @@ def test_a_golden_is_compared_as_strictly_as_the_runtime_allows(slot, changes, m
         assert said in found.reason
 
 
+EXACT = {"device": "cpu", "dtype": "float32", "exact": True, "threads": 1, "processor": "AMD EPYC"}
+LIBRARIES = {"torch": "2.13.0"}
+BITS = [
+    ({}, 0.0),
+    ({"runtime": EXACT | {"rows": 2, "active": 1, "order": "fifo"}}, 0.0),
+    ({"runtime": EXACT | {"exact": False}}, 1 / 255),
+    ({"runtime": EXACT | {"threads": 2}}, 1 / 255),
+    ({"runtime": EXACT | {"processor": "Intel Xeon"}}, 1 / 255),
+    ({"runtime": EXACT | {"compile": True}}, 1 / 255),
+    ({"libraries": {"torch": "2.14.0"}}, 1 / 255),
+    ({"runtime": EXACT | {"dtype": "bfloat16"}}, 5 / 255),
+]
+
+
+@pytest.mark.parametrize(("changes", "tolerance"), BITS)
+def test_the_same_bits_are_asked_for_where_the_same_bits_can_be_had(slot, changes, tolerance):
+    exact = {"runtime": EXACT, "libraries": LIBRARIES}
+    golden = put(slot, images=[image(**exact)]).goldens[0]
+    one_off = compare_golden(golden, image(**exact | changes | {"colour": (254, 0, 0)}))
+    assert one_off.tolerance == pytest.approx(tolerance)
+    assert one_off.passed == (tolerance > 0)
+    assert compare_golden(golden, image(**exact | changes)).passed
+
+
+def test_goldens_are_drawn_exactly_whatever_the_engine_does(drawn, engine):
+    assert all(check.image.record.runtime["exact"] for check in verify(load_slot(drawn), engine))
+    assert not engine.profile.exact
+
+
 def test_a_image_of_another_size_is_another_image(slot):
     bigger = image()
     bigger = GeneratedImage(bigger.image.resize((24, 24)), bigger.record, {})

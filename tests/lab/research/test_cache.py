@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdxl_lab import files
 from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError, identity
@@ -57,7 +58,9 @@ def test_the_runtime_the_weights_and_the_libraries_decide_the_key_and_the_row_bu
         return ImageCache(tmp_path, profile).key(cell)
 
     first = key()
-    assert key(profile.with_(rows=2, threads=1)) == first
+    assert key(profile.with_(rows=2, active=3, order="fifo", threads=1)) == first
+    exact = profile.with_(exact=True)
+    assert len({first, key(exact), key(exact.with_(threads=2))}) == 3, "bits depend on the number of threads"
     assert key(profile.with_(dtype="float32")) == first, "what auto stands for, not the word"
     assert key(profile.with_(dtype="bfloat16")) != first
     assert key(profile.with_(fuse_qkv=True)) != first
@@ -129,7 +132,7 @@ def test_no_part_of_a_failed_write_is_left(store: ImageCache, tiny_config: Gener
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(room.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         store.complete(some(tiny_config, 1))
     assert list(store.folder.iterdir()) == []
