@@ -145,10 +145,11 @@ def serving(settings: Settings, front: Callable[[ASGIApp], ASGIApp] = lambda app
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
     jobs = app.state.jobs
     try:
-        wait_for(lambda: jobs.deployment.trouble is None)
+        with settled_latency():
+            thread.start()
+            wait_for(lambda: jobs.deployment.trouble is None)
         yield Live(port, jobs, server)
     finally:
         server.should_exit = True
