@@ -34,6 +34,7 @@ __all__ = [
     "MAX_STEPS",
     "MODELS",
     "PROMPT",
+    "PROMPT_2",
     "SCHEDULERS",
     "SEED",
     "ConfigError",
@@ -97,6 +98,14 @@ PROMPT = Setting(
     source="diffusers: prompt",
     client=True,
 ).declared("prompt", str, None)
+PROMPT_2 = Setting(
+    kind=Text(1, MAX_PROMPT),
+    label="Prompt 2",
+    help="what the second text encoder reads (left out: the prompt)",
+    example="in the style of a woodcut",
+    source="diffusers: prompt_2",
+    client=True,
+).declared("prompt_2", str | None, None)
 SEED = Setting(
     kind=Whole(0, MAX_SEED),
     label="Seed",
@@ -391,6 +400,27 @@ class GenerationConfig(Declared):
             client=True,
         ),
     ] = None
+    negative_prompt_2: Annotated[
+        str | None,
+        Setting(
+            kind=Text(1, MAX_PROMPT),
+            label="Negative prompt 2",
+            help="what the second text encoder reads of it (left out: the negative prompt)",
+            example="blurry",
+            source="diffusers: negative_prompt_2",
+            client=True,
+        ),
+    ] = None
+    prompt_syntax: Annotated[
+        str,
+        Setting(
+            kind=Choice(("plain", "a1111")),
+            label="Prompt syntax",
+            help="plain: a text of at most 75 tokens; a1111: any length, with weights, schedules and adapters",
+            example="a1111",
+            source="A1111's web UI: `modules/prompt_parser.py`, `sd_hijack_clip.py`, `sd_emphasis.py`",
+        ),
+    ] = "plain"
     clip_skip: Annotated[
         int | None,
         Setting(
@@ -430,6 +460,9 @@ class GenerationConfig(Declared):
         most = FEWER_STEPS.get(self.scheduler, MAX_STEPS)
         if self.steps > most:
             raise ConfigError("steps", self.steps, f"at most {most} with the scheduler {self.scheduler}", most)
+        if self.negative_prompt_2 is not None and self.negative_prompt is None:
+            rule = "left out where negative_prompt is"
+            raise ConfigError("negative_prompt_2", self.negative_prompt_2, rule, 'negative_prompt = "blurry"')
         if self.refiner is not None and self.model.refiner is None:
             raise ConfigError(
                 "refiner",
@@ -651,13 +684,14 @@ class RuntimeProfile(Declared):
     ] = False
 
 
-def checked_prompt(prompt: object) -> str:
-    """The prompt, if it is one: 1 to 2,000 characters."""
+def checked_prompt(prompt: object, setting: Setting = PROMPT) -> str | None:
+    """The prompt, if it is one: 1 to 2,000 characters; None for one that may be left out."""
     try:
-        return str(PROMPT.check(prompt))
+        found: str | None = setting.check(prompt)
+        return found
     except ConfigError as error:
         if isinstance(prompt, str) and not 1 <= len(prompt) <= MAX_PROMPT:
-            raise PROMPT.error(f"{len(prompt)} characters") from error
+            raise setting.error(f"{len(prompt)} characters") from error
         raise
 
 

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdxl_lab.config import canonical
 from sdxl_lab.record import ImageRecord, RecordError
+from sdxl_lab.syntax import escaped
 
 RECORD_KEY = "sdxl_lab"
 # The 48 bits that Stability's reference code and diffusers' StableDiffusionXLWatermarker write.
@@ -114,7 +115,8 @@ def read_record(source: Path | str | bytes) -> ImageRecord:
 
 
 def a1111_parameters(record: ImageRecord) -> str:
-    """The text A1111 writes into its PNGs: prompt, negative prompt, one line of settings."""
+    """The text A1111 writes into its PNGs: prompt, negative prompt, one line of settings. It has no notation for a
+    second prompt, and would read a plain one's brackets as weights, were they not escaped."""
     config = record.config
     settings: dict[str, Any] = {
         "Steps": config.steps,
@@ -131,9 +133,10 @@ def a1111_parameters(record: ImageRecord) -> str:
     if record.source is None and config.refiner is not None:
         settings |= {"Refiner": config.model.refiner, "Refiner switch at": config.refiner.handover}
     settings["Version"] = f"SDXL Lab {record.version}"
-    lines = [record.prompt]
+    written = escaped if config.prompt_syntax == "plain" else str  # A1111 has the one syntax
+    lines = [written(record.prompt)]
     if config.negative_prompt:
-        lines.append(f"Negative prompt: {config.negative_prompt}")
+        lines.append(f"Negative prompt: {written(config.negative_prompt)}")
     lines.append(", ".join(f"{key}: {value}" for key, value in settings.items()))
     return "\n".join(lines)
 

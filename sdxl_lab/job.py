@@ -22,10 +22,11 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 from PIL import Image
 
-from sdxl_lab.config import ConfigError, GenerationConfig, checked_prompt, checked_seed
+from sdxl_lab.config import PROMPT_2, ConfigError, GenerationConfig, checked_prompt, checked_seed
 from sdxl_lab.errors import Cancelled
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.record import ImageRecord
+from sdxl_lab.syntax import networks
 
 log = logging.getLogger(__name__)
 Outcome = TypeVar("Outcome")
@@ -43,7 +44,8 @@ class SourceImage:
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """What is asked: a configuration, a prompt, a seed. With `source`, the refiner goes over that image again.
+    """What is asked: a configuration, a prompt, a seed. With `source`, the refiner goes over that image again. With
+    `prompt_2`, the second text encoder reads that.
 
     Raises `ConfigError` when something is out of its range, before any work.
     """
@@ -52,9 +54,11 @@ class ImageRequest:
     prompt: str
     seed: int
     source: SourceImage | None = None
+    prompt_2: str | None = None
 
     def __post_init__(self) -> None:
         checked_prompt(self.prompt)
+        checked_prompt(self.prompt_2, PROMPT_2)
         checked_seed(self.seed)
         if self.source is None:
             return
@@ -67,6 +71,19 @@ class ImageRequest:
             )
         if self.config.model.refiner is None:
             raise ConfigError("model", self.config.model.base, "one with a refiner, since refining was asked", "nano")
+
+    @property
+    def words(self) -> str:
+        """The prompt without the adapters that it names."""
+        return self._words(self.prompt)
+
+    @property
+    def words_2(self) -> str | None:
+        """The same of `prompt_2`."""
+        return None if self.prompt_2 is None else self._words(self.prompt_2)
+
+    def _words(self, prompt: str) -> str:
+        return networks(prompt)[0] if self.config.prompt_syntax == "a1111" else prompt
 
 
 class JobState(StrEnum):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Self, overload
 
 import diffusers
@@ -29,8 +29,9 @@ from sdxl_lab.diffusion.batching import Batcher, Part
 from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
 from sdxl_lab.diffusion.inventory import differing, identity
 from sdxl_lab.diffusion.latency import Forecast, Group, LatencyModel
-from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load, settled
+from sdxl_lab.diffusion.models import Models, load, settled
 from sdxl_lab.diffusion.processor import CallThreads, capability
+from sdxl_lab.diffusion.prompts import Embedding, Prompt, TokenCounter
 from sdxl_lab.environment import processor
 from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import GeneratedImage, finish, preview
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int], None]
 REFORECAST = 20.0  # a forecast serves for so many times as long as it took: that much of a core it may have
+CHUNKS_KEPT = 256  # of embedded prompts; one of SDXL's is 0.6 MB in float32
 NOTE = 500  # calls after which the measured seconds are written down
 
 
@@ -254,7 +256,7 @@ class Engine:
     def _calibrate(self, request: ImageRequest, seconds: float) -> None:
         self._use_threads(self.profile.exact)
         trajectory = Trajectory(self.models, request, partial(self._embed, self.profile.exact))
-        group, row = trajectory.group, Rows(*(part[:1] for part in trajectory.inputs()))
+        group, row = trajectory.group, trajectory.inputs().at([0])
         ends, warm = time.monotonic() + seconds, 0
         while not self._closed and (count := self._batcher.untried(group)) is not None:
             began = time.monotonic()
@@ -271,6 +273,11 @@ class Engine:
                     self._latency.took(group, count, time.monotonic() - began)
                     self._batcher.measured()
             warm = count  # a first call prepares what the later ones find
+
+    @cached_property
+    def tokens(self) -> TokenCounter:
+        """How many tokens a request's texts have, and which words are cut. Any thread may ask, before it is drawn."""
+        return TokenCounter(self.models.base.tokenizers)
 
     def stats(self) -> EngineStats:
         rows, seconds = self._last_call
@@ -455,7 +462,7 @@ class Engine:
         key = (name, prompt, exact)
         if key not in self._embeddings:
             self._embeddings[key] = getattr(self.models, name).embed(prompt)
-            if len(self._embeddings) > 256:
+            while len(self._embeddings) > 1 and sum(each.chunks for each in self._embeddings.values()) > CHUNKS_KEPT:
                 self._embeddings.popitem(last=False)
         self._embeddings.move_to_end(key)
         return self._embeddings[key]
@@ -521,20 +528,31 @@ class Engine:
     @torch.inference_mode()
     def _predict(self, name: str, inputs: list[Rows]) -> tuple[torch.Tensor, ...]:
         """The UNet's answer for every image's rows."""
-        rows = Rows(*(torch.cat(part) for part in zip(*inputs, strict=True)))
-        count = len(rows.timesteps)
+        rows = Rows.joined(inputs)
+        calls = rows.calls()
+        if len(calls) == 1:
+            answer = self._answer(name, rows)
+        else:
+            found = {}
+            for places in calls:
+                found |= zip(places, self._answer(name, rows.at(places)), strict=True)
+            answer = torch.stack([found[place] for place in range(len(found))])
+        parts: tuple[torch.Tensor, ...] = answer.split([len(each.timesteps) for each in inputs])
+        return parts
+
+    def _answer(self, name: str, rows: Rows) -> torch.Tensor:
+        """One call of the UNet: its answer for every row, in float32."""
+        count, dtype = len(rows.timesteps), self.models.dtype
         if self.profile.compile:
             rows = rows.padded(1 << (count - 1).bit_length())
-        dtype = self.models.dtype
-        answer = getattr(self.models, name).unet(
+        answer: torch.Tensor = getattr(self.models, name).unet(
             rows.latents.to(dtype),
             rows.timesteps,
-            encoder_hidden_states=rows.hidden.to(dtype),
+            encoder_hidden_states=rows.text().to(dtype),
             added_cond_kwargs={"text_embeds": rows.pooled.to(dtype), "time_ids": rows.time_ids},
             return_dict=False,
         )[0]
-        parts: tuple[torch.Tensor, ...] = answer[:count].float().split([len(each.timesteps) for each in inputs])
-        return parts
+        return answer[:count].float()
 
     def _decode(self, finished: list[Work]) -> None:
         """VAE decode of images that finished together; the rest of the work is the finisher's."""
@@ -592,6 +610,8 @@ class Engine:
             weights=self.weights,
             runtime=self._runtime(work.exact),
             libraries={module.__name__: module.__version__ for module in (diffusers, torch, transformers)},
+            prompt_2=request.prompt_2,
+            tokens=self.tokens(request),
             **work.trajectory.outcome()._asdict(),
         )
 
