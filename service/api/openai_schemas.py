@@ -189,8 +189,8 @@ class Image(BaseModel):
 
 
 class ImagesAnswer(BaseModel):
-    """The images. `created` in seconds since 1970; `size` is width x height. `warnings`, which are ours, say which words
-    of the prompt were cut."""
+    """The images. `created` in seconds since 1970; `size` is width x height. `warnings`, which are ours, tell which
+    words of the prompt were cut."""
 
     model_config = ConfigDict(
         json_schema_extra={
