@@ -402,7 +402,7 @@ class GenerationConfig(Declared):
     loras: Annotated[
         tuple[LoraRef, ...],
         Setting(
-            kind=Tables(LoraRef),
+            kind=Tables(LoraRef, form="FILE:WEIGHT"),
             label="LoRAs",
             help="adapters that are added to the base's UNet and text encoders, in their order",
             example=[{"source": "outlines.safetensors", "weight": 0.6}],
@@ -858,6 +858,16 @@ class RuntimeProfile(Declared):
             example=True,
         ),
     ] = False
+    lora_mib: Annotated[
+        int,
+        Setting(
+            kind=Whole(1, 1_000_000),
+            label="Memory for LoRAs",
+            help="what LoRAs that no image under way has may keep; those used longest ago go first",
+            example=1024,
+            unit="MiB",
+        ),
+    ] = 1024
     threads: Annotated[
         int | None,
         Setting(

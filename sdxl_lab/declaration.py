@@ -91,8 +91,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def left_out(value: object) -> bool:
-    """Whether a plain value says that a nested class is left out, as `Declared.changed` reads it."""
-    return value is None or value is False or value == NONE
+    """Whether a plain value says that a nested class, or every table of a list, is left out, as `Declared.changed`
+    reads it."""
+    return value is None or value is False or value == NONE or (isinstance(value, list | tuple) and not value)
 
 
 # --- kinds of values -------------------------------------------------------------------------------------------------
@@ -325,11 +326,12 @@ class Tables(Kind):
     """Any number of tables up to `most`, in an order that counts, each declared by the class `of`.
 
     A setting inside one is named by its place, from 0: `loras.0.weight`. The class reads a table from a word of a
-    command line (`of.of`), and writes it as one (`of.word`).
+    command line (`of.of`), whose parts `form` names, and writes it as one (`Declared.word`).
     """
 
     of: "type[Declared]"
     most: int = 16
+    form: str = "TABLE"
 
     @property
     def words(self) -> str:
@@ -564,6 +566,11 @@ class Declared(BaseModel):
     def of(cls, value: object) -> Any:
         """These settings from what a door has: a table of plain values; anything else as it is."""
         return cls.from_dict(value) if isinstance(value, Mapping) else value
+
+    @property
+    def word(self) -> str:
+        """These settings as a word that `of` reads. For the tables of a list, which a panel shows side by side."""
+        raise NotImplementedError
 
     def differs(self, other: Self) -> list[str]:
         """The fields in which these settings are not the other ones."""
