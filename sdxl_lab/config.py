@@ -408,6 +408,7 @@ class GenerationConfig(Declared):
             example=[{"source": "outlines.safetensors", "weight": 0.6}],
             source=HU,
             option="lora",
+            client=True,
         ),
     ] = ()
     scheduler: Annotated[
