@@ -6,7 +6,8 @@ in a slot. A value that breaks a rule raises `ConfigError` with the rule, the va
 torch.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -24,9 +25,11 @@ from sdxl_lab.declaration import (
     Setting,
     Switch,
     Table,
+    Tables,
     Text,
     Whole,
     canonical,
+    nearest,
 )
 from sdxl_lab.schedules import FEWER_STEPS, MAX_STEPS, SCHEDULERS
 
@@ -41,7 +44,9 @@ __all__ = [
     "SEED",
     "ConfigError",
     "GenerationConfig",
+    "LoraRef",
     "ModelRef",
+    "OfferedLora",
     "PerturbedAttention",
     "ProjectedGuidance",
     "RefinerConfig",
@@ -65,10 +70,13 @@ REVISION = Text(1, 100)
 SCORE = Number(0, 10)
 OFFSETS = Pair(Whole(0, 8192), ("top", "left"))
 EXTENT = Pair(Whole(1, 8192), ("height", "width"))
+LORA_WEIGHT = Number(-10, 10)
+SHA256 = Text(pattern="^[0-9a-f]{64}$", meaning="64 hexadecimal digits")
 PODELL = "Podell et al. 2023 (arXiv 2307.01952)"
 SADAT = "Sadat et al. 2024 (arXiv 2410.02416)"
 FAN = "Fan et al. 2025 (arXiv 2503.18886)"
 AHN = "Ahn et al. 2024 (arXiv 2403.17377)"
+HU = "Hu et al. 2021 (arXiv 2106.09685)"
 
 PROMPT = Setting(
     kind=Text(1, MAX_PROMPT),
@@ -178,6 +186,137 @@ MODELS = {
         vae_revision="207b116dae70ace3637169f1ddd2434b91b3a8cd",
     ),
 }
+
+
+# What a command line says of one: a file, a folder, nano's by its name, or `org/name@COMMIT/FILE`; then perhaps a
+# weight, and one for the text encoders.
+LORA = re.compile(r"(?P<head>.+?)(?::(?P<weight>[^:/]*))?(?::(?P<text>[^:/]*))?", re.S)
+HUB_FILE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})/(?P<file>.+)")
+
+
+class LoraRef(Declared):
+    """One LoRA and how much of it. Where the sha256 of its file is known, that is its identity: the digest then does
+    not depend on where the file lies."""
+
+    EXAMPLE: ClassVar[str] = "source"
+
+    source: Annotated[
+        str,
+        Setting(
+            kind=MODEL,
+            label="LoRA",
+            help="a .safetensors file, a folder, a hub id, or nano",
+            example="outlines.safetensors",
+            source="diffusers: load_lora_weights",
+            option=None,
+        ),
+    ]
+    revision: Annotated[
+        str | None,
+        Setting(
+            kind=REVISION,
+            label="LoRA's revision",
+            help="the commit of the hub id",
+            example="main",
+            source="diffusers: revision",
+            option=None,
+        ),
+    ] = None
+    file: Annotated[
+        str | None,
+        Setting(
+            kind=MODEL,
+            label="LoRA's file",
+            help="the file's name in the folder, the hub id or nano",
+            example="pytorch_lora_weights.safetensors",
+            source="diffusers: weight_name",
+            option=None,
+        ),
+    ] = None
+    weight: Annotated[
+        float,
+        Setting(
+            kind=LORA_WEIGHT,
+            label="LoRA's weight",
+            help="how much of it is added",
+            example=0.6,
+            source="diffusers: set_adapters",
+            step=0.1,
+            option=None,
+        ),
+    ] = 1.0
+    text_encoder_weight: Annotated[
+        float | None,
+        Setting(
+            kind=LORA_WEIGHT,
+            label="LoRA's weight in the text encoders",
+            help="how much of it is added there (left out: the weight)",
+            example=0.3,
+            source="diffusers: set_adapters",
+            step=0.1,
+            option=None,
+        ),
+    ] = None
+    sha256: Annotated[
+        str | None,
+        Setting(
+            kind=SHA256,
+            label="LoRA's sha256",
+            help="the checksum of its file, which must not be another one",
+            example="0" * 64,
+            option=None,
+        ),
+    ] = None
+
+    @property
+    def name(self) -> str:
+        """What a prompt calls it: the file's name without its ending."""
+        return Path(self.file or self.source).stem
+
+    @property
+    def text_weight(self) -> float:
+        """Its weight in the text encoders."""
+        return self.weight if self.text_encoder_weight is None else self.text_encoder_weight
+
+    @classmethod
+    def named(cls, words: str) -> "LoraRef":
+        """What a command line says: `FILE`, `FILE:WEIGHT` or `FILE:WEIGHT:TEXT_ENCODER_WEIGHT`, where FILE may also be
+        `nano/NAME` or `org/name@COMMIT/FILE`. Raises `ConfigError`."""
+        found = LORA.fullmatch(words)
+        if found is None:
+            raise ConfigError("loras", words, "FILE or FILE:WEIGHT", "--lora=outlines.safetensors:0.6")
+        said: dict[str, Any] = {"source": found["head"]}
+        if hub := HUB_FILE.fullmatch(found["head"]):
+            said = {"source": hub["id"], "revision": hub["commit"], "file": hub["file"]}
+        elif found["head"].startswith("nano/"):
+            said = {"source": "nano", "file": f"{Path(found['head']).stem}.safetensors"}
+        for name, part in (("weight", "weight"), ("text_encoder_weight", "text")):
+            if found[part] is not None:
+                try:
+                    said[name] = float(found[part])
+                except ValueError:
+                    raise cls.settings()[name].error(found[part]) from None
+        return cls(**said)
+
+    @property
+    def word(self) -> str:
+        """The inverse of `named`, without the sha256."""
+        head = self.source if self.file is None else f"{self.source}/{self.file}"
+        if self.revision is not None:
+            head = f"{self.source}@{self.revision}/{self.file}"
+        elif self.source == "nano":
+            head = f"nano/{self.name}"
+        text = "" if self.text_encoder_weight is None else f":{self.text_encoder_weight:g}"
+        return f"{head}:{self.weight:g}{text}"
+
+    @classmethod
+    def of(cls, value: object) -> Any:
+        return cls.named(value) if isinstance(value, str) else super().of(value)
+
+    def distinct(self) -> dict[str, Any]:
+        """With a sha256, without the places where its file was found."""
+        found = super().distinct()
+        return {k: v for k, v in found.items() if self.sha256 is None or k not in ("source", "revision", "file")}
 
 
 class RefinerConfig(Declared):
@@ -347,6 +486,17 @@ class GenerationConfig(Declared):
             option=None,
         ),
     ] = MODELS["nano"]
+    loras: Annotated[
+        tuple[LoraRef, ...],
+        Setting(
+            kind=Tables(LoraRef, form="FILE:WEIGHT"),
+            label="LoRAs",
+            help="adapters that are added to the base's UNet and text encoders, in their order",
+            example=[{"source": "outlines.safetensors", "weight": 0.6}],
+            source=HU,
+            option="lora",
+        ),
+    ] = ()
     scheduler: Annotated[
         str,
         Setting(
@@ -634,6 +784,62 @@ class GenerationConfig(Declared):
         return cls.from_dict(cls.read_toml(path), path)
 
 
+class OfferedLora(Declared):
+    """A LoRA that clients may ask for by its name, within a range of weights."""
+
+    EXAMPLE: ClassVar[str] = "name"
+
+    name: Annotated[
+        str,
+        Setting(
+            kind=Text(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", meaning="1 to 64 letters, digits, dots, dashes"),
+            label="Name",
+            help="what clients call it",
+            example="outlines",
+        ),
+    ]
+    source: Annotated[
+        str,
+        Setting(
+            kind=MODEL,
+            label="LoRA",
+            help="a .safetensors file, which may lie in the slot's `loras/`, a folder, a hub id, or nano",
+            example="loras/outlines.safetensors",
+        ),
+    ]
+    revision: Annotated[
+        str | None, Setting(kind=REVISION, label="Revision", help="the commit of the hub id", example="main")
+    ] = None
+    file: Annotated[
+        str | None,
+        Setting(
+            kind=MODEL,
+            label="File",
+            help="the file's name in the folder, the hub id or nano",
+            example="outlines.safetensors",
+        ),
+    ] = None
+    weight: Annotated[
+        tuple[float, float],
+        Setting(
+            kind=Pair(LORA_WEIGHT, increasing=True),
+            label="Weight",
+            help="lowest and highest weight",
+            example=(0, 1),
+        ),
+    ] = (0.0, 1.0)
+    sha256: Annotated[
+        str | None, Setting(kind=SHA256, label="sha256", help="the checksum of its file", example="0" * 64)
+    ] = None
+
+    def at(self, weight: float | None) -> LoraRef:
+        """This one with the weight asked for, or its highest. Raises `ConfigError`."""
+        low, high = self.weight
+        rule = Setting(kind=Number(low, high), label="Weight", help="how much of it", example=high, name="weight")
+        chosen = high if weight is None else rule.check(weight)
+        return LoraRef(source=self.source, revision=self.revision, file=self.file, weight=chosen, sha256=self.sha256)
+
+
 class ServingLimits(Declared):
     """What a client of the service may ask for over the promoted values: ranges, both ends included. A slot keeps them
     in `serving.toml`, beside the configuration: they decide no image."""
@@ -669,6 +875,24 @@ class ServingLimits(Declared):
         ),
     ] = (128, 512)
 
+    loras: Annotated[
+        tuple[OfferedLora, ...],
+        Setting(
+            kind=Tables(OfferedLora, most=1000),
+            label="LoRAs",
+            help="those that a client may ask for by name",
+            example=[{"name": "outlines", "source": "loras/outlines.safetensors", "weight": [0, 1]}],
+        ),
+    ] = ()
+
+    @model_validator(mode="after")
+    def _named_once(self) -> "ServingLimits":
+        names = [each.name for each in self.loras]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise ConfigError(f"loras.{place}.name", name, "a name of its own", f'name = "{name}-2"')
+        return self
+
     @classmethod
     def for_model(cls, model: ModelRef) -> "ServingLimits":
         """Sound limits for a model: nano's, or those of the real SDXL."""
@@ -681,12 +905,42 @@ class ServingLimits(Declared):
         low, high = getattr(self, setting.limited_by)
         return replace(setting, kind=replace(setting.kind, low=low, high=high))  # type: ignore[call-arg]
 
+    def with_asked(self, asked: Iterable[Mapping[str, Any]], promoted: GenerationConfig) -> tuple[LoraRef, ...]:
+        """The promoted LoRAs, then those that a client asks for, each `{"name": ..., "weight": ...}`. One that
+        is promoted already gets the weight asked for. Raises `ConfigError`."""
+        offered = {each.name: each for each in self.loras}
+        found = list(promoted.loras)
+        named: set[str] = set()
+        for place, one in enumerate(asked):
+            name = str(one["name"])
+            example = next(iter(offered), "outlines")
+            if name not in offered:
+                rule = f"one that is offered here: {', '.join(offered) or 'there is none'}"
+                raise ConfigError(f"loras.{place}.name", name, rule, example, near=nearest(name, offered))
+            if name in named:
+                raise ConfigError(f"loras.{place}.name", name, "named once", example)
+            named.add(name)
+            try:
+                ref = offered[name].at(one.get("weight"))
+            except ConfigError as error:
+                raise error.within(str(place)).within("loras") from None
+            places = [at for at, each in enumerate(found) if _file_of(each) == _file_of(ref)]
+            for at in places:
+                found[at] = ref
+            found += [] if places else [ref]
+        return GenerationConfig.checked("loras", found)  # type: ignore[no-any-return]
+
     def check(self, asked: Mapping[str, Any], promoted: GenerationConfig) -> None:
         """`ConfigError` for the first of the settings that is outside the limits, with the promoted value as the
         example."""
         for name, setting in GenerationConfig.settings().items():
             if setting.limited_by is not None and name in asked:
                 replace(self.narrowed(setting), example=promoted.value(name)).check(asked[name])
+
+
+def _file_of(ref: LoraRef) -> object:
+    """What two references to one file have in common."""
+    return ref.sha256 or (ref.source, ref.revision, ref.file)
 
 
 def migrated_config(content: Mapping[str, Any]) -> tuple[GenerationConfig, ServingLimits]:
@@ -764,6 +1018,16 @@ class RuntimeProfile(Declared):
             example=True,
         ),
     ] = False
+    lora_mib: Annotated[
+        int,
+        Setting(
+            kind=Whole(1, 1_000_000),
+            label="Memory for LoRAs",
+            help="what LoRAs that no image under way has may keep; those used longest ago go first",
+            example=1024,
+            unit="MiB",
+        ),
+    ] = 1024
     threads: Annotated[
         int | None,
         Setting(

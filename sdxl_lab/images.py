@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from sdxl_lab.config import canonical
+from sdxl_lab.config import LoraRef, canonical
 from sdxl_lab.record import ImageRecord, RecordError
 from sdxl_lab.schedules import SCHEDULE_TYPES
 
@@ -135,12 +135,29 @@ def a1111_parameters(record: ImageRecord) -> str:
         settings["Clip skip"] = config.clip_skip + 2  # A1111 counts from the last layer, which is its 1
     if record.source is None and config.refiner is not None:
         settings |= {"Refiner": config.model.refiner, "Refiner switch at": config.refiner.handover}
+    if config.loras:
+        settings["Lora hashes"] = f'"{", ".join(f"{ref.name}: {_lora_hash(record, ref)}" for ref in config.loras)}"'
     settings["Version"] = f"SDXL Lab {record.version}"
-    lines = [record.prompt]
+    lines = [
+        record.prompt + "".join(_lora_word(ref) for ref in config.loras if f"<lora:{ref.name}:" not in record.prompt)
+    ]
     if config.negative_prompt:
         lines.append(f"Negative prompt: {config.negative_prompt}")
     lines.append(", ".join(f"{key}: {value}" for key, value in settings.items()))
     return "\n".join(lines)
+
+
+def _lora_word(ref: LoraRef) -> str:
+    """A LoRA in A1111's notation. With two weights, the first is the text encoders'."""
+    if ref.text_weight == ref.weight:
+        return f" <lora:{ref.name}:{ref.weight:g}>"
+    return f" <lora:{ref.name}:{ref.text_weight:g}:{ref.weight:g}>"
+
+
+def _lora_hash(record: ImageRecord, ref: LoraRef) -> str:
+    """The first 10 digits of the file's sha256, by which model sites find it (AutoV2)."""
+    known = ref.sha256 or record.weights.get(f"lora {ref.name}", "").removeprefix("sha256 ")
+    return known[:10] or "unknown"
 
 
 def preview(latents: np.ndarray, latent_rgb: np.ndarray) -> Image.Image:

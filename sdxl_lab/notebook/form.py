@@ -13,10 +13,13 @@ from typing import Any
 
 from sdxl_lab import schedules
 from sdxl_lab.config import MAX_SEED, PROMPT, SEED, ConfigError, GenerationConfig, checked_prompt, checked_seed
-from sdxl_lab.declaration import Falling, Kind, Pair, Setting, Switch, Table, Text
+from sdxl_lab.declaration import Falling, Kind, Pair, Setting, Switch, Table, Tables, Text
+from sdxl_lab.diffusion.inventory import ModelError
+from sdxl_lab.diffusion.lora_files import pinned
 from sdxl_lab.job import ImageRequest
 from sdxl_lab.release.diff import changes, flat
 
+WORDS = Text(0, 4000)
 TYPED = (Text, Falling)  # what is typed, and left out by leaving it empty
 SEED_POLICIES = ("fixed", "random", "next")
 
@@ -48,7 +51,8 @@ def controls() -> Mapping[str, Control]:
     A setting has one control under its own name; a pair has two, such as `crop.top` and `crop.left`. What may be left
     out, but for text, has a switch under its name, and its value below it: `guidance_interval`, then
     `guidance_interval.low` and `guidance_interval.high`. Text and lists are typed, and left out by leaving them empty.
-    The model has no control, since the engine has loaded it.
+    A list of tables is a text, their words side by side as a command line takes them. The model has no control, since
+    the engine has loaded it.
     """
     found: dict[str, Control] = {}
     for setting in (PROMPT, *GenerationConfig.settings().values(), SEED):
@@ -67,6 +71,8 @@ def _controls_of(setting: Setting) -> list[Control]:
     match kind:
         case Table():
             return found
+        case Tables():
+            return [Control(name, label, WORDS, setting, under)]
         case Pair(each=each, names=names):
             return found + [Control(f"{name}.{part}", f"{label}: {part}", each, setting, under) for part in names]
     own = f"{name}.value" if found else name
@@ -85,6 +91,8 @@ def _shown(control: Control, request: ImageRequest) -> Any:
     value = request.config.value(setting.name)
     if control.name == setting.name and setting.optional and not isinstance(setting.kind, TYPED):
         return value is not None
+    if isinstance(setting.kind, Tables):
+        return ", ".join(table.word for table in value)
     if value is None and isinstance(setting.kind, TYPED):
         return ""
     if isinstance(setting.kind, Falling):
@@ -122,9 +130,11 @@ def request_of(values: Mapping[str, Any], start: GenerationConfig) -> ImageReque
     seed = checked("seed", checked_seed, _number(values["seed"]))
     if not errors:
         try:
-            return ImageRequest(start.changed(asked, none=None), prompt, seed)
+            return ImageRequest(pinned(start.changed(asked, none=None)), prompt, seed)
         except ConfigError as error:  # a rule over more than one control
             errors[told_at(error.field)] = str(error)
+        except ModelError as error:
+            errors["loras"] = str(error)
     raise FormError(errors)
 
 
@@ -132,6 +142,10 @@ def _asked(name: str, values: Mapping[str, Any], start: GenerationConfig) -> Any
     """What the controls say of a setting, as `GenerationConfig.changed` takes it."""
     first, *rest = (control for control in controls().values() if control.setting.name == name)
     kind = first.setting.kind
+    if isinstance(kind, Tables):
+        same = {table.word: table for table in start.value(name)}
+        words = [word.strip() for word in values[name].split(",")]
+        return [same.get(word, word) for word in words if word]
     if isinstance(kind, Text):
         # Empty says none, unless "" is what it started from: the two give different images.
         left_out = first.setting.optional and start.value(name) != ""
