@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_lab.config import MAX_SEED, ConfigError, GenerationConfig
-from sdxl_lab.declaration import Choice, Kind, Pair, Setting, Switch, Table, Tables, Text
+from sdxl_lab.declaration import Choice, Falling, Kind, Pair, Setting, Switch, Table, Tables, Text
 from sdxl_lab.notebook.runner import NotebookError
 from sdxl_lab.version import __version__
 
@@ -153,6 +153,8 @@ def _form(kind: Kind) -> dict[str, Any]:
             return {"type": _reader(kind), "action": "append", "metavar": form}
         case Pair(names=names):
             return {"type": _reader(kind), "nargs": 2, "metavar": tuple(name.upper() for name in names)}
+        case Falling():
+            return {"type": _reader(kind), "nargs": "+", "metavar": "N"}
         case Choice():
             return {"metavar": "NAME"}
     return {"type": _reader(kind), "metavar": "TEXT" if isinstance(kind, Text) else "N"}

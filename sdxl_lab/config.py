@@ -14,10 +14,12 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import model_validator
 
+from sdxl_lab import schedules
 from sdxl_lab.declaration import (
     Choice,
     ConfigError,
     Declared,
+    Falling,
     Number,
     Pair,
     Setting,
@@ -29,6 +31,7 @@ from sdxl_lab.declaration import (
     canonical,
     nearest,
 )
+from sdxl_lab.schedules import FEWER_STEPS, MAX_STEPS, SCHEDULERS
 
 __all__ = [
     "FEWER_STEPS",
@@ -44,43 +47,18 @@ __all__ = [
     "LoraRef",
     "ModelRef",
     "OfferedLora",
+    "PerturbedAttention",
+    "ProjectedGuidance",
     "RefinerConfig",
     "RuntimeProfile",
     "ServingLimits",
+    "ZeroStar",
     "canonical",
     "checked_prompt",
     "checked_seed",
     "migrated_config",
 ]
 
-SCHEDULERS = (
-    "euler",
-    "euler_a",
-    "dpmpp_2m",
-    "dpmpp_2m_karras",
-    "dpmpp_2m_sde",
-    "dpmpp_2m_sde_karras",
-    "dpmpp_sde",
-    "unipc",
-    "ddim",
-    "ddpm",
-    "heun",
-    "lms",
-    "kdpm2",
-    "kdpm2_a",
-    "pndm",
-    "deis",
-    "lcm",
-    "tcd",
-)
-MAX_STEPS = 1000
-# LCM and TCD are distilled to 50 steps. Of the others these would begin beyond the 1,000 noise levels that SDXL was
-# trained on, or twice on the same one, and diffusers then fails or divides by zero.
-FEWER_STEPS = {
-    **dict.fromkeys(("lcm", "tcd"), 50),
-    **dict.fromkeys(("dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis"), 998),
-    **dict.fromkeys(("ddim", "ddpm", "pndm", "lms", "dpmpp_sde"), 999),
-}
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 2_000
 
@@ -95,6 +73,9 @@ EXTENT = Pair(Whole(1, 8192), ("height", "width"))
 LORA_WEIGHT = Number(-10, 10)
 SHA256 = Text(pattern="^[0-9a-f]{64}$", meaning="64 hexadecimal digits")
 PODELL = "Podell et al. 2023 (arXiv 2307.01952)"
+SADAT = "Sadat et al. 2024 (arXiv 2410.02416)"
+FAN = "Fan et al. 2025 (arXiv 2503.18886)"
+AHN = "Ahn et al. 2024 (arXiv 2403.17377)"
 HU = "Hu et al. 2021 (arXiv 2106.09685)"
 
 PROMPT = Setting(
@@ -379,6 +360,112 @@ class RefinerConfig(Declared):
     ] = 2.5
 
 
+class ProjectedGuidance(Declared):
+    """Adaptive projected guidance: high guidance scales without their saturation. The difference of the two predictions
+    is averaged over the steps, bounded, and parted into what is parallel to the guided prediction and the rest."""
+
+    EXAMPLE: ClassVar[str] = "momentum"
+
+    eta: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 1),
+            label="Parallel part",
+            help="how much of the parallel part is kept (1: all, as plain guidance does)",
+            example=0.0,
+            source=f"{SADAT}; diffusers: eta",
+            step=0.1,
+            option="apg-eta",
+        ),
+    ] = 0.0
+    threshold: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 10_000),
+            label="Threshold",
+            help="the largest norm of the difference (0: any)",
+            example=15.0,
+            source=f"{SADAT}; diffusers: adaptive_projected_guidance_rescale",
+            step=1,
+            option="apg-threshold",
+        ),
+    ] = 15.0
+    momentum: Annotated[
+        float,
+        Setting(
+            kind=Number(-1, 1, between=True),
+            label="Momentum",
+            help="the share of the earlier differences in each step's (below 0: they are taken off)",
+            example=-0.5,
+            source=f"{SADAT}; diffusers: adaptive_projected_guidance_momentum",
+            step=0.1,
+            option="apg-momentum",
+        ),
+    ] = -0.5
+
+
+class ZeroStar(Declared):
+    """CFG-Zero*: the unguided prediction is scaled so that it lies nearest to the guided one before the two are parted.
+    Its authors also leave out the first steps of flow-matching models."""
+
+    EXAMPLE: ClassVar[str] = "zero_steps"
+
+    zero_steps: Annotated[
+        int,
+        Setting(
+            kind=Whole(0, schedules.MAX_STEPS),
+            label="Zero steps",
+            help="the first UNet calls whose prediction counts as zero",
+            example=0,
+            source=f"{FAN}, section 4.2; diffusers: zero_init_steps",
+            step=1,
+        ),
+    ] = 0
+
+
+class PerturbedAttention(Declared):
+    """Perturbed-attention guidance: away from what the UNet predicts where some of its layers attend to nothing but
+    themselves. It adds to the guidance by text, or stands alone where that is off."""
+
+    EXAMPLE: ClassVar[str] = "scale"
+
+    scale: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 100),
+            label="Perturbed scale",
+            help="how far each step goes away from the perturbed row (0: not at all)",
+            example=3.0,
+            source=f"{AHN}; diffusers: pag_scale",
+            step=0.5,
+            option="pag-scale",
+        ),
+    ] = 3.0
+    adaptive: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 1),
+            label="Decline",
+            help="what the scale loses for each timestep below 1000",
+            example=0.0,
+            source="diffusers: pag_adaptive_scale",
+            step=0.001,
+            option="pag-adaptive",
+        ),
+    ] = 0.0
+    layers: Annotated[
+        str,
+        Setting(
+            kind=Choice(("mid", "down", "up")),
+            label="Perturbed layers",
+            help="the blocks of the UNet whose self-attention is perturbed",
+            example="mid",
+            source="diffusers: pag_applied_layers",
+            option="pag-layers",
+        ),
+    ] = "mid"
+
+
 class GenerationConfig(Declared):
     """All that decides an image besides its prompt, its seed and a source image.
 
@@ -434,6 +521,48 @@ class GenerationConfig(Declared):
             limited_by="steps",
         ),
     ] = 25
+    sigma_schedule: Annotated[
+        str,
+        Setting(
+            kind=Choice(schedules.SIGMA_SCHEDULES),
+            label="Sigma schedule",
+            help="which noise levels the steps visit (own: as the scheduler's name says, else those of its timesteps)",
+            example="own",
+            source="karras: Karras et al. 2022 (arXiv 2206.00364); beta: Lee et al. 2024 (arXiv 2407.12173); "
+            "align_your_steps: Sabour et al. 2024 (arXiv 2404.14507); sgm_uniform: ComfyUI, A1111",
+        ),
+    ] = schedules.OWN
+    timestep_spacing: Annotated[
+        str,
+        Setting(
+            kind=Choice(schedules.SPACINGS),
+            label="Timestep spacing",
+            help="where the timesteps lie between first and last (own: as the model's scheduler has it)",
+            example="own",
+            source="Lin et al. 2023 (arXiv 2305.08891), table 2; diffusers: timestep_spacing",
+        ),
+    ] = schedules.OWN
+    sigmas: Annotated[
+        tuple[float, ...] | None,
+        Setting(
+            kind=Falling(Number(0, 10_000, between=True), schedules.MAX_STEPS, to_zero=True),
+            label="Sigmas",
+            help="noise levels of one's own, one for each step (left out: those of the sigma schedule)",
+            example=(14.6, 3.8, 0.9),
+            unit="sigma",
+            source="diffusers: sigmas",
+        ),
+    ] = None
+    timesteps: Annotated[
+        tuple[int, ...] | None,
+        Setting(
+            kind=Falling(Whole(0, schedules.TRAINED - 1), schedules.MAX_STEPS),
+            label="Timesteps",
+            help="timesteps of one's own, one for each step, as distilled models are given with (left out: spaced)",
+            example=(999, 749, 499, 249),
+            source="diffusers: timesteps",
+        ),
+    ] = None
     guidance_scale: Annotated[
         float,
         Setting(
@@ -468,6 +597,36 @@ class GenerationConfig(Declared):
             unit="sigma",
             source="Kynkaanniemi et al. 2024 (arXiv 2404.07724)",
             step=0.1,
+        ),
+    ] = None
+    apg: Annotated[
+        ProjectedGuidance | None,
+        Setting(
+            kind=Table(ProjectedGuidance),
+            label="Projected guidance",
+            help="whether guidance is projected (APG) instead of plain",
+            example={"momentum": -0.5},
+            source=SADAT,
+        ),
+    ] = None
+    cfg_zero: Annotated[
+        ZeroStar | None,
+        Setting(
+            kind=Table(ZeroStar),
+            label="CFG-Zero*",
+            help="whether guidance scales the unguided prediction to fit (CFG-Zero*) instead of plain",
+            example={"zero_steps": 0},
+            source=FAN,
+        ),
+    ] = None
+    pag: Annotated[
+        PerturbedAttention | None,
+        Setting(
+            kind=Table(PerturbedAttention),
+            label="Perturbed attention",
+            help="whether a third row without self-attention guides, too (PAG)",
+            example={"scale": 3.0},
+            source=AHN,
         ),
     ] = None
     width: Annotated[
@@ -578,9 +737,10 @@ class GenerationConfig(Declared):
     @model_validator(mode="after")
     def _whole(self) -> "GenerationConfig":
         """The rules over several fields."""
-        most = FEWER_STEPS.get(self.scheduler, MAX_STEPS)
-        if self.steps > most:
-            raise ConfigError("steps", self.steps, f"at most {most} with the scheduler {self.scheduler}", most)
+        schedules.check(self)
+        if self.apg is not None and self.cfg_zero is not None:
+            rule = "left out where apg is not, since either takes the place of plain guidance"
+            raise ConfigError("cfg_zero", self.cfg_zero.to_dict(), rule, "apg.momentum = -0.5")
         if self.refiner is not None and self.model.refiner is None:
             raise ConfigError(
                 "refiner",

@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import GenericAlias, MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -302,6 +303,53 @@ def _increasing(pair: Any) -> Any:
     if pair[0] > pair[1]:
         raise ValueError("must increase")
     return pair
+
+
+@dataclass(frozen=True)
+class Falling(Kind):
+    """Values of one kind, at least one and at most so many, each below the one before it. `to_zero` lets a 0 stand at
+    the end that is not one of them, as where such a list always ends there: it is left off."""
+
+    each: Kind
+    most: int
+    to_zero: bool = False
+
+    @property
+    def words(self) -> str:
+        end = "; a 0 at the end is left off" if self.to_zero else ""
+        return f"up to {self.most} values, each {self.each.words}, the largest first{end}"
+
+    @property
+    def type(self) -> Any:
+        return GenericAlias(tuple, (self.each.type, ...))
+
+    @property
+    def checked(self) -> Any:
+        values: Any = GenericAlias(tuple, (self.each.checked, ...))
+        before = [BeforeValidator(_without_end)] if self.to_zero else []
+        length = Field(strict=True, min_length=1, max_length=self.most)
+        return Annotated[values, length, AfterValidator(_falling), *before, BeforeValidator(_tuple)]
+
+    def read(self, word: str) -> Any:
+        return self.each.read(word)
+
+    def read_all(self, text: str) -> tuple[Any, ...]:
+        """The values of a text with commas or blanks between them; ValueError where one is none."""
+        return tuple(self.read(word) for word in text.replace(",", " ").split())
+
+    def written(self, values: Iterable[Any]) -> str:
+        """The inverse of `read_all`."""
+        return ", ".join(str(value) for value in values)
+
+
+def _without_end(values: object) -> object:
+    return values[:-1] if isinstance(values, tuple) and len(values) > 1 and values[-1] == 0 else values
+
+
+def _falling(values: Any) -> Any:
+    if any(second >= first for first, second in pairwise(values)):
+        raise ValueError("must fall")
+    return values
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdxl_lab.config import LoraRef, canonical
 from sdxl_lab.record import ImageRecord, RecordError
+from sdxl_lab.schedules import SCHEDULE_TYPES
 
 RECORD_KEY = "sdxl_lab"
 # The 48 bits that Stability's reference code and diffusers' StableDiffusionXLWatermarker write.
@@ -116,9 +117,13 @@ def read_record(source: Path | str | bytes) -> ImageRecord:
 def a1111_parameters(record: ImageRecord) -> str:
     """The text A1111 writes into its PNGs: prompt, negative prompt, one line of settings."""
     config = record.config
+    # Where the name of ours has a schedule in it, so had A1111's until 1.9, and this record's.
+    sampler, by_name, _ = record.sampler.partition(f" {SCHEDULE_TYPES['karras']}")
+    schedule = by_name.strip() or SCHEDULE_TYPES.get(config.sigma_schedule)
     settings: dict[str, Any] = {
         "Steps": config.steps,
-        "Sampler": record.sampler,
+        "Sampler": sampler,
+        **({"Schedule type": schedule} if schedule else {}),
         "CFG scale": config.guidance_scale,
         "Seed": record.seed,
         "Size": f"{config.width}x{config.height}",
