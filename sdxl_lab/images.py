@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from sdxl_lab.config import canonical
+from sdxl_lab.config import LoraRef, canonical
 from sdxl_lab.record import ImageRecord, RecordError
-from sdxl_lab.syntax import escaped
+from sdxl_lab.schedules import SCHEDULE_TYPES
+from sdxl_lab.syntax import escaped, networks
 
 RECORD_KEY = "sdxl_lab"
 # The 48 bits that Stability's reference code and diffusers' StableDiffusionXLWatermarker write.
@@ -118,9 +119,13 @@ def a1111_parameters(record: ImageRecord) -> str:
     """The text A1111 writes into its PNGs: prompt, negative prompt, one line of settings. It has no notation for a
     second prompt, and would read a plain one's brackets as weights, were they not escaped."""
     config = record.config
+    # Where the name of ours has a schedule in it, so had A1111's until 1.9, and this record's.
+    sampler, by_name, _ = record.sampler.partition(f" {SCHEDULE_TYPES['karras']}")
+    schedule = by_name.strip() or SCHEDULE_TYPES.get(config.sigma_schedule)
     settings: dict[str, Any] = {
         "Steps": config.steps,
-        "Sampler": record.sampler,
+        "Sampler": sampler,
+        **({"Schedule type": schedule} if schedule else {}),
         "CFG scale": config.guidance_scale,
         "Seed": record.seed,
         "Size": f"{config.width}x{config.height}",
@@ -132,13 +137,31 @@ def a1111_parameters(record: ImageRecord) -> str:
         settings["Clip skip"] = config.clip_skip + 2  # A1111 counts from the last layer, which is its 1
     if record.source is None and config.refiner is not None:
         settings |= {"Refiner": config.model.refiner, "Refiner switch at": config.refiner.handover}
+    if config.loras:
+        settings["Lora hashes"] = f'"{", ".join(f"{ref.name}: {_lora_hash(record, ref)}" for ref in config.loras)}"'
     settings["Version"] = f"SDXL Lab {record.version}"
-    written = escaped if config.prompt_syntax == "plain" else str  # A1111 has the one syntax
-    lines = [written(record.prompt)]
+    if config.prompt_syntax == "plain":  # A1111 has the one syntax
+        written, named = escaped, set()
+    else:
+        written, named = str, {network.name for network in networks(record.prompt)[1]}
+    lines = [written(record.prompt) + "".join(_lora_word(ref) for ref in config.loras if ref.name not in named)]
     if config.negative_prompt:
         lines.append(f"Negative prompt: {written(config.negative_prompt)}")
     lines.append(", ".join(f"{key}: {value}" for key, value in settings.items()))
     return "\n".join(lines)
+
+
+def _lora_word(ref: LoraRef) -> str:
+    """A LoRA in A1111's notation. With two weights, the first is the text encoders'."""
+    if ref.text_weight == ref.weight:
+        return f" <lora:{ref.name}:{ref.weight:g}>"
+    return f" <lora:{ref.name}:{ref.text_weight:g}:{ref.weight:g}>"
+
+
+def _lora_hash(record: ImageRecord, ref: LoraRef) -> str:
+    """The first 10 digits of the file's sha256, by which model sites find it (AutoV2)."""
+    known = ref.sha256 or record.weights.get(f"lora {ref.name}", "").removeprefix("sha256 ")
+    return known[:10] or "unknown"
 
 
 def preview(latents: np.ndarray, latent_rgb: np.ndarray) -> Image.Image:

@@ -238,17 +238,25 @@ def bare(text: str, steps: int) -> str:
 
 @dataclass(frozen=True)
 class Network:
-    """An adapter that a prompt names: what it is called, and the words of its weights, the text encoders' first."""
+    """An adapter that a prompt names, in these words."""
 
     kind: str
     name: str
-    words: tuple[str, ...]
+    numbers: tuple[str, ...]
+    word: str
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """How much of it there is in the text encoders and in the UNet: 1 where nothing is said, one number for both.
+        Raises `ValueError`."""
+        text = float(self.numbers[0]) if self.numbers else 1.0
+        return text, float(self.numbers[1]) if len(self.numbers) > 1 else text
 
 
 def networks(text: str) -> tuple[str, list[Network]]:
     """The text without its `<lora:name:weight>`, and those."""
     found = []
     for network in NETWORK.finditer(text):
-        name, *words = network["rest"].split(":")
-        found.append(Network(network["kind"], name, tuple(words)))
+        name, *numbers = network["rest"].split(":")
+        found.append(Network(network["kind"], name, tuple(numbers), network[0]))
     return NETWORK.sub("", text), found

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +24,10 @@ import torch
 import transformers
 from PIL import Image
 
-from sdxl_lab.config import GenerationConfig, RuntimeProfile
+from sdxl_lab.config import GenerationConfig, LoraRef, RuntimeProfile
+from sdxl_lab.diffusion import adapters
+from sdxl_lab.diffusion.adapters import Applied, Loras
+from sdxl_lab.diffusion.attention import asked
 from sdxl_lab.diffusion.batching import Batcher, Part
 from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
 from sdxl_lab.diffusion.inventory import differing, identity
@@ -56,6 +59,7 @@ class Work:
     exact: bool
     started: float = 0.0
     trajectory: Trajectory | None = None
+    loras: Applied = adapters.NONE
 
 
 @dataclass(frozen=True)
@@ -94,14 +98,15 @@ class Engine:
         self._batcher = Batcher(self._latency, profile.rows, profile.active, profile.order)
         self._works: dict[Job[Any], Work] = {}  # with the batcher and its measurements, under the lock of `_wake`
         self._wake = threading.Condition()
-        self._chores: deque[tuple[Future[None], Callable[[], None]]] = deque()
+        self._chores: deque[tuple[Future[None], Callable[[], object]]] = deque()
         self._closed = False
         self._ticks = 0
         self._forecast_made, self._forecast_took = -math.inf, 0.0
         self._forecasts: dict[Hashable, Forecast] = {}
         self._last_call = (0, 0.0)
         self._all_calls = (0, 0, 0.0)  # calls, rows, seconds: replaced whole, so that a reader needs no lock
-        self._embeddings: OrderedDict[tuple[DenoiserName, Prompt, bool], Embedding] = OrderedDict()
+        self._embeddings: OrderedDict[tuple[Any, ...], Embedding] = OrderedDict()
+        self._loras = Loras(models.base, profile.lora_mib << 20)
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -190,6 +195,11 @@ class Engine:
         with self._wake:
             self._wake.notify()
 
+    def prepare(self, loras: Sequence[LoraRef]) -> None:
+        """Read LoRAs before anybody waits for an image with them. Raises `ModelError` for one that cannot be read or
+        does not fit, `EngineStopped`."""
+        self._do(lambda: [self._loras.applied([ref]) for ref in loras])
+
     # --- the whole of it ---------------------------------------------------------------------------------------------
 
     def room_seconds(self) -> float | None:
@@ -241,12 +251,16 @@ class Engine:
         """Measure what calls of a few row counts take, before anybody waits for an image: a new engine learns it from
         its first images else. Ends after so many seconds, at once where the configuration's size is known from an
         earlier start; a compiled UNet is called until all its row counts are compiled. Raises `EngineStopped`."""
-        future: Future[None] = Future()
         limit = math.inf if self.profile.compile else seconds
+        self._do(lambda: self._calibrate(ImageRequest(config, "a calibration", 0), limit))
+
+    def _do(self, chore: Callable[[], object]) -> None:
+        """Have the engine's thread do it between two calls, and wait. Raises what it raises, or `EngineStopped`."""
+        future: Future[None] = Future()
         with self._wake:
             if not self.healthy:
                 raise EngineStopped(self.failure or "the engine is closed")
-            self._chores.append((future, lambda: self._calibrate(ImageRequest(config, "a calibration", 0), limit)))
+            self._chores.append((future, chore))
             self._wake.notify()
         try:
             future.result()
@@ -255,7 +269,7 @@ class Engine:
 
     def _calibrate(self, request: ImageRequest, seconds: float) -> None:
         self._use_threads(self.profile.exact)
-        trajectory = Trajectory(self.models, request, partial(self._embed, self.profile.exact))
+        trajectory = Trajectory(self.models, request, partial(self._embed, self.profile.exact, adapters.NONE))
         group, row = trajectory.group, trajectory.inputs().at([0])
         ends, warm = time.monotonic() + seconds, 0
         while not self._closed and (count := self._batcher.untried(group)) is not None:
@@ -434,7 +448,9 @@ class Engine:
             if work.trajectory is None:
                 work.started = time.monotonic()
                 try:
-                    work.trajectory = Trajectory(self.models, work.job.request, partial(self._embed, work.exact))
+                    work.loras = self._loras.applied(work.job.request.loras)
+                    embed = partial(self._embed, work.exact, work.loras)
+                    work.trajectory = Trajectory(self.models, work.job.request, embed)
                     work.job.run()
                 except Exception as error:
                     self._end(work.job, error)
@@ -457,11 +473,14 @@ class Engine:
         self._forget(job)
         job.deliver(error)
 
-    def _embed(self, exact: bool, name: DenoiserName, prompt: Prompt) -> Embedding:
-        """Embeddings are kept for the prompts used last."""
-        key = (name, prompt, exact)
+    def _embed(self, exact: bool, loras: Applied, name: DenoiserName, prompt: Prompt) -> Embedding:
+        """Embeddings are kept for the prompts used last, with the LoRAs of the text encoders that they were made with:
+        the base's, since LoRAs are made for it."""
+        applied = loras if name == "base" else adapters.NONE
+        key = (name, prompt, exact, applied.text)
         if key not in self._embeddings:
-            self._embeddings[key] = getattr(self.models, name).embed(prompt)
+            with self._loras.in_text(applied):
+                self._embeddings[key] = getattr(self.models, name).embed(prompt)
             while len(self._embeddings) > 1 and sum(each.chunks for each in self._embeddings.values()) > CHUNKS_KEPT:
                 self._embeddings.popitem(last=False)
         self._embeddings.move_to_end(key)
@@ -470,6 +489,7 @@ class Engine:
     def _step(self, picked: list[Work], exact: bool) -> None:
         """One UNet call for all of them. If it fails they are tried apart, so that only the culprit fails; if memory
         ran out, the budget is halved first."""
+        picked = sorted(picked, key=lambda work: work.loras.order)  # the same LoRAs side by side
         trajectories = [work.trajectory for work in picked if work.trajectory]
         began, group = time.monotonic(), trajectories[0].group
         predictions: tuple[torch.Tensor, ...] | None = None
@@ -477,7 +497,7 @@ class Engine:
         try:
             inputs = [trajectory.inputs() for trajectory in trajectories]
             with nullcontext() if exact else self._threads.call((group, sum(len(each.timesteps) for each in inputs))):
-                predictions = self._predict(group.name, inputs)
+                predictions = self._predict(group.name, inputs, *self._changing(group.name, picked))
         except Exception as error:
             if len(picked) == 1:
                 self._end(picked[0].job, error)
@@ -525,31 +545,37 @@ class Engine:
         if self.models.device.type == "cuda":
             torch.cuda.synchronize(self.models.device)
 
-    @torch.inference_mode()
-    def _predict(self, name: str, inputs: list[Rows]) -> tuple[torch.Tensor, ...]:
-        """The UNet's answer for every image's rows."""
-        rows = Rows.joined(inputs)
-        calls = rows.calls()
-        if len(calls) == 1:
-            answer = self._answer(name, rows)
-        else:
-            found = {}
-            for places in calls:
-                found |= zip(places, self._answer(name, rows.at(places)), strict=True)
-            answer = torch.stack([found[place] for place in range(len(found))])
-        parts: tuple[torch.Tensor, ...] = answer.split([len(each.timesteps) for each in inputs])
-        return parts
+    def _changing(self, name: str, picked: list[Work]) -> list[Applied]:
+        """The LoRAs of each image, which are the base's; none where no image has one."""
+        loras = [work.loras for work in picked] if name == "base" else []
+        return loras if any(each.unet for each in loras) else []
 
-    def _answer(self, name: str, rows: Rows) -> torch.Tensor:
-        """One call of the UNet: its answer for every row, in float32."""
+    @torch.inference_mode()
+    def _predict(self, name: str, inputs: list[Rows], *loras: Applied) -> tuple[torch.Tensor, ...]:
+        """The UNet's answer for every image's rows, with the LoRAs of each image, if any has some, in its rows."""
+        rows = Rows.joined(inputs)
+        owners = [owner for owner, each in enumerate(inputs) for _ in each.timesteps]
+        found: dict[int, torch.Tensor] = {}
+        for places in rows.calls():
+            changed = [(loras[owner], 1) for owner in (owners[place] for place in places)] if loras else []
+            with self._loras.in_unet(changed) if loras else nullcontext():
+                found |= zip(places, self._answer(name, rows.at(places), bare=bool(loras)), strict=True)
+        answer = torch.stack([found[place] for place in range(len(owners))])
+        return answer.split([len(each.timesteps) for each in inputs])
+
+    def _answer(self, name: str, rows: Rows, *, bare: bool) -> torch.Tensor:
+        """One call of the UNet: its answer for every row, in float32. `bare`, without its graphs and its compiled
+        code."""
         count, dtype = len(rows.timesteps), self.models.dtype
         if self.profile.compile:
             rows = rows.padded(1 << (count - 1).bit_length())
-        answer: torch.Tensor = getattr(self.models, name).unet(
+        unet = getattr(self.models, name).unet
+        answer: torch.Tensor = (adapters.bare(unet) if bare else unet)(
             rows.latents.to(dtype),
             rows.timesteps,
             encoder_hidden_states=rows.text().to(dtype),
             added_cond_kwargs={"text_embeds": rows.pooled.to(dtype), "time_ids": rows.time_ids},
+            **asked(rows.perturbed, self.models.device),
             return_dict=False,
         )[0]
         return answer[:count].float()
@@ -607,7 +633,7 @@ class Engine:
             digest=request.config.digest,
             source=None if request.source is None else request.source.record,
             strength=None if request.source is None else request.source.strength,
-            weights=self.weights,
+            weights=self.weights | dict(work.loras.weights),
             runtime=self._runtime(work.exact),
             libraries={module.__name__: module.__version__ for module in (diffusers, torch, transformers)},
             prompt_2=request.prompt_2,

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ import torch
 import transformers
 from diffusers import (
     AutoencoderKL,
-    DDPMScheduler,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -33,6 +31,7 @@ from PIL import Image
 
 from sdxl_lab.config import ModelRef, RuntimeProfile
 from sdxl_lab.diffusion import processor
+from sdxl_lab.diffusion.attention import watch_rows
 from sdxl_lab.diffusion.checksums import hub_difference
 from sdxl_lab.diffusion.graphs import Graphed
 from sdxl_lab.diffusion.inventory import SHARED, ModelError, check_folder, folder_of
@@ -91,12 +90,6 @@ class Denoiser:
         return [
             chunks_of(tokenizer, text, prompt.syntax, {}) for tokenizer, text in zip(self.tokenizers, said, strict=True)
         ]
-
-    @cached_property
-    def sigmas(self) -> np.ndarray:
-        """The noise level of every training timestep, sqrt((1 - alpha_bar) / alpha_bar)."""
-        alphas = DDPMScheduler.from_config(dict(self.scheduler_config)).alphas_cumprod.double().numpy()
-        return np.asarray(np.sqrt((1 - alphas) / alphas))
 
 
 @dataclass(frozen=True)
@@ -219,6 +212,7 @@ def laid_out(unet: UNet2DConditionModel, profile: RuntimeProfile) -> Any:
         unet.fuse_qkv_projections()
     if profile.device == "cpu" and not profile.compile:
         lighten(unet)
+    watch_rows(unet)
     if profile.compile:
         # Inductor's own default is a folder in /tmp: compiled code should outlive a restart.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))

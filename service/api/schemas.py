@@ -4,21 +4,32 @@ What may be asked of an image, its types, bounds, words and examples come from t
 here stand what else a request has, and how it goes over a promoted configuration.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from sdxl_lab.config import MAX_PROMPT, MAX_SEED, PROMPT, PROMPT_2, SEED, GenerationConfig, ServingLimits
-from sdxl_lab.declaration import Pair, Setting, Table, Text
+from sdxl_lab.declaration import Pair, Setting, Table, Tables, Text
 from sdxl_lab.job import JobState
 from sdxl_lab.record import ImageRecord
+from sdxl_lab.syntax import networks
 from service.jobs.records import JobRecord, StoredImage
+
+
+def _example(setting: Setting) -> Any:
+    match setting.kind:
+        case Table():
+            return True
+        case Tables():
+            return [{"name": "outlines", "weight": 0.6}]
+    return setting.example
+
 
 EXAMPLES: Mapping[str, Any] = {
     **{
-        setting.name: True if isinstance(setting.kind, Table) else setting.example
+        setting.name: _example(setting)
         for setting in (PROMPT, PROMPT_2, SEED, *GenerationConfig.settings().values())
         if setting.client
     },
@@ -65,11 +76,20 @@ class Closed(BaseModel):
         return content
 
 
+class AskedLora(Closed):
+    """A LoRA that the slot offers, by its name, and how much of it."""
+
+    name: str = Field(min_length=1, max_length=64, description="one of `limits.loras` in `/config`")
+    weight: float | None = Field(None, description="within the promoted limits; left out: the highest there")
+
+
 def _type(setting: Setting) -> Any:
     """A setting's type on the wire. What a number may be is said by its rule and the slot's limits, in one sentence."""
     match setting.kind:
         case Table():
             return bool
+        case Tables(most=most):
+            return Annotated[list[AskedLora], Field(max_length=most)]
         case Text(low=low, high=high):
             return Annotated[str, Field(min_length=low or None, max_length=high), AfterValidator(_writable)]
         case Pair(checked=checked):
@@ -116,7 +136,25 @@ class GenerateRequest(_Generate):
         """The promoted configuration with what was asked. Raises `ConfigError`."""
         asked = {name: value for name in CLIENTS if (value := getattr(self, name)) is not None}
         limits.check(asked, promoted)
+        loras = [lora.model_dump() for lora in asked.pop("loras", ())]
+        if promoted.prompt_syntax == "a1111":
+            loras += _named([self.prompt, self.prompt_2], loras, limits)
+        if loras:
+            asked["loras"] = limits.with_asked(loras, promoted)
         return promoted.changed(asked, none=None)
+
+
+def _named(prompts: Sequence[str | None], asked: Sequence[Mapping[str, Any]], limits: ServingLimits) -> list[Any]:
+    """The LoRAs that prompts name, as a client asks for them. Their weights are within the limits like any others."""
+    found = {}
+    for network in (each for prompt in prompts if prompt for each in networks(prompt)[1]):
+        try:
+            text, unet = network.weights
+        except ValueError:  # refused when the request is made
+            continue
+        found[network.name] = {"name": network.name, "weight": unet}
+        limits.with_asked([{"name": network.name, "weight": text}], GenerationConfig())
+    return [one for name, one in found.items() if name not in {each["name"] for each in asked}]
 
 
 class RefineRequest(_Refine):
@@ -138,6 +176,10 @@ class RefineRequest(_Refine):
             second = second or source.config.negative_prompt_2
         if self.prompt is None:  # the stored image's is written as its configuration has it
             asked["prompt_syntax"] = source.config.prompt_syntax
+            if source.config.prompt_syntax == "a1111":  # it may name them
+                asked["loras"] = source.config.loras
+        elif promoted.prompt_syntax == "a1111" and (loras := _named([self.prompt, self.prompt_2], (), limits)):
+            asked["loras"] = limits.with_asked(loras, promoted)
         return promoted.changed(asked | {"negative_prompt": negative, "negative_prompt_2": second}, none=None)
 
     def prompts(self, source: ImageRecord) -> dict[str, str | None]:
