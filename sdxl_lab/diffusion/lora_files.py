@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sdxl_lab.config import GenerationConfig, LoraRef
+from sdxl_lab.diffusion import inversions
 from sdxl_lab.diffusion.checksums import sha256_of
 from sdxl_lab.diffusion.inventory import NANO, ModelError
 
@@ -87,11 +88,14 @@ def identities(refs: Iterable[LoraRef]) -> dict[str, str]:
 
 
 def pinned(config: GenerationConfig) -> GenerationConfig:
-    """The configuration with the sha256 of every local LoRA in it, so that its digest says which files it means. Raises
-    `ModelError`."""
-    if all(ref.sha256 for ref in config.loras):
+    """The configuration with the sha256 of every local LoRA and embedding in it, so that its digest says which files it
+    means. Raises `ModelError`."""
+    if all(ref.sha256 for ref in (*config.loras, *config.embeddings)):
         return config
-    return config.with_(loras=tuple(pinned_ref(ref) for ref in config.loras))
+    return config.with_(
+        loras=tuple(pinned_ref(ref) for ref in config.loras),
+        embeddings=tuple(inversions.pinned_ref(ref) for ref in config.embeddings),
+    )
 
 
 def pinned_ref(ref: LoraRef) -> LoraRef:

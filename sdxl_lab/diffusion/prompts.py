@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sdxl_lab.config import ConfigError
+from sdxl_lab.config import ConfigError, EmbeddingRef
+from sdxl_lab.diffusion.inversions import PARTS, vectors_of
 from sdxl_lab.job import ImageRequest
 from sdxl_lab.record import TokenCount
 from sdxl_lab.syntax import Section, sections, texts, unweighed
@@ -36,14 +37,15 @@ class Prompt(NamedTuple):
     """All that decides an embedding: the text of one step, without adapters.
 
     `text` is None where there is no negative prompt; `second` is the second encoder's, None for the same. `clip_skip`
-    is how many layers before the penultimate one are skipped, None for none. `chunks` is how many there are at least: a
-    shorter text gets empty ones.
+    is how many layers before the penultimate one are skipped, None for none. `embeddings` have words of their own.
+    `chunks` is how many chunks there are at least: a shorter text gets empty ones.
     """
 
     text: str | None
     clip_skip: int | None = None
     second: str | None = None
     syntax: str = "plain"
+    embeddings: tuple[EmbeddingRef, ...] = ()
     chunks: int = 1
 
     def read_by(self, encoders: int) -> tuple[str, ...]:
@@ -240,9 +242,10 @@ class TokenCounter:
 
     def __call__(self, request: ImageRequest) -> dict[str, TokenCount]:
         """Each text's count by its name: of the encoder that reads most of it, and of the step that has the longest
-        text."""
+        text. Raises `ModelError` for an embedding that is not there."""
         config = request.config
-        readers = {"prompt": self._tokenizers, "prompt_2": self._tokenizers[-1:]}
+        named = [vectors_of(config.embeddings, part) for part in PARTS][-len(self._tokenizers) :]
+        both = list(zip(self._tokenizers, named, strict=True)) if self._tokenizers else []
         said = {"prompt": request.words, "prompt_2": request.words_2}
         said |= {"negative_prompt": config.negative_prompt, "negative_prompt_2": config.negative_prompt_2}
         found = {}
@@ -250,22 +253,22 @@ class TokenCounter:
             for name, text in said.items():
                 if text is None:
                     continue
-                tokenizers = readers["prompt_2" if name.endswith("_2") else "prompt"]
+                readers = both[-1:] if name.endswith("_2") else both
                 if said.get(f"{name}_2") is not None:
-                    tokenizers = tokenizers[:1]
+                    readers = readers[:1]
                 steps = dict.fromkeys(texts(text, config.steps)) if config.prompt_syntax == "a1111" else [text]
-                counts = [_count(each, step, config.prompt_syntax) for each in tokenizers for step in steps]
+                counts = [_count(*each, step, config.prompt_syntax) for each in readers for step in steps]
                 if counts:
                     found[name] = max(counts, key=lambda count: count.tokens)
         return found
 
 
-def _count(tokenizer: Any, text: str, syntax: str) -> TokenCount:
+def _count(tokenizer: Any, inversions: Inversions, text: str, syntax: str) -> TokenCount:
     if syntax != "plain":
-        words = [word for chunk in chunks_of(tokenizer, text, syntax, {}) for word in chunk]
+        words = [word for chunk in chunks_of(tokenizer, text, syntax, inversions) for word in chunk]
         return TokenCount(tokens=sum(map(len, words)))
     (section,) = unweighed(text)
-    words = words_of(tokenizer, section, {})
+    words = words_of(tokenizer, section, inversions)
     _, first = cut(words)
     beyond = None
     if first is not None:
