@@ -139,6 +139,9 @@ def a1111_parameters(record: ImageRecord) -> str:
         settings |= {"Refiner": config.model.refiner, "Refiner switch at": config.refiner.handover}
     if config.loras:
         settings["Lora hashes"] = f'"{", ".join(f"{ref.name}: {_lora_hash(record, ref)}" for ref in config.loras)}"'
+    if config.embeddings:
+        hashes = ", ".join(f"{ref.token}: {(ref.sha256 or 'unknown')[:12]}" for ref in config.embeddings)
+        settings["TI hashes"] = f'"{hashes}"'
     settings["Version"] = f"SDXL Lab {record.version}"
     if config.prompt_syntax == "plain":  # A1111 has the one syntax
         written, named = escaped, set()

@@ -210,12 +210,12 @@ class Stage:
 
     def _prompts(self, text: str | None, second: str | None, clip_skip: int | None = None) -> list[Prompt]:
         """What is read at each of the stage's calls. All have the chunks of the one that has most, as in A1111."""
-        steps, syntax = self.config.steps, self.config.prompt_syntax
+        steps, syntax, embeddings = self.config.steps, self.config.prompt_syntax, self.config.embeddings
         if syntax == "plain" or text is None:
-            return [Prompt(text, clip_skip, second, syntax)] * len(self._steps)
+            return [Prompt(text, clip_skip, second, syntax, embeddings)] * len(self._steps)
         first = texts(text, steps)
         other = texts(second, steps) if second is not None else [None] * steps
-        asked = [Prompt(first[step], clip_skip, other[step], syntax) for step in self._steps]
+        asked = [Prompt(first[step], clip_skip, other[step], syntax, embeddings) for step in self._steps]
         chunks = max((self.denoiser.chunks(prompt) for prompt in set(asked)), default=1)
         return [prompt._replace(chunks=chunks) for prompt in asked]
 

@@ -25,7 +25,7 @@ import transformers
 from PIL import Image
 
 from sdxl_lab.config import GenerationConfig, LoraRef, RuntimeProfile
-from sdxl_lab.diffusion import adapters
+from sdxl_lab.diffusion import adapters, inversions
 from sdxl_lab.diffusion.adapters import Applied, Loras
 from sdxl_lab.diffusion.attention import asked
 from sdxl_lab.diffusion.batching import Batcher, Part
@@ -633,7 +633,7 @@ class Engine:
             digest=request.config.digest,
             source=None if request.source is None else request.source.record,
             strength=None if request.source is None else request.source.strength,
-            weights=self.weights | dict(work.loras.weights),
+            weights=self.weights | dict(work.loras.weights) | inversions.identities(request.config.embeddings),
             runtime=self._runtime(work.exact),
             libraries={module.__name__: module.__version__ for module in (diffusers, torch, transformers)},
             prompt_2=request.prompt_2,

@@ -35,6 +35,7 @@ from sdxl_lab.diffusion.attention import watch_rows
 from sdxl_lab.diffusion.checksums import hub_difference
 from sdxl_lab.diffusion.graphs import Graphed
 from sdxl_lab.diffusion.inventory import SHARED, ModelError, check_folder, folder_of
+from sdxl_lab.diffusion.inversions import PARTS, vectors_of
 from sdxl_lab.diffusion.lean import lighten
 from sdxl_lab.diffusion.prompts import Chunk, Embedding, Prompt, chunks_of, encode
 from sdxl_lab.environment import keep_allocations
@@ -66,7 +67,7 @@ class Denoiser:
         """A prompt as `StableDiffusionXLPipeline.encode_prompt` has it: the penultimate hidden states of all encoders
         side by side, or those `clip_skip` layers before them, and the last one's pooled projection. Without text, zeros
         or the empty prompt's. Raises `ConfigError` for a weight that is too large, and where an encoder has too few
-        layers."""
+        layers; `ModelError` for an embedding that is not there or of another model."""
         chunked = self._chunked(prompt)
         count = max(prompt.chunks, *map(len, chunked))
         hidden, pooled = [], None
@@ -86,9 +87,11 @@ class Denoiser:
 
     def _chunked(self, prompt: Prompt) -> list[list[Chunk]]:
         """What each encoder reads."""
-        said = prompt.read_by(len(self.text_encoders))
+        count = len(self.text_encoders)
+        readers = zip(self.tokenizers, self.text_encoders, prompt.read_by(count), PARTS[-count:], strict=True)
         return [
-            chunks_of(tokenizer, text, prompt.syntax, {}) for tokenizer, text in zip(self.tokenizers, said, strict=True)
+            chunks_of(tokenizer, text, prompt.syntax, vectors_of(prompt.embeddings, part, encoder.config.hidden_size))
+            for tokenizer, encoder, text, part in readers
         ]
 
 

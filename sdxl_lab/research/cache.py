@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self
 from pydantic import ConfigDict
 
 from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile, canonical
+from sdxl_lab.diffusion import inversions
 from sdxl_lab.diffusion.denoising import calls_of, rows_of
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError, differing, identity
@@ -157,7 +158,8 @@ class ImageCache:
         ground = self.ground(cell.config.model)
         if cell.config.refiner is None:
             ground["weights"] = {role: value for role, value in ground["weights"].items() if role != "refiner"}
-        ground["weights"] = ground["weights"] | identities(cell.config.loras)
+        embedded = inversions.identities(cell.config.embeddings)
+        ground["weights"] = ground["weights"] | identities(cell.config.loras) | embedded
         decides = {"config": cell.config.digest, "prompt": cell.prompt, "seed": cell.seed, **ground}
         if cell.prompt_2 is not None:
             decides["prompt_2"] = cell.prompt_2
