@@ -338,7 +338,7 @@ class EmbeddingRef(Declared):
     token: Annotated[
         str,
         Setting(
-            kind=Text(pattern=r"^[^\s=](?:[^=]{0,98}[^\s=])?$", meaning="1 to 100 characters without ="),
+            kind=Text(pattern=r"^[^\s=,](?:[^=,]{0,98}[^\s=,])?$", meaning="1 to 100 characters without = or comma"),
             label="Embedding's word",
             help="what stands for it in a prompt",
             example="mystyle",

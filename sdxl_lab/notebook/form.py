@@ -139,12 +139,16 @@ def request_of(values: Mapping[str, Any], start: GenerationConfig) -> ImageReque
     second = checked("prompt_2", checked_prompt, values["prompt_2"] or None, PROMPT_2)
     seed = checked("seed", checked_seed, _number(values["seed"]))
     if not errors:
+        told = "loras"
         try:
-            return ImageRequest(pinned(start.changed(asked, none=None)), prompt, seed, prompt_2=second)
+            config = start.changed(asked, none=None)
+            pinned(config.with_(embeddings=()))
+            told = "embeddings"
+            return ImageRequest(pinned(config), prompt, seed, prompt_2=second)
         except ConfigError as error:  # a rule over more than one control
             errors[told_at(error.field)] = str(error)
         except ModelError as error:
-            errors["loras"] = str(error)
+            errors[told] = str(error)
     raise FormError(errors)
 
 
