@@ -9,11 +9,13 @@ torch.
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import model_validator
 
+from sdxl_lab.checksums import sha256_of
 from sdxl_lab.declaration import (
+    NONE,
     Choice,
     ConfigError,
     Declared,
@@ -43,8 +45,10 @@ __all__ = [
     "RuntimeProfile",
     "ServingLimits",
     "canonical",
+    "check_zero_snr",
     "checked_prompt",
     "checked_seed",
+    "is_file",
     "migrated_config",
 ]
 
@@ -76,6 +80,12 @@ FEWER_STEPS = {
     **dict.fromkeys(("dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis"), 998),
     **dict.fromkeys(("ddim", "ddpm", "pndm", "lms", "dpmpp_sde"), 999),
 }
+# diffusers rescales no betas for these.
+NO_ZERO_SNR = ("dpmpp_sde", "heun", "lms", "kdpm2", "kdpm2_a", "pndm", "deis")
+# These divide by the signal of the first timestep, of which a zero terminal SNR leaves none, where noise is predicted.
+DIVIDE_BY_SIGNAL = ("ddim", "ddpm", "lcm", "tcd")
+# Where the scale of noise levels ends: models of zero terminal SNR begin without any signal, at no number.
+MAX_SIGMA = 1000
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 2_000
 
@@ -84,6 +94,7 @@ GUIDANCE_SCALE = Number(0, 100)
 SIDE = Whole(64, 4096, multiple=8)
 MODEL = Text(1, 500)
 REVISION = Text(1, 100)
+SHA256 = Text(pattern=r"^[0-9a-f]{64}$", meaning="the 64 hexadecimal digits of a sha256")
 SCORE = Number(0, 10)
 OFFSETS = Pair(Whole(0, 8192), ("top", "left"))
 EXTENT = Pair(Whole(1, 8192), ("height", "width"))
@@ -108,8 +119,9 @@ SEED = Setting(
 
 
 class ModelRef(Declared):
-    """Which weights, to the revision. `base`, `refiner` and `vae` are "nano", a folder, or a hub id; a hub id takes the
-    commit hash of its revision. Without `refiner` there is none; without `vae` it is the base's own."""
+    """Which weights, to the byte where it can be said. `base`, `refiner` and `vae` are "nano", a folder, a single
+    `.safetensors` file or a hub id. A file takes its sha256, a hub id the commit hash of its revision. Without
+    `refiner` there is none; without `vae` it is the base's own. `prediction_type` and `zero_snr` are the base's."""
 
     EXAMPLE: ClassVar[str] = "base"
 
@@ -118,9 +130,9 @@ class ModelRef(Declared):
         Setting(
             kind=MODEL,
             label="Model",
-            help="nano, a folder in diffusers' layout, or a hub id",
+            help="nano, a folder in diffusers' layout, a .safetensors file, or a hub id",
             example="nano",
-            source="diffusers: from_pretrained",
+            source="diffusers: from_pretrained, from_single_file",
             option=None,  # --model, which also brings what goes with the model
         ),
     ] = "nano"
@@ -134,12 +146,65 @@ class ModelRef(Declared):
             source="diffusers: revision",
         ),
     ] = None
+    sha256: Annotated[
+        str | None,
+        Setting(
+            kind=SHA256,
+            label="Checksum",
+            help="the sha256 that the model's file must have",
+            example="31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b",
+            source="model sites name files by it",
+        ),
+    ] = None
+    config: Annotated[
+        str | None,
+        Setting(
+            kind=MODEL,
+            label="Configurations",
+            help="where a single file's configurations and tokenizers come from: nano, a folder in diffusers' layout, "
+            "or a hub id (left out: SDXL's own)",
+            example="nano",
+            source="diffusers: config of from_single_file",
+            option="model-config",
+        ),
+    ] = None
+    config_revision: Annotated[
+        str | None,
+        Setting(
+            kind=REVISION,
+            label="Configurations' revision",
+            help="the commit of that hub id",
+            example="main",
+            source="diffusers: revision",
+        ),
+    ] = None
+    prediction_type: Annotated[
+        str | None,
+        Setting(
+            kind=Choice(("epsilon", "v_prediction")),
+            label="Prediction",
+            help="what the base predicts (left out: as its file or folder says)",
+            example="v_prediction",
+            source="Salimans and Ho 2022 (arXiv 2202.00512); diffusers: prediction_type",
+        ),
+    ] = None
+    zero_snr: Annotated[
+        bool | None,
+        Setting(
+            kind=Switch(),
+            label="Zero terminal SNR",
+            help="whether the base begins at pure noise: its betas are rescaled and its timesteps trail (left out: as "
+            "its file or folder says)",
+            example=True,
+            source="Lin et al. 2023 (arXiv 2305.08891); diffusers: rescale_betas_zero_snr",
+        ),
+    ] = None
     refiner: Annotated[
         str | None,
         Setting(
             kind=MODEL,
             label="Refiner's model",
-            help="the refiner's weights: nano, a folder or a hub id",
+            help="the refiner's weights: nano, a folder, a .safetensors file or a hub id",
             example="nano",
             source=f"{PODELL}, section 2.5",
             option="refiner-model",
@@ -155,12 +220,22 @@ class ModelRef(Declared):
             source="diffusers: revision",
         ),
     ] = None
+    refiner_sha256: Annotated[
+        str | None,
+        Setting(
+            kind=SHA256,
+            label="Refiner's checksum",
+            help="the sha256 that the refiner's file must have",
+            example="7440042bbdc8a24813002c09b6b69b64dc90fded4472613437b7f55f9b7d9c5f",
+            source="model sites name files by it",
+        ),
+    ] = None
     vae: Annotated[
         str | None,
         Setting(
             kind=MODEL,
             label="VAE",
-            help="the weights of another VAE than the model's own: a folder or a hub id",
+            help="the weights of another VAE than the model's own: a folder, a .safetensors file or a hub id",
             example="nano",
             source="diffusers: AutoencoderKL",
         ),
@@ -175,15 +250,77 @@ class ModelRef(Declared):
             source="diffusers: revision",
         ),
     ] = None
+    vae_sha256: Annotated[
+        str | None,
+        Setting(
+            kind=SHA256,
+            label="VAE's checksum",
+            help="the sha256 that the VAE's file must have",
+            example="63aeecb90ff7bc1c115395962d3e803571385b61938377bc7089b36e81e92e2e",
+            source="model sites name files by it",
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ModelRef":
+        """What says more of a file says nothing of a folder."""
+        files = {role for role in PINS if is_file(getattr(self, role))}
+        example = 'base = "model.safetensors"'
+        for role, (_, pin) in PINS.items():
+            if getattr(self, pin) is not None and role not in files:
+                raise ConfigError(pin, getattr(self, pin), f"left out where {role} is no .safetensors file", example)
+        if self.config is not None and not files:
+            rule = "left out where neither base, refiner nor vae is a single .safetensors file"
+            raise ConfigError("config", self.config, rule, example)
+        if self.config_revision is not None and self.config is None:
+            raise ConfigError("config_revision", self.config_revision, "left out where config is", 'config = "nano"')
+        return self
 
     @classmethod
     def named(cls, name: str) -> "ModelRef":
-        """ "nano", "sdxl", or a folder or hub id; a folder with `base/` and `refiner/` in it has both."""
-        return MODELS.get(name) or cls(base=name, refiner=name if Path(name, "refiner").is_dir() else None)
+        """ "nano", "sdxl", a folder, a file or a hub id; a folder with `base/` and `refiner/` in it has both, and a
+        file that is there comes with its checksum."""
+        if name in MODELS:
+            return MODELS[name]
+        return cls(base=name, refiner=name if Path(name, "refiner").is_dir() else None).pinned()
 
     @classmethod
     def of(cls, value: object) -> Any:
         return cls.named(value) if isinstance(value, str) else super().of(value)
+
+    def changed(self, values: Mapping[str, Any], none: str | None = NONE) -> Self:
+        """As everywhere; but what names another model leaves behind the pin of the one before, and a file that is there
+        comes with its checksum."""
+        stale = {
+            pin: None
+            for role, pins in PINS.items()
+            if role in values and values[role] != getattr(self, role)
+            for pin in pins
+        }
+        return super().changed({**stale, **values}, none).pinned()
+
+    def pinned(self) -> Self:
+        """With the checksum of every file that is there and comes without one. A large file is read once."""
+        found = {
+            pin: sha256_of(path)
+            for role, (_, pin) in PINS.items()
+            if is_file(name := getattr(self, role)) and getattr(self, pin) is None
+            if (path := Path(name).expanduser()).is_file()
+        }
+        return self.with_(**found) if found else self
+
+
+# What says which weights each name stands for: the commit of a hub id, the checksum of a file.
+PINS = {
+    "base": ("revision", "sha256"),
+    "refiner": ("refiner_revision", "refiner_sha256"),
+    "vae": ("vae_revision", "vae_sha256"),
+}
+
+
+def is_file(name: str | None) -> bool:
+    """Whether a model's name is that of a single file, there or not."""
+    return name is not None and name.endswith(".safetensors")
 
 
 MODELS = {
@@ -310,9 +447,10 @@ class GenerationConfig(Declared):
     guidance_interval: Annotated[
         tuple[float, float] | None,
         Setting(
-            kind=Pair(Number(0, 1000), increasing=True),
+            kind=Pair(Number(0, MAX_SIGMA), increasing=True),
             label="Guidance interval",
-            help="the noise levels between which guidance is applied (left out: all)",
+            help=f"the noise levels between which guidance is applied, {MAX_SIGMA} and all above it being one (left "
+            "out: all)",
             example=(0.28, 5.42),
             unit="sigma",
             source="Kynkaanniemi et al. 2024 (arXiv 2404.07724)",
@@ -430,6 +568,8 @@ class GenerationConfig(Declared):
         most = FEWER_STEPS.get(self.scheduler, MAX_STEPS)
         if self.steps > most:
             raise ConfigError("steps", self.steps, f"at most {most} with the scheduler {self.scheduler}", most)
+        if self.model.zero_snr:
+            check_zero_snr(self.scheduler, self.model.prediction_type)
         if self.refiner is not None and self.model.refiner is None:
             raise ConfigError(
                 "refiner",
@@ -649,6 +789,18 @@ class RuntimeProfile(Declared):
             example=True,
         ),
     ] = False
+
+
+def check_zero_snr(scheduler: str, prediction_type: str | None) -> None:
+    """`ConfigError` for a scheduler that cannot begin at pure noise, or not with what the model predicts."""
+    able = [name for name in SCHEDULERS if name not in NO_ZERO_SNR]
+    if scheduler in NO_ZERO_SNR:
+        rule = f"one of {', '.join(able)} with a model of zero terminal SNR, whose betas the others do not rescale"
+        raise ConfigError("scheduler", scheduler, rule, "euler")
+    if scheduler in DIVIDE_BY_SIGNAL and prediction_type == "epsilon":
+        able = [name for name in able if name not in DIVIDE_BY_SIGNAL]
+        rule = f"one of {', '.join(able)} with a model of zero terminal SNR that predicts noise, since the others "
+        raise ConfigError("scheduler", scheduler, rule + "divide by the signal, which begins at zero", "euler")
 
 
 def checked_prompt(prompt: object) -> str:

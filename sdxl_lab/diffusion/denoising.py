@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
-from sdxl_lab.config import ConfigError, RefinerConfig
+from sdxl_lab.config import MAX_SIGMA, ConfigError, RefinerConfig
 from sdxl_lab.diffusion import schedulers
 from sdxl_lab.diffusion.batching import Part
 from sdxl_lab.diffusion.latency import Group
@@ -26,13 +26,15 @@ Embed = Callable[[DenoiserName, Prompt], Embedding]
 
 class Rows(NamedTuple):
     """UNet inputs, one row or two (unguided, guided): latents (n, 4, h, w), timesteps (n,), text (n, 77, width),
-    pooled text (n, projection), micro-conditioning (n, 5 or 6)."""
+    pooled text (n, projection), micro-conditioning (n, 5 or 6), and for a distilled UNet what tells it the guidance
+    scale (n, its width), which has no columns for others."""
 
     latents: torch.Tensor
     timesteps: torch.Tensor
     hidden: torch.Tensor
     pooled: torch.Tensor
     time_ids: torch.Tensor
+    timestep_cond: torch.Tensor
 
     def padded(self, count: int) -> "Rows":
         """The same with the last row repeated until there are `count`."""
@@ -118,6 +120,9 @@ class Stage:
         # The pipelines skip layers for the positive prompt alone.
         self.negative = embed(name, Prompt(config.negative_prompt)) if guided else self.positive
         self.time_ids = self._time_ids(size)
+        self.timestep_cond = guidance_embedding(
+            config.guidance_scale, denoiser.unet.config.time_cond_proj_dim or 0, self.positive.hidden.device
+        )
         accepted = inspect.signature(self.scheduler.step).parameters
         self.options: dict[str, Any] = {"eta": 0.0} if "eta" in accepted else {}
         self.takes_generator = "generator" in accepted
@@ -143,7 +148,7 @@ class Stage:
         interval = self.config.guidance_interval
         if interval is None:
             return True
-        return interval[0] <= self._sigma(timestep) <= interval[1]
+        return interval[0] <= min(self._sigma(timestep), MAX_SIGMA) <= interval[1]
 
     def _sigma(self, timestep: float) -> float:
         sigmas = self.denoiser.sigmas
@@ -156,10 +161,7 @@ class Stage:
         scaled, prediction, timestep = self.seen
         sigma = self._sigma(timestep)
         signal, noise = 1 / (sigma**2 + 1) ** 0.5, sigma / (sigma**2 + 1) ** 0.5  # of the scaled latents
-        kind = self.scheduler.config.prediction_type
-        if kind == "sample":
-            return prediction
-        if kind == "v_prediction":
+        if self.scheduler.config.prediction_type == "v_prediction":
             return signal * scaled - noise * prediction
         return (scaled - noise * prediction) / signal
 
@@ -181,8 +183,10 @@ class Stage:
         if self.guides[self.index]:
             hidden = torch.cat([self.negative.hidden, self.positive.hidden])
             pooled = torch.cat([self.negative.pooled, self.positive.pooled])
-            return Rows(torch.cat([scaled] * 2), timestep.float().repeat(2), hidden, pooled, self.time_ids)
-        return Rows(scaled, timestep.float().repeat(1), self.positive.hidden, self.positive.pooled, self.time_ids[1:])
+            cond = self.timestep_cond.expand(2, -1)
+            return Rows(torch.cat([scaled] * 2), timestep.float().repeat(2), hidden, pooled, self.time_ids, cond)
+        hidden, pooled = self.positive
+        return Rows(scaled, timestep.float().repeat(1), hidden, pooled, self.time_ids[1:], self.timestep_cond)
 
     def take(self, prediction: torch.Tensor, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Guidance, then the scheduler's own step: the latents of the next index."""
@@ -206,6 +210,17 @@ def guide(negative: torch.Tensor, positive: torch.Tensor, scale: float, rescale:
         matched = guided * (positive.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
         guided = rescale * matched + (1 - rescale) * guided
     return guided
+
+
+def guidance_embedding(scale: float, width: int, device: torch.device) -> torch.Tensor:
+    """The guidance scale as a distilled UNet takes it (1, `width`): sines, then cosines, of 1000 times the scale above
+    1 at frequencies from 1 down to 1/10,000 (Meng et al. 2022, arXiv 2210.03142; diffusers'
+    `get_guidance_scale_embedding`). An odd width ends with a zero."""
+    half = width // 2
+    step = torch.log(torch.tensor(10_000.0)) / max(half - 1, 1)  # in float32, as there: its angles reach thousands
+    angles = torch.tensor(scale - 1.0) * 1000.0 * torch.exp(torch.arange(half) * -step)
+    found = torch.cat([angles.sin(), angles.cos(), torch.zeros(width % 2)]).to(device)
+    return found[None]
 
 
 class StageOutcome(NamedTuple):

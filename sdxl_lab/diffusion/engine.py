@@ -530,6 +530,7 @@ class Engine:
             rows.latents.to(dtype),
             rows.timesteps,
             encoder_hidden_states=rows.hidden.to(dtype),
+            timestep_cond=rows.timestep_cond.to(dtype) if rows.timestep_cond.shape[1] else None,
             added_cond_kwargs={"text_embeds": rows.pooled.to(dtype), "time_ids": rows.time_ids},
             return_dict=False,
         )[0]

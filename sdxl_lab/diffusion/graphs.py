@@ -98,14 +98,15 @@ class Graphed:
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         added_cond_kwargs: Mapping[str, torch.Tensor],
+        timestep_cond: torch.Tensor | None = None,
         return_dict: bool = False,
     ) -> tuple[torch.Tensor]:
         """The UNet's answer in a tuple, as with `return_dict=False`, which is the only way here. Raises what the UNet
         raises, `torch.OutOfMemoryError` also where memory ran out while recording: all recordings are dropped then."""
         if return_dict:
             raise ValueError("return_dict must be false, since a graph returns tensors; received True. Example: False")
-        inputs = (sample, timestep, encoder_hidden_states, *added_cond_kwargs.values())
-        names = tuple(added_cond_kwargs)
+        named = dict(added_cond_kwargs) | ({} if timestep_cond is None else {"timestep_cond": timestep_cond})
+        inputs, names = (sample, timestep, encoder_hidden_states, *named.values()), tuple(named)
         recorder = self._recorder_of(sample.device)
         if recorder is None:
             return (self._answer(inputs, names),)
@@ -126,10 +127,11 @@ class Graphed:
         return (recording.answer.clone(),)
 
     def _answer(self, inputs: tuple[torch.Tensor, ...], names: tuple[str, ...]) -> torch.Tensor:
-        sample, timestep, hidden, *added = inputs
-        named = dict(zip(names, added, strict=True))
+        sample, timestep, hidden, *more = inputs
+        added = dict(zip(names, more, strict=True))
+        cond = {"timestep_cond": added.pop("timestep_cond")} if "timestep_cond" in added else {}
         answer: torch.Tensor = self.unet(
-            sample, timestep, encoder_hidden_states=hidden, added_cond_kwargs=named, return_dict=False
+            sample, timestep, encoder_hidden_states=hidden, added_cond_kwargs=added, **cond, return_dict=False
         )[0]
         return answer
 

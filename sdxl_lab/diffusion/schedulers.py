@@ -12,6 +12,8 @@ from typing import Any
 import diffusers
 from diffusers import SchedulerMixin
 
+from sdxl_lab.config import check_zero_snr
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -53,8 +55,11 @@ def order(name: str) -> int:
 
 def build(name: str, pristine: Mapping[str, Any], *, seed: int) -> SchedulerMixin:
     """A fresh scheduler for one image. `pristine` is the model's `scheduler_config.json`; `seed` seeds the one
-    scheduler that draws from its own noise tree (DPM++ SDE) instead of the image's generator."""
+    scheduler that draws from its own noise tree (DPM++ SDE) instead of the image's generator. Raises `ConfigError` for
+    one that cannot begin where the model does."""
     found = TABLE[name]
+    if pristine.get("rescale_betas_zero_snr"):
+        check_zero_snr(name, pristine.get("prediction_type"))
     options = dict(found.options)
     if found.cls == "DPMSolverSDEScheduler":
         options["noise_sampler_seed"] = seed
