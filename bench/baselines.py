@@ -19,6 +19,7 @@ from diffusers import StableDiffusionXLPipeline
 from fastapi import FastAPI, Response
 from pydantic import BaseModel
 
+from sdxl_lab.config import GenerationConfig
 from sdxl_lab.diffusion import schedulers
 from sdxl_lab.diffusion.inventory import folder_of
 
@@ -51,7 +52,9 @@ class Pipeline:
     def draw(self, batch: Sequence[PipelineRequest], output_type: str = "pil") -> Any:
         """Images of one setting, that of the first request."""
         first = batch[0]
-        self.pipe.scheduler = schedulers.build(first.scheduler, self.pristine, seed=first.seed)
+        self.pipe.scheduler = schedulers.build(
+            GenerationConfig(scheduler=first.scheduler), self.pristine, seed=first.seed
+        )
         return self.pipe(
             [request.prompt for request in batch],
             num_inference_steps=first.steps,

@@ -63,7 +63,7 @@ def work_of(config: GenerationConfig) -> Work:
         return denoiser.embed(prompt)
 
     trajectory = Trajectory(models, ImageRequest(config, "a red circle", 0), embed)
-    rows = [1 + guides for stage in trajectory.stages for guides in stage.guides]
+    rows = [guidance.rows for stage in trajectory.stages for guidance in stage.guidance]
     return tuple((count, len(list(run))) for count, run in itertools.groupby(rows))
 
 

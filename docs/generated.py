@@ -5,6 +5,7 @@ A page marks such a part with `<!-- generated: NAME -->` and `<!-- end -->`; `PA
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import grimp
@@ -12,7 +13,7 @@ import networkx
 
 from bench import cost, measure
 from sdxl_lab.config import GenerationConfig, ServingLimits
-from sdxl_lab.declaration import Declared, Setting, Table
+from sdxl_lab.declaration import Declared, Setting, Table, Tables
 from sdxl_lab.job import OVER, TRANSITIONS, JobState
 from service.api.problems import ENTRIES
 from service.app import create_app
@@ -93,15 +94,26 @@ def configuration() -> str:
         ("setting", "label", "what it does", "rule", "unit", "default", "option of `generate`", "source"),
         *(
             (f"`{s.name}`", s.label, s.help, _rule(s), s.unit, _default(s), _option(s), s.source)
-            for s in GenerationConfig.settings().values()
+            for s in _all(GenerationConfig)
         ),
     )
 
 
 def limits() -> str:
     """Every limit of a slot, as `ServingLimits` declares it."""
-    rows = ((f"`{s.name}`", s.help, _rule(s), s.unit, _default(s)) for s in ServingLimits.settings().values())
+    rows = ((f"`{s.name}`", s.help, _rule(s), s.unit, _default(s)) for s in _all(ServingLimits))
     return table(("limit", "meaning", "rule", "unit", "default for nano"), *rows)
+
+
+def _all(kind: type[Declared]) -> list[Setting]:
+    """Every setting, and after a list of tables those of one, whose place is N."""
+    found: list[Setting] = []
+    for setting in kind.settings().values():
+        found.append(setting)
+        if isinstance(setting.kind, Tables):
+            inner = setting.kind.of.settings().values()
+            found += [replace(each, name=f"{setting.name}.N.{each.name}") for each in inner]
+    return found
 
 
 def _rule(setting: Setting) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_lab.config import MAX_SEED, ConfigError, GenerationConfig
-from sdxl_lab.declaration import Choice, Kind, Pair, Setting, Switch, Table, Text
+from sdxl_lab.declaration import Choice, Falling, Kind, Pair, Setting, Switch, Table, Tables, Text
 from sdxl_lab.notebook.runner import NotebookError
 from sdxl_lab.version import __version__
 
@@ -129,7 +129,7 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
     optional = {}
     for setting in _options():
         group.add_argument(f"--{setting.option}", dest=setting.name, help=_help(setting), **_form(setting.kind))
-        if setting.optional and not isinstance(setting.kind, Table):
+        if isinstance(setting.kind, Tables) or (setting.optional and not isinstance(setting.kind, Table)):
             optional[str(setting.option)] = setting.name
     group.add_argument(
         "--without",
@@ -149,8 +149,12 @@ def _form(kind: Kind) -> dict[str, Any]:
     match kind:
         case Switch() | Table():
             return {"action": argparse.BooleanOptionalAction}
+        case Tables(form=form):
+            return {"type": _reader(kind), "action": "append", "metavar": form}
         case Pair(names=names):
             return {"type": _reader(kind), "nargs": 2, "metavar": tuple(name.upper() for name in names)}
+        case Falling():
+            return {"type": _reader(kind), "nargs": "+", "metavar": "N"}
         case Choice():
             return {"metavar": "NAME"}
     return {"type": _reader(kind), "metavar": "TEXT" if isinstance(kind, Text) else "N"}
@@ -160,6 +164,8 @@ def _reader(kind: Kind) -> Callable[[str], Any]:
     def read(word: str) -> Any:
         try:
             return kind.read(word)
+        except ConfigError as error:  # of a table in a list, which says more
+            raise argparse.ArgumentTypeError(str(error)) from error
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"must be {kind.words}; received {word!r}") from error
 
@@ -169,6 +175,8 @@ def _reader(kind: Kind) -> Callable[[str], Any]:
 def _help(setting: Setting) -> str:
     """What the setting does, and what values it takes where its help does not say so already."""
     rule = "" if isinstance(setting.kind, Switch | Table | Text) else f"; {setting.kind.words}"
+    if isinstance(setting.kind, Tables):
+        rule = "; may be repeated"
     unit = f" ({setting.unit})" if setting.unit else ""
     return f"{setting.help}{rule}{unit}".replace("%", "%%")
 
@@ -187,6 +195,8 @@ def _changes(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate(asked: argparse.Namespace) -> None:
+    from sdxl_lab.diffusion.lora_files import pinned
+
     refined = None
     prompt, seed = asked.prompt, asked.seed
     if asked.like:
@@ -203,7 +213,7 @@ def _generate(asked: argparse.Namespace) -> None:
         config = GenerationConfig.for_model(asked.model or "nano")
     if prompt is None:
         raise ConfigError("prompt", None, "given, or taken from an image with --like", "A cat in a hat")
-    config = _pinned(config.changed(_changes(asked), none=None))
+    config = _with_commits(pinned(config.changed(_changes(asked), none=None)))
     seed = seed if seed is not None else secrets.randbelow(2**32)
 
     if asked.out.suffix.lower() != ".png":
@@ -221,7 +231,7 @@ def _generate(asked: argparse.Namespace) -> None:
     print(f"{asked.out}  seed {seed}  config {config.short_digest}  {image.timings['total_ms'] / 1000:.1f} s")
 
 
-def _pinned(config: GenerationConfig) -> GenerationConfig:
+def _with_commits(config: GenerationConfig) -> GenerationConfig:
     """With the commit of every hub id that came without one, which is said."""
     names = (config.model.base, config.model.refiner, config.model.vae, config.model.config)
     if not any(name and name.count("/") == 1 for name in names):

@@ -6,28 +6,34 @@ in a slot. A value that breaks a rule raises `ConfigError` with the rule, the va
 torch.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import model_validator
 
+from sdxl_lab import schedules
 from sdxl_lab.checksums import sha256_of
 from sdxl_lab.declaration import (
     NONE,
     Choice,
     ConfigError,
     Declared,
+    Falling,
     Number,
     Pair,
     Setting,
     Switch,
     Table,
+    Tables,
     Text,
     Whole,
     canonical,
+    nearest,
 )
+from sdxl_lab.schedules import FEWER_STEPS, MAX_STEPS, SCHEDULERS
 
 __all__ = [
     "FEWER_STEPS",
@@ -40,52 +46,22 @@ __all__ = [
     "SEED",
     "ConfigError",
     "GenerationConfig",
+    "LoraRef",
     "ModelRef",
+    "OfferedLora",
+    "PerturbedAttention",
+    "ProjectedGuidance",
     "RefinerConfig",
     "RuntimeProfile",
     "ServingLimits",
+    "ZeroStar",
     "canonical",
-    "check_zero_snr",
     "checked_prompt",
     "checked_seed",
     "is_file",
     "migrated_config",
 ]
 
-SCHEDULERS = (
-    "euler",
-    "euler_a",
-    "dpmpp_2m",
-    "dpmpp_2m_karras",
-    "dpmpp_2m_sde",
-    "dpmpp_2m_sde_karras",
-    "dpmpp_sde",
-    "unipc",
-    "ddim",
-    "ddpm",
-    "heun",
-    "lms",
-    "kdpm2",
-    "kdpm2_a",
-    "pndm",
-    "deis",
-    "lcm",
-    "tcd",
-)
-MAX_STEPS = 1000
-# LCM and TCD are distilled to 50 steps. Of the others these would begin beyond the 1,000 noise levels that SDXL was
-# trained on, or twice on the same one, and diffusers then fails or divides by zero.
-FEWER_STEPS = {
-    **dict.fromkeys(("lcm", "tcd"), 50),
-    **dict.fromkeys(("dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis"), 998),
-    **dict.fromkeys(("ddim", "ddpm", "pndm", "lms", "dpmpp_sde"), 999),
-}
-# diffusers rescales no betas for these.
-NO_ZERO_SNR = ("dpmpp_sde", "heun", "lms", "kdpm2", "kdpm2_a", "pndm", "deis")
-# These divide by the signal of the first timestep, of which a zero terminal SNR leaves none, where noise is predicted.
-DIVIDE_BY_SIGNAL = ("ddim", "ddpm", "lcm", "tcd")
-# Where the scale of noise levels ends: models of zero terminal SNR begin without any signal, at no number.
-MAX_SIGMA = 1000
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 2_000
 
@@ -98,7 +74,13 @@ SHA256 = Text(pattern=r"^[0-9a-f]{64}$", meaning="the 64 hexadecimal digits of a
 SCORE = Number(0, 10)
 OFFSETS = Pair(Whole(0, 8192), ("top", "left"))
 EXTENT = Pair(Whole(1, 8192), ("height", "width"))
+LORA_WEIGHT = Number(-10, 10)
+SHA256 = Text(pattern="^[0-9a-f]{64}$", meaning="64 hexadecimal digits")
 PODELL = "Podell et al. 2023 (arXiv 2307.01952)"
+SADAT = "Sadat et al. 2024 (arXiv 2410.02416)"
+FAN = "Fan et al. 2025 (arXiv 2503.18886)"
+AHN = "Ahn et al. 2024 (arXiv 2403.17377)"
+HU = "Hu et al. 2021 (arXiv 2106.09685)"
 
 PROMPT = Setting(
     kind=Text(1, MAX_PROMPT),
@@ -336,6 +318,137 @@ MODELS = {
 }
 
 
+# What a command line says of one: a file, a folder, nano's by its name, or `org/name@COMMIT/FILE`; then perhaps a
+# weight, and one for the text encoders.
+LORA = re.compile(r"(?P<head>.+?)(?::(?P<weight>[^:/]*))?(?::(?P<text>[^:/]*))?", re.S)
+HUB_FILE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})/(?P<file>.+)")
+
+
+class LoraRef(Declared):
+    """One LoRA and how much of it. Where the sha256 of its file is known, that is its identity: the digest then does
+    not depend on where the file lies."""
+
+    EXAMPLE: ClassVar[str] = "source"
+
+    source: Annotated[
+        str,
+        Setting(
+            kind=MODEL,
+            label="LoRA",
+            help="a .safetensors file, a folder, a hub id, or nano",
+            example="outlines.safetensors",
+            source="diffusers: load_lora_weights",
+            option=None,
+        ),
+    ]
+    revision: Annotated[
+        str | None,
+        Setting(
+            kind=REVISION,
+            label="LoRA's revision",
+            help="the commit of the hub id",
+            example="main",
+            source="diffusers: revision",
+            option=None,
+        ),
+    ] = None
+    file: Annotated[
+        str | None,
+        Setting(
+            kind=MODEL,
+            label="LoRA's file",
+            help="the file's name in the folder, the hub id or nano",
+            example="pytorch_lora_weights.safetensors",
+            source="diffusers: weight_name",
+            option=None,
+        ),
+    ] = None
+    weight: Annotated[
+        float,
+        Setting(
+            kind=LORA_WEIGHT,
+            label="LoRA's weight",
+            help="how much of it is added",
+            example=0.6,
+            source="diffusers: set_adapters",
+            step=0.1,
+            option=None,
+        ),
+    ] = 1.0
+    text_encoder_weight: Annotated[
+        float | None,
+        Setting(
+            kind=LORA_WEIGHT,
+            label="LoRA's weight in the text encoders",
+            help="how much of it is added there (left out: the weight)",
+            example=0.3,
+            source="diffusers: set_adapters",
+            step=0.1,
+            option=None,
+        ),
+    ] = None
+    sha256: Annotated[
+        str | None,
+        Setting(
+            kind=SHA256,
+            label="LoRA's sha256",
+            help="the checksum of its file, which must not be another one",
+            example="0" * 64,
+            option=None,
+        ),
+    ] = None
+
+    @property
+    def name(self) -> str:
+        """What a prompt calls it: the file's name without its ending."""
+        return Path(self.file or self.source).stem
+
+    @property
+    def text_weight(self) -> float:
+        """Its weight in the text encoders."""
+        return self.weight if self.text_encoder_weight is None else self.text_encoder_weight
+
+    @classmethod
+    def named(cls, words: str) -> "LoraRef":
+        """What a command line says: `FILE`, `FILE:WEIGHT` or `FILE:WEIGHT:TEXT_ENCODER_WEIGHT`, where FILE may also be
+        `nano/NAME` or `org/name@COMMIT/FILE`. Raises `ConfigError`."""
+        found = LORA.fullmatch(words)
+        if found is None:
+            raise ConfigError("loras", words, "FILE or FILE:WEIGHT", "--lora=outlines.safetensors:0.6")
+        said: dict[str, Any] = {"source": found["head"]}
+        if hub := HUB_FILE.fullmatch(found["head"]):
+            said = {"source": hub["id"], "revision": hub["commit"], "file": hub["file"]}
+        elif found["head"].startswith("nano/"):
+            said = {"source": "nano", "file": f"{Path(found['head']).stem}.safetensors"}
+        for name, part in (("weight", "weight"), ("text_encoder_weight", "text")):
+            if found[part] is not None:
+                try:
+                    said[name] = float(found[part])
+                except ValueError:
+                    raise cls.settings()[name].error(found[part]) from None
+        return cls(**said)
+
+    @property
+    def word(self) -> str:
+        """The inverse of `named`, without the sha256."""
+        head = self.source if self.file is None else f"{self.source}/{self.file}"
+        if self.revision is not None:
+            head = f"{self.source}@{self.revision}/{self.file}"
+        elif self.source == "nano":
+            head = f"nano/{self.name}"
+        text = "" if self.text_encoder_weight is None else f":{self.text_encoder_weight:g}"
+        return f"{head}:{self.weight:g}{text}"
+
+    @classmethod
+    def of(cls, value: object) -> Any:
+        return cls.named(value) if isinstance(value, str) else super().of(value)
+
+    def distinct(self) -> dict[str, Any]:
+        """With a sha256, without the places where its file was found."""
+        found = super().distinct()
+        return {k: v for k, v in found.items() if self.sha256 is None or k not in ("source", "revision", "file")}
+
+
 class RefinerConfig(Declared):
     """The ensemble of two denoisers: the base makes the first `handover` of the noise schedule, the refiner the rest.
     The aesthetic scores condition the refiner's guided and unguided row."""
@@ -377,6 +490,112 @@ class RefinerConfig(Declared):
     ] = 2.5
 
 
+class ProjectedGuidance(Declared):
+    """Adaptive projected guidance: high guidance scales without their saturation. The difference of the two predictions
+    is averaged over the steps, bounded, and parted into what is parallel to the guided prediction and the rest."""
+
+    EXAMPLE: ClassVar[str] = "momentum"
+
+    eta: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 1),
+            label="Parallel part",
+            help="how much of the parallel part is kept (1: all, as plain guidance does)",
+            example=0.0,
+            source=f"{SADAT}; diffusers: eta",
+            step=0.1,
+            option="apg-eta",
+        ),
+    ] = 0.0
+    threshold: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 10_000),
+            label="Threshold",
+            help="the largest norm of the difference (0: any)",
+            example=15.0,
+            source=f"{SADAT}; diffusers: adaptive_projected_guidance_rescale",
+            step=1,
+            option="apg-threshold",
+        ),
+    ] = 15.0
+    momentum: Annotated[
+        float,
+        Setting(
+            kind=Number(-1, 1, between=True),
+            label="Momentum",
+            help="the share of the earlier differences in each step's (below 0: they are taken off)",
+            example=-0.5,
+            source=f"{SADAT}; diffusers: adaptive_projected_guidance_momentum",
+            step=0.1,
+            option="apg-momentum",
+        ),
+    ] = -0.5
+
+
+class ZeroStar(Declared):
+    """CFG-Zero*: the unguided prediction is scaled so that it lies nearest to the guided one before the two are parted.
+    Its authors also leave out the first steps of flow-matching models."""
+
+    EXAMPLE: ClassVar[str] = "zero_steps"
+
+    zero_steps: Annotated[
+        int,
+        Setting(
+            kind=Whole(0, schedules.MAX_STEPS),
+            label="Zero steps",
+            help="the first UNet calls whose prediction counts as zero",
+            example=0,
+            source=f"{FAN}, section 4.2; diffusers: zero_init_steps",
+            step=1,
+        ),
+    ] = 0
+
+
+class PerturbedAttention(Declared):
+    """Perturbed-attention guidance: away from what the UNet predicts where some of its layers attend to nothing but
+    themselves. It adds to the guidance by text, or stands alone where that is off."""
+
+    EXAMPLE: ClassVar[str] = "scale"
+
+    scale: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 100),
+            label="Perturbed scale",
+            help="how far each step goes away from the perturbed row (0: not at all)",
+            example=3.0,
+            source=f"{AHN}; diffusers: pag_scale",
+            step=0.5,
+            option="pag-scale",
+        ),
+    ] = 3.0
+    adaptive: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 1),
+            label="Decline",
+            help="what the scale loses for each timestep below 1000",
+            example=0.0,
+            source="diffusers: pag_adaptive_scale",
+            step=0.001,
+            option="pag-adaptive",
+        ),
+    ] = 0.0
+    layers: Annotated[
+        str,
+        Setting(
+            kind=Choice(("mid", "down", "up")),
+            label="Perturbed layers",
+            help="the blocks of the UNet whose self-attention is perturbed",
+            example="mid",
+            source="diffusers: pag_applied_layers",
+            option="pag-layers",
+        ),
+    ] = "mid"
+
+
 class GenerationConfig(Declared):
     """All that decides an image besides its prompt, its seed and a source image.
 
@@ -397,6 +616,18 @@ class GenerationConfig(Declared):
             option=None,
         ),
     ] = MODELS["nano"]
+    loras: Annotated[
+        tuple[LoraRef, ...],
+        Setting(
+            kind=Tables(LoraRef, form="FILE:WEIGHT"),
+            label="LoRAs",
+            help="adapters that are added to the base's UNet and text encoders, in their order",
+            example=[{"source": "outlines.safetensors", "weight": 0.6}],
+            source=HU,
+            option="lora",
+            client=True,
+        ),
+    ] = ()
     scheduler: Annotated[
         str,
         Setting(
@@ -420,6 +651,48 @@ class GenerationConfig(Declared):
             limited_by="steps",
         ),
     ] = 25
+    sigma_schedule: Annotated[
+        str,
+        Setting(
+            kind=Choice(schedules.SIGMA_SCHEDULES),
+            label="Sigma schedule",
+            help="which noise levels the steps visit (own: as the scheduler's name says, else those of its timesteps)",
+            example="own",
+            source="karras: Karras et al. 2022 (arXiv 2206.00364); beta: Lee et al. 2024 (arXiv 2407.12173); "
+            "align_your_steps: Sabour et al. 2024 (arXiv 2404.14507); sgm_uniform: ComfyUI, A1111",
+        ),
+    ] = schedules.OWN
+    timestep_spacing: Annotated[
+        str,
+        Setting(
+            kind=Choice(schedules.SPACINGS),
+            label="Timestep spacing",
+            help="where the timesteps lie between first and last (own: as the model's scheduler has it)",
+            example="own",
+            source="Lin et al. 2023 (arXiv 2305.08891), table 2; diffusers: timestep_spacing",
+        ),
+    ] = schedules.OWN
+    sigmas: Annotated[
+        tuple[float, ...] | None,
+        Setting(
+            kind=Falling(Number(0, 10_000, between=True), schedules.MAX_STEPS, to_zero=True),
+            label="Sigmas",
+            help="noise levels of one's own, one for each step (left out: those of the sigma schedule)",
+            example=(14.6, 3.8, 0.9),
+            unit="sigma",
+            source="diffusers: sigmas",
+        ),
+    ] = None
+    timesteps: Annotated[
+        tuple[int, ...] | None,
+        Setting(
+            kind=Falling(Whole(0, schedules.TRAINED - 1), schedules.MAX_STEPS),
+            label="Timesteps",
+            help="timesteps of one's own, one for each step, as distilled models are given with (left out: spaced)",
+            example=(999, 749, 499, 249),
+            source="diffusers: timesteps",
+        ),
+    ] = None
     guidance_scale: Annotated[
         float,
         Setting(
@@ -447,14 +720,43 @@ class GenerationConfig(Declared):
     guidance_interval: Annotated[
         tuple[float, float] | None,
         Setting(
-            kind=Pair(Number(0, MAX_SIGMA), increasing=True),
+            kind=Pair(Number(0, 1000), increasing=True),
             label="Guidance interval",
-            help=f"the noise levels between which guidance is applied, {MAX_SIGMA} and all above it being one (left "
-            "out: all)",
+            help="the noise levels between which guidance is applied (left out: all)",
             example=(0.28, 5.42),
             unit="sigma",
             source="Kynkaanniemi et al. 2024 (arXiv 2404.07724)",
             step=0.1,
+        ),
+    ] = None
+    apg: Annotated[
+        ProjectedGuidance | None,
+        Setting(
+            kind=Table(ProjectedGuidance),
+            label="Projected guidance",
+            help="whether guidance is projected (APG) instead of plain",
+            example={"momentum": -0.5},
+            source=SADAT,
+        ),
+    ] = None
+    cfg_zero: Annotated[
+        ZeroStar | None,
+        Setting(
+            kind=Table(ZeroStar),
+            label="CFG-Zero*",
+            help="whether guidance scales the unguided prediction to fit (CFG-Zero*) instead of plain",
+            example={"zero_steps": 0},
+            source=FAN,
+        ),
+    ] = None
+    pag: Annotated[
+        PerturbedAttention | None,
+        Setting(
+            kind=Table(PerturbedAttention),
+            label="Perturbed attention",
+            help="whether a third row without self-attention guides, too (PAG)",
+            example={"scale": 3.0},
+            source=AHN,
         ),
     ] = None
     width: Annotated[
@@ -565,11 +867,12 @@ class GenerationConfig(Declared):
     @model_validator(mode="after")
     def _whole(self) -> "GenerationConfig":
         """The rules over several fields."""
-        most = FEWER_STEPS.get(self.scheduler, MAX_STEPS)
-        if self.steps > most:
-            raise ConfigError("steps", self.steps, f"at most {most} with the scheduler {self.scheduler}", most)
+        schedules.check(self)
         if self.model.zero_snr:
-            check_zero_snr(self.scheduler, self.model.prediction_type)
+            schedules.check_zero_snr(self.scheduler, self.model.prediction_type)
+        if self.apg is not None and self.cfg_zero is not None:
+            rule = "left out where apg is not, since either takes the place of plain guidance"
+            raise ConfigError("cfg_zero", self.cfg_zero.to_dict(), rule, "apg.momentum = -0.5")
         if self.refiner is not None and self.model.refiner is None:
             raise ConfigError(
                 "refiner",
@@ -614,6 +917,62 @@ class GenerationConfig(Declared):
         return cls.from_dict(cls.read_toml(path), path)
 
 
+class OfferedLora(Declared):
+    """A LoRA that clients may ask for by its name, within a range of weights."""
+
+    EXAMPLE: ClassVar[str] = "name"
+
+    name: Annotated[
+        str,
+        Setting(
+            kind=Text(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", meaning="1 to 64 letters, digits, dots, dashes"),
+            label="Name",
+            help="what clients call it",
+            example="outlines",
+        ),
+    ]
+    source: Annotated[
+        str,
+        Setting(
+            kind=MODEL,
+            label="LoRA",
+            help="a .safetensors file, which may lie in the slot's `loras/`, a folder, a hub id, or nano",
+            example="loras/outlines.safetensors",
+        ),
+    ]
+    revision: Annotated[
+        str | None, Setting(kind=REVISION, label="Revision", help="the commit of the hub id", example="main")
+    ] = None
+    file: Annotated[
+        str | None,
+        Setting(
+            kind=MODEL,
+            label="File",
+            help="the file's name in the folder, the hub id or nano",
+            example="outlines.safetensors",
+        ),
+    ] = None
+    weight: Annotated[
+        tuple[float, float],
+        Setting(
+            kind=Pair(LORA_WEIGHT, increasing=True),
+            label="Weight",
+            help="lowest and highest weight",
+            example=(0, 1),
+        ),
+    ] = (0.0, 1.0)
+    sha256: Annotated[
+        str | None, Setting(kind=SHA256, label="sha256", help="the checksum of its file", example="0" * 64)
+    ] = None
+
+    def at(self, weight: float | None) -> LoraRef:
+        """This one with the weight asked for, or its highest. Raises `ConfigError`."""
+        low, high = self.weight
+        rule = Setting(kind=Number(low, high), label="Weight", help="how much of it", example=high, name="weight")
+        chosen = high if weight is None else rule.check(weight)
+        return LoraRef(source=self.source, revision=self.revision, file=self.file, weight=chosen, sha256=self.sha256)
+
+
 class ServingLimits(Declared):
     """What a client of the service may ask for over the promoted values: ranges, both ends included. A slot keeps them
     in `serving.toml`, beside the configuration: they decide no image."""
@@ -649,6 +1008,24 @@ class ServingLimits(Declared):
         ),
     ] = (128, 512)
 
+    loras: Annotated[
+        tuple[OfferedLora, ...],
+        Setting(
+            kind=Tables(OfferedLora, most=1000),
+            label="LoRAs",
+            help="those that a client may ask for by name",
+            example=[{"name": "outlines", "source": "loras/outlines.safetensors", "weight": [0, 1]}],
+        ),
+    ] = ()
+
+    @model_validator(mode="after")
+    def _named_once(self) -> "ServingLimits":
+        names = [each.name for each in self.loras]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise ConfigError(f"loras.{place}.name", name, "a name of its own", f'name = "{name}-2"')
+        return self
+
     @classmethod
     def for_model(cls, model: ModelRef) -> "ServingLimits":
         """Sound limits for a model: nano's, or those of the real SDXL."""
@@ -661,12 +1038,42 @@ class ServingLimits(Declared):
         low, high = getattr(self, setting.limited_by)
         return replace(setting, kind=replace(setting.kind, low=low, high=high))  # type: ignore[call-arg]
 
+    def with_asked(self, asked: Iterable[Mapping[str, Any]], promoted: GenerationConfig) -> tuple[LoraRef, ...]:
+        """The promoted LoRAs, then those that a client asks for, each `{"name": ..., "weight": ...}`. One that
+        is promoted already gets the weight asked for. Raises `ConfigError`."""
+        offered = {each.name: each for each in self.loras}
+        found = list(promoted.loras)
+        named: set[str] = set()
+        for place, one in enumerate(asked):
+            name = str(one["name"])
+            example = next(iter(offered), "outlines")
+            if name not in offered:
+                rule = f"one that is offered here: {', '.join(offered) or 'there is none'}"
+                raise ConfigError(f"loras.{place}.name", name, rule, example, near=nearest(name, offered))
+            if name in named:
+                raise ConfigError(f"loras.{place}.name", name, "named once", example)
+            named.add(name)
+            try:
+                ref = offered[name].at(one.get("weight"))
+            except ConfigError as error:
+                raise error.within(str(place)).within("loras") from None
+            places = [at for at, each in enumerate(found) if _file_of(each) == _file_of(ref)]
+            for at in places:
+                found[at] = ref
+            found += [] if places else [ref]
+        return GenerationConfig.checked("loras", found)  # type: ignore[no-any-return]
+
     def check(self, asked: Mapping[str, Any], promoted: GenerationConfig) -> None:
         """`ConfigError` for the first of the settings that is outside the limits, with the promoted value as the
         example."""
         for name, setting in GenerationConfig.settings().items():
             if setting.limited_by is not None and name in asked:
                 replace(self.narrowed(setting), example=promoted.value(name)).check(asked[name])
+
+
+def _file_of(ref: LoraRef) -> object:
+    """What two references to one file have in common."""
+    return ref.sha256 or (ref.source, ref.revision, ref.file)
 
 
 def migrated_config(content: Mapping[str, Any]) -> tuple[GenerationConfig, ServingLimits]:
@@ -744,6 +1151,16 @@ class RuntimeProfile(Declared):
             example=True,
         ),
     ] = False
+    lora_mib: Annotated[
+        int,
+        Setting(
+            kind=Whole(1, 1_000_000),
+            label="Memory for LoRAs",
+            help="what LoRAs that no image under way has may keep; those used longest ago go first",
+            example=1024,
+            unit="MiB",
+        ),
+    ] = 1024
     threads: Annotated[
         int | None,
         Setting(
@@ -789,18 +1206,6 @@ class RuntimeProfile(Declared):
             example=True,
         ),
     ] = False
-
-
-def check_zero_snr(scheduler: str, prediction_type: str | None) -> None:
-    """`ConfigError` for a scheduler that cannot begin at pure noise, or not with what the model predicts."""
-    able = [name for name in SCHEDULERS if name not in NO_ZERO_SNR]
-    if scheduler in NO_ZERO_SNR:
-        rule = f"one of {', '.join(able)} with a model of zero terminal SNR, whose betas the others do not rescale"
-        raise ConfigError("scheduler", scheduler, rule, "euler")
-    if scheduler in DIVIDE_BY_SIGNAL and prediction_type == "epsilon":
-        able = [name for name in able if name not in DIVIDE_BY_SIGNAL]
-        rule = f"one of {', '.join(able)} with a model of zero terminal SNR that predicts noise, since the others "
-        raise ConfigError("scheduler", scheduler, rule + "divide by the signal, which begins at zero", "euler")
 
 
 def checked_prompt(prompt: object) -> str:

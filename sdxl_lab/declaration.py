@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import GenericAlias, MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -25,8 +26,10 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
+    model_serializer,
 )
 from pydantic_core import CoreSchema
 
@@ -69,6 +72,9 @@ def _shown(field: str, example: object) -> str:
         return str(example)
     if isinstance(example, Mapping):
         return ", ".join(f"{field}.{name} = {json.dumps(value)}" for name, value in example.items())
+    if isinstance(example, list | tuple) and example and all(isinstance(each, Mapping) for each in example):
+        tables = ("{ " + ", ".join(f"{name} = {json.dumps(v)}" for name, v in each.items()) + " }" for each in example)
+        return f"{field} = [{', '.join(tables)}]"
     return f"{field} = {json.dumps(example)}"
 
 
@@ -88,8 +94,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def left_out(value: object) -> bool:
-    """Whether a plain value says that a nested class is left out, as `Declared.changed` reads it."""
-    return value is None or value is False or value == NONE
+    """Whether a plain value says that a nested class, or every table of a list, is left out, as `Declared.changed`
+    reads it."""
+    return value is None or value is False or value == NONE or (isinstance(value, list | tuple) and not value)
 
 
 # --- kinds of values -------------------------------------------------------------------------------------------------
@@ -299,6 +306,53 @@ def _increasing(pair: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Falling(Kind):
+    """Values of one kind, at least one and at most so many, each below the one before it. `to_zero` lets a 0 stand at
+    the end that is not one of them, as where such a list always ends there: it is left off."""
+
+    each: Kind
+    most: int
+    to_zero: bool = False
+
+    @property
+    def words(self) -> str:
+        end = "; a 0 at the end is left off" if self.to_zero else ""
+        return f"up to {self.most} values, each {self.each.words}, the largest first{end}"
+
+    @property
+    def type(self) -> Any:
+        return GenericAlias(tuple, (self.each.type, ...))
+
+    @property
+    def checked(self) -> Any:
+        values: Any = GenericAlias(tuple, (self.each.checked, ...))
+        before = [BeforeValidator(_without_end)] if self.to_zero else []
+        length = Field(strict=True, min_length=1, max_length=self.most)
+        return Annotated[values, length, AfterValidator(_falling), *before, BeforeValidator(_tuple)]
+
+    def read(self, word: str) -> Any:
+        return self.each.read(word)
+
+    def read_all(self, text: str) -> tuple[Any, ...]:
+        """The values of a text with commas or blanks between them; ValueError where one is none."""
+        return tuple(self.read(word) for word in text.replace(",", " ").split())
+
+    def written(self, values: Iterable[Any]) -> str:
+        """The inverse of `read_all`."""
+        return ", ".join(str(value) for value in values)
+
+
+def _without_end(values: object) -> object:
+    return values[:-1] if isinstance(values, tuple) and len(values) > 1 and values[-1] == 0 else values
+
+
+def _falling(values: Any) -> Any:
+    if any(second >= first for first, second in pairwise(values)):
+        raise ValueError("must fall")
+    return values
+
+
+@dataclass(frozen=True)
 class Table(Kind):
     """Settings of their own, declared by the class `of`."""
 
@@ -315,6 +369,47 @@ class Table(Kind):
     @property
     def checked(self) -> Any:
         return self.of
+
+
+@dataclass(frozen=True)
+class Tables(Kind):
+    """Any number of tables up to `most`, in an order that counts, each declared by the class `of`.
+
+    A setting inside one is named by its place, from 0: `loras.0.weight`. The class reads a table from a word of a
+    command line (`of.of`), whose parts `form` names, and writes it as one (`Declared.word`).
+    """
+
+    of: "type[Declared]"
+    most: int = 16
+    form: str = "TABLE"
+
+    @property
+    def words(self) -> str:
+        return f"a list of at most {self.most} {self.of.__name__} tables"
+
+    @property
+    def type(self) -> Any:
+        return GenericAlias(tuple, (self.of, ...))
+
+    @property
+    def checked(self) -> Any:
+        tables: Any = GenericAlias(tuple, (self.of, ...))
+        return Annotated[tables, Field(strict=True, max_length=self.most), BeforeValidator(self._made)]
+
+    def _made(self, value: object) -> object:
+        """The tables that plain values stand for; what is none is left for pydantic to refuse."""
+        if not isinstance(value, list | tuple):
+            return value
+        made = []
+        for place, each in enumerate(value):
+            try:
+                made.append(self.of.of(each))
+            except ConfigError as error:
+                raise error.within(str(place)) from None
+        return tuple(made)
+
+    def read(self, word: str) -> Any:
+        return self.of.of(word)
 
 
 # --- a setting -------------------------------------------------------------------------------------------------------
@@ -444,13 +539,15 @@ class Declared(BaseModel):
     @classmethod
     @cache
     def settings(cls) -> Mapping[str, Setting]:
-        """Every setting by its name, in the order of the fields; after a table its own, with dotted names."""
+        """Every setting by its name, in the order of the fields; after a table its own, with dotted names. Those of the
+        tables in a list have a place in their names, and only `setting` knows them."""
         found: dict[str, Setting] = {}
         for name, field in cls.model_fields.items():
             marks = [mark for mark in field.metadata if isinstance(mark, Setting)]
             if len(marks) != 1:
                 raise TypeError(f"the field {name} of {cls.__name__} must be annotated with one Setting")
-            setting = found[name] = marks[0].declared(name, field.annotation, field.default)
+            default = None if field.is_required() else field.default
+            setting = found[name] = marks[0].declared(name, field.annotation, default)
             if isinstance(setting.kind, Table):
                 for inner in setting.kind.of.settings().values():
                     default = inner.default if setting.default is None else setting.default.value(inner.name)
@@ -461,6 +558,12 @@ class Declared(BaseModel):
     def setting(cls, name: str, value: object = None) -> Setting:
         """A setting by its (dotted) name; `ConfigError` for an unknown one, which says what `value` it was to have."""
         settings = cls.settings()
+        outer, _, inside = name.partition(".")
+        place, _, inner = inside.partition(".")
+        if outer in settings and isinstance(kind := settings[outer].kind, Tables) and _is_place(place):
+            if inner in kind.of.settings():
+                return replace(kind.of.settings()[inner], name=name)
+            raise kind.of._unknown(inner, value, kind.of.settings()).within(place).within(outer)
         if name not in settings:
             raise cls._unknown(name, value, settings)
         return settings[name]
@@ -477,11 +580,21 @@ class Declared(BaseModel):
         self.setting(name)
         found: Any = self
         for part in name.split("."):
-            found = None if found is None else getattr(found, part)
+            if isinstance(found, tuple):
+                found = found[int(part)] if int(part) < len(found) else None
+            else:
+                found = None if found is None else getattr(found, part)
         return found
 
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A list without tables is left out: what was written before there was such a setting stays as it is."""
+        empty = [name for name in type(self).model_fields if getattr(self, name) == ()]
+        plain: dict[str, Any] = handler(self)
+        return {name: value for name, value in plain.items() if name not in empty}
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only: what TOML and JSON hold. Fields that are None are left out."""
+        """Plain values only: what TOML and JSON hold. Fields that are None, and lists without tables, are left out."""
         return self.model_dump(mode="json", exclude_none=True)
 
     @classmethod
@@ -511,6 +624,11 @@ class Declared(BaseModel):
         """These settings from what a door has: a table of plain values; anything else as it is."""
         return cls.from_dict(value) if isinstance(value, Mapping) else value
 
+    @property
+    def word(self) -> str:
+        """These settings as a word that `of` reads. For the tables of a list, which a panel shows side by side."""
+        raise NotImplementedError
+
     def differs(self, other: Self) -> list[str]:
         """The fields in which these settings are not the other ones."""
         return [name for name in type(self).model_fields if getattr(self, name) != getattr(other, name)]
@@ -526,10 +644,11 @@ class Declared(BaseModel):
         """A copy with some settings changed, all at once. Every door's changes come through here.
 
         Names are dotted for nested settings. Values are plain, as TOML, a command line and HTTP have them: a list for
-        a pair, a table for a nested class, a name for the model. Left out is None or the word `none`; a door that has a
-        null of its own passes `none=None` and may then have a text of that word. A nested class that may be left out
-        is also switched: true takes it as it is, or with its defaults where there was none; false leaves it out. A
-        setting inside it brings it where nothing is said of it. Raises `ConfigError`.
+        a pair, a table for a nested class, a list of them for `Tables`, a name for the model. Left out is None or the
+        word `none`; a door that has a null of its own passes `none=None` and may then have a text of that word. A
+        nested class that may be left out is also switched: true takes it as it is, or with its defaults where there was
+        none; false leaves it out. A setting inside it brings it where nothing is said of it; one inside a list's table
+        brings none. Raises `ConfigError`.
         """
         changes: dict[str, Any] = {}
         inside: dict[str, dict[str, Any]] = {}
@@ -540,13 +659,18 @@ class Declared(BaseModel):
                 inside.setdefault(outer, {})[inner] = given
                 continue
             value = None if setting.optional and isinstance(given, str) and given == none else given
+            if isinstance(setting.kind, Tables) and (given is None or given == none):
+                value = ()
             if isinstance(setting.kind, Table):
                 value = _switched(setting, value, getattr(self, name))
             changes[name] = value
         for outer, more in inside.items():
             kind = self.setting(outer).kind
-            assert isinstance(kind, Table)
             whole = changes.get(outer, getattr(self, outer))
+            if isinstance(kind, Tables):
+                changes[outer] = _placed(outer, self.checked(outer, whole), more, none)
+                continue
+            assert isinstance(kind, Table)
             if whole is None:
                 if outer in changes:
                     name = next(iter(more))
@@ -567,7 +691,7 @@ class Declared(BaseModel):
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if value != field.default:
-                found[name] = value.distinct() if isinstance(value, Declared) else value
+                found[name] = _distinct(value)
         return found
 
     @property
@@ -579,6 +703,36 @@ class Declared(BaseModel):
     def short_digest(self) -> str:
         """The digest's first 12 digits, for people."""
         return short(self.digest)
+
+
+def _distinct(value: Any) -> Any:
+    if isinstance(value, Declared):
+        return value.distinct()
+    tables = isinstance(value, tuple) and any(isinstance(each, Declared) for each in value)
+    return [each.distinct() for each in value] if tables else value
+
+
+def _is_place(part: str) -> bool:
+    """Whether it says which of the tables in a list is meant: 0, 1, 2, ..."""
+    return part.isascii() and part.isdigit()
+
+
+def _placed(name: str, tables: "tuple[Declared, ...]", more: Mapping[str, Any], none: str | None) -> Any:
+    """The tables of a list with some settings inside them changed, whose names begin with the table's place."""
+    changes: dict[int, dict[str, Any]] = {}
+    for inner, given in more.items():
+        place, _, rest = inner.partition(".")
+        if int(place) >= len(tables):
+            rule = f"a setting of one of the {len(tables)} that are there, counted from 0"
+            raise ConfigError(f"{name}.{inner}", given, rule, f"{name}.0.{rest} = ..., and a table for it")
+        changes.setdefault(int(place), {})[rest] = given
+    made = list(tables)
+    for at, values in changes.items():
+        try:
+            made[at] = made[at].changed(values, none)
+        except ConfigError as error:
+            raise error.within(str(at)).within(name) from None
+    return tuple(made)
 
 
 def _switched(setting: Setting, value: object, current: "Declared | None") -> object:

@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from sdxl_lab.config import canonical, is_file
+from sdxl_lab.config import LoraRef, canonical, is_file
 from sdxl_lab.record import ImageRecord, RecordError
+from sdxl_lab.schedules import SCHEDULE_TYPES
 
 RECORD_KEY = "sdxl_lab"
 # The 48 bits that Stability's reference code and diffusers' StableDiffusionXLWatermarker write.
@@ -116,9 +117,13 @@ def read_record(source: Path | str | bytes) -> ImageRecord:
 def a1111_parameters(record: ImageRecord) -> str:
     """The text A1111 writes into its PNGs: prompt, negative prompt, one line of settings."""
     config = record.config
+    # Where the name of ours has a schedule in it, so had A1111's until 1.9, and this record's.
+    sampler, by_name, _ = record.sampler.partition(f" {SCHEDULE_TYPES['karras']}")
+    schedule = by_name.strip() or SCHEDULE_TYPES.get(config.sigma_schedule)
     settings: dict[str, Any] = {
         "Steps": config.steps,
-        "Sampler": record.sampler,
+        "Sampler": sampler,
+        **({"Schedule type": schedule} if schedule else {}),
         "CFG scale": config.guidance_scale,
         "Seed": record.seed,
         "Size": f"{config.width}x{config.height}",
@@ -136,8 +141,12 @@ def a1111_parameters(record: ImageRecord) -> str:
         settings["Refiner switch at"] = config.refiner.handover
     if config.model.zero_snr or record.scheduler.get("rescale_betas_zero_snr"):
         settings["Noise Schedule"] = "Zero Terminal SNR"
+    if config.loras:
+        settings["Lora hashes"] = f'"{", ".join(f"{ref.name}: {_lora_hash(record, ref)}" for ref in config.loras)}"'
     settings["Version"] = f"SDXL Lab {record.version}"
-    lines = [record.prompt]
+    lines = [
+        record.prompt + "".join(_lora_word(ref) for ref in config.loras if f"<lora:{ref.name}:" not in record.prompt)
+    ]
     if config.negative_prompt:
         lines.append(f"Negative prompt: {config.negative_prompt}")
     lines.append(", ".join(f"{key}: {value}" for key, value in settings.items()))
@@ -149,6 +158,19 @@ def _a1111_weights(kind: str, name: str, sha256: str | None) -> dict[str, str]:
     if not is_file(name):
         return {kind: name}
     return {kind: Path(name).stem} | ({f"{kind} hash": sha256[:10]} if sha256 else {})
+
+
+def _lora_word(ref: LoraRef) -> str:
+    """A LoRA in A1111's notation. With two weights, the first is the text encoders'."""
+    if ref.text_weight == ref.weight:
+        return f" <lora:{ref.name}:{ref.weight:g}>"
+    return f" <lora:{ref.name}:{ref.text_weight:g}:{ref.weight:g}>"
+
+
+def _lora_hash(record: ImageRecord, ref: LoraRef) -> str:
+    """The first 10 digits of the file's sha256, by which model sites find it (AutoV2)."""
+    known = ref.sha256 or record.weights.get(f"lora {ref.name}", "").removeprefix("sha256 ")
+    return known[:10] or "unknown"
 
 
 def preview(latents: np.ndarray, latent_rgb: np.ndarray) -> Image.Image:

@@ -63,6 +63,11 @@ class Deployment:
 
             engine = Engine.load(self.slot.config, self.settings.profile, self.settings.max_queue)
             limits = PromptLimits(engine.models.base.tokenizers)
+            try:
+                engine.prepare([*self.slot.config.loras, *(each.at(None) for each in self.slot.limits.loras)])
+            except BaseException:
+                engine.close()
+                raise
         except Exception as error:
             log.error("cannot serve the slot %s: %s", self.slot.folder, error)
             log.debug("loading failed", exc_info=True)

@@ -9,12 +9,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
-from sdxl_lab.config import MAX_SIGMA, ConfigError, RefinerConfig
-from sdxl_lab.diffusion import schedulers
+from sdxl_lab.config import ConfigError, RefinerConfig
+from sdxl_lab.diffusion import guiders, schedulers
+from sdxl_lab.diffusion.attention import PLACES, perturbs
 from sdxl_lab.diffusion.batching import Part
 from sdxl_lab.diffusion.latency import Group
 from sdxl_lab.diffusion.models import Denoiser, Embedding, Models, Prompt
@@ -23,17 +23,21 @@ from sdxl_lab.job import ImageRequest
 DenoiserName = Literal["base", "refiner"]
 Embed = Callable[[DenoiserName, Prompt], Embedding]
 
+LARGEST = 1000.0  # the largest noise level that a guidance interval can name: it stands for all above, too
+
 
 class Rows(NamedTuple):
-    """UNet inputs, one row or two (unguided, guided): latents (n, 4, h, w), timesteps (n,), text (n, 77, width),
-    pooled text (n, projection), micro-conditioning (n, 5 or 6), and for a distilled UNet what tells it the guidance
-    scale (n, its width), which has no columns for others."""
+    """UNet inputs, one row to three (unguided, guided, perturbed): latents (n, 4, h, w), timesteps (n,), text (n, 77,
+    width), pooled text (n, projection), micro-conditioning (n, 5 or 6), on the CPU the codes (n,) of the blocks in
+    which a row is perturbed, 0 for none, and what tells a distilled UNet the guidance scale (n, its width), which has
+    no columns for others."""
 
     latents: torch.Tensor
     timesteps: torch.Tensor
     hidden: torch.Tensor
     pooled: torch.Tensor
     time_ids: torch.Tensor
+    perturbed: torch.Tensor
     timestep_cond: torch.Tensor
 
     def padded(self, count: int) -> "Rows":
@@ -43,8 +47,9 @@ class Rows(NamedTuple):
 
 
 def rows_of(request: ImageRequest) -> int:
-    """The most rows an image takes in one call: two with guidance, else one."""
-    return 2 if request.config.guidance_scale > 1 else 1
+    """The most rows an image takes in one call: one, one more with guidance, and one more with a perturbed row."""
+    config = request.config
+    return 1 + (config.guidance_scale > 1) + (config.pag is not None and config.pag.scale > 0)
 
 
 def calls_of(request: ImageRequest) -> int:
@@ -78,12 +83,23 @@ def _cutoff(scheduler: SchedulerMixin, handover: float) -> int:
     return round(train - handover * train)
 
 
+class Guidance(NamedTuple):
+    """How a call is guided: by an unguided row or not, and how far away from a perturbed row (0: there is none)."""
+
+    by_text: bool
+    by_attention: float
+
+    @property
+    def rows(self) -> int:
+        return 1 + self.by_text + (self.by_attention > 0)
+
+
 class Seen(NamedTuple):
-    """A step as the UNet saw it: the scaled latents it was given, its prediction after guidance, the timestep."""
+    """A step as the UNet saw it: the scaled latents it was given, its prediction after guidance, the noise level."""
 
     scaled: torch.Tensor
     prediction: torch.Tensor
-    timestep: float
+    sigma: float
 
 
 class Stage:
@@ -106,16 +122,22 @@ class Stage:
     ) -> None:
         self.name, self.denoiser, self.config = name, denoiser, request.config
         config = request.config
-        self.scheduler = schedulers.build(config.scheduler, denoiser.scheduler_config, seed=request.seed)
-        self.scheduler.set_timesteps(config.steps, device=device)
+        self.scheduler = schedulers.build(config, denoiser.scheduler_config, seed=request.seed)
+        schedulers.set_timesteps(self.scheduler, config, device)
         part = stretch(self.scheduler)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(part.start)
-        self.timesteps = self.scheduler.timesteps[part]
+        self.timesteps, self.sigmas = self.scheduler.timesteps[part], schedulers.sigmas(self.scheduler)[part]
         self.index = 0
         self.seen: Seen | None = None
         guided = config.guidance_scale > 1 and denoiser.unet.config.time_cond_proj_dim is None
-        self.guides = [guided and self._inside(float(timestep)) for timestep in self.timesteps]
+        zeros = config.cfg_zero.zero_steps if config.cfg_zero else 0
+        self.zeros = max(
+            0, zeros - part.start
+        )  # of this stage's calls: they are counted from the first of the schedule
+        self.guidance = [self._guidance(guided, index) for index in range(len(self.timesteps))]
+        self.guider = guiders.guider_of(config)
+        self.place = 0 if config.pag is None else self._place(config.pag.layers)
         self.positive = embed(name, Prompt(request.prompt, config.clip_skip))
         # The pipelines skip layers for the positive prompt alone.
         self.negative = embed(name, Prompt(config.negative_prompt)) if guided else self.positive
@@ -143,24 +165,27 @@ class Stage:
             ids = [(*original, *config.crop, *target)] * 2
         return torch.tensor(ids, dtype=torch.float32, device=self.positive.hidden.device)
 
-    def _inside(self, timestep: float) -> bool:
-        """Whether guidance applies at this timestep's noise level."""
-        interval = self.config.guidance_interval
-        if interval is None:
-            return True
-        return interval[0] <= min(self._sigma(timestep), MAX_SIGMA) <= interval[1]
+    def _guidance(self, guided: bool, index: int) -> Guidance:
+        """How the call of this index is guided: not at all outside the interval, nor where its prediction is zero."""
+        low, high = self.config.guidance_interval or (0.0, LARGEST)
+        if index < self.zeros or not low <= min(self.sigmas[index], LARGEST) <= high:
+            return Guidance(False, 0.0)
+        return Guidance(guided, guiders.perturbed_scale(self.config.pag, float(self.timesteps[index])))
 
-    def _sigma(self, timestep: float) -> float:
-        sigmas = self.denoiser.sigmas
-        return float(np.interp(timestep, np.arange(len(sigmas)), sigmas))
+    def _place(self, layers: str) -> int:
+        """The code of the blocks that are perturbed."""
+        if not perturbs(self.denoiser.unet, layers):
+            rule = f"blocks in which the {self.name}'s UNet has self-attention of SDXL's kind"
+            raise ConfigError("pag.layers", layers, rule, "mid")
+        return PLACES[layers]
 
     def denoised(self) -> torch.Tensor | None:
         """The clean latents (1, 4, h, w) that the last prediction points to; None before the first."""
         if self.seen is None:
             return None
-        scaled, prediction, timestep = self.seen
-        sigma = self._sigma(timestep)
-        signal, noise = 1 / (sigma**2 + 1) ** 0.5, sigma / (sigma**2 + 1) ** 0.5  # of the scaled latents
+        scaled, prediction, sigma = self.seen
+        signal = 1 / (sigma**2 + 1) ** 0.5  # of the scaled latents; 0 where sigma is infinite
+        noise = (1 - signal**2) ** 0.5
         if self.scheduler.config.prediction_type == "v_prediction":
             return signal * scaled - noise * prediction
         return (scaled - noise * prediction) / signal
@@ -170,46 +195,55 @@ class Stage:
         return self.index >= len(self.timesteps)
 
     def row_count(self) -> int:
-        return 2 if self.guides[self.index] else 1
+        return self.guidance[self.index].rows
 
     @property
     def total_rows(self) -> int:
         """UNet rows of the whole stage: what it costs."""
-        return len(self.guides) + sum(self.guides)
+        return sum(guidance.rows for guidance in self.guidance)
 
     def inputs(self, latents: torch.Tensor) -> Rows:
-        timestep = self.timesteps[self.index]
+        timestep, guidance = self.timesteps[self.index], self.guidance[self.index]
         self._scaled = scaled = self.scheduler.scale_model_input(latents, timestep)
-        if self.guides[self.index]:
-            hidden = torch.cat([self.negative.hidden, self.positive.hidden])
-            pooled = torch.cat([self.negative.pooled, self.positive.pooled])
-            cond = self.timestep_cond.expand(2, -1)
-            return Rows(torch.cat([scaled] * 2), timestep.float().repeat(2), hidden, pooled, self.time_ids, cond)
-        hidden, pooled = self.positive
-        return Rows(scaled, timestep.float().repeat(1), hidden, pooled, self.time_ids[1:], self.timestep_cond)
+        rows = [(self.positive, 1, 0)]  # embedding, micro-conditioning, code
+        if guidance.by_text:
+            rows.insert(0, (self.negative, 0, 0))
+        if guidance.by_attention:
+            rows.append((self.positive, 1, self.place))
+        return Rows(
+            torch.cat([scaled] * len(rows)),
+            timestep.float().repeat(len(rows)),
+            torch.cat([embedding.hidden for embedding, _, _ in rows]),
+            torch.cat([embedding.pooled for embedding, _, _ in rows]),
+            torch.cat([self.time_ids[index : index + 1] for _, index, _ in rows]),
+            torch.tensor([code for _, _, code in rows]),
+            self.timestep_cond.expand(len(rows), -1),
+        )
 
     def take(self, prediction: torch.Tensor, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Guidance, then the scheduler's own step: the latents of the next index."""
-        if self.guides[self.index]:
-            negative, positive = prediction.chunk(2)
-            prediction = guide(negative, positive, self.config.guidance_scale, self.config.guidance_rescale)
-        self.seen = Seen(self._scaled, prediction, float(self.timesteps[self.index]))
+        prediction = self._guided(prediction)
+        self.seen = Seen(self._scaled, prediction, float(self.sigmas[self.index]))
         options = self.options | ({"generator": generator} if self.takes_generator else {})
         timestep = self.timesteps[self.index]
         after = self.scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
         self.index += 1
         return after.to(latents.dtype)
 
-
-def guide(negative: torch.Tensor, positive: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), with the rescale of Lin et al. 2023
-    (arXiv 2305.08891, section 3.4) by `rescale`."""
-    guided = negative + scale * (positive - negative)
-    if rescale > 0:
-        axes = list(range(1, positive.ndim))
-        matched = guided * (positive.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
-        guided = rescale * matched + (1 - rescale) * guided
-    return guided
+    def _guided(self, predictions: torch.Tensor) -> torch.Tensor:
+        """The prediction (1, 4, h, w) that the rows of a call make together."""
+        guidance, rows = self.guidance[self.index], list(predictions.split(1))
+        if self.index < self.zeros:
+            return torch.zeros_like(predictions)
+        unguided = rows.pop(0) if guidance.by_text else None
+        found = guided = rows.pop(0)
+        if unguided is not None:
+            found = self.guider(unguided, guided, self.config.guidance_scale)
+        if guidance.by_attention:
+            found = guiders.away_from(found, guided, rows.pop(0), guidance.by_attention)
+        if unguided is not None and self.config.guidance_rescale > 0:
+            found = guiders.rescaled(found, guided, self.config.guidance_rescale)
+        return found
 
 
 def guidance_embedding(scale: float, width: int, device: torch.device) -> torch.Tensor:
@@ -327,8 +361,8 @@ class Trajectory:
         """The calls that are left, as the batcher counts them: runs of calls with the same rows."""
         found: list[Part] = []
         for stage in self.stages:
-            for guided in stage.guides[stage.index :]:
-                part = Part(self._group(stage), 2 if guided else 1, 1)
+            for guidance in stage.guidance[stage.index :]:
+                part = Part(self._group(stage), guidance.rows, 1)
                 if found and found[-1][:2] == part[:2]:
                     part = part._replace(calls=found.pop().calls + 1)
                 found.append(part)

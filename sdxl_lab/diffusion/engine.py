@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +24,10 @@ import torch
 import transformers
 from PIL import Image
 
-from sdxl_lab.config import GenerationConfig, RuntimeProfile
+from sdxl_lab.config import GenerationConfig, LoraRef, RuntimeProfile
+from sdxl_lab.diffusion import adapters
+from sdxl_lab.diffusion.adapters import Applied, Loras
+from sdxl_lab.diffusion.attention import asked
 from sdxl_lab.diffusion.batching import Batcher, Part
 from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
 from sdxl_lab.diffusion.inventory import differing, identity
@@ -54,6 +57,7 @@ class Work:
     exact: bool
     started: float = 0.0
     trajectory: Trajectory | None = None
+    loras: Applied = adapters.NONE
 
 
 @dataclass(frozen=True)
@@ -92,14 +96,15 @@ class Engine:
         self._batcher = Batcher(self._latency, profile.rows, profile.active, profile.order)
         self._works: dict[Job[Any], Work] = {}  # with the batcher and its measurements, under the lock of `_wake`
         self._wake = threading.Condition()
-        self._chores: deque[tuple[Future[None], Callable[[], None]]] = deque()
+        self._chores: deque[tuple[Future[None], Callable[[], object]]] = deque()
         self._closed = False
         self._ticks = 0
         self._forecast_made, self._forecast_took = -math.inf, 0.0
         self._forecasts: dict[Hashable, Forecast] = {}
         self._last_call = (0, 0.0)
         self._all_calls = (0, 0, 0.0)  # calls, rows, seconds: replaced whole, so that a reader needs no lock
-        self._embeddings: OrderedDict[tuple[DenoiserName, Prompt, bool], Embedding] = OrderedDict()
+        self._embeddings: OrderedDict[tuple[Any, ...], Embedding] = OrderedDict()
+        self._loras = Loras(models.base, profile.lora_mib << 20)
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -188,6 +193,11 @@ class Engine:
         with self._wake:
             self._wake.notify()
 
+    def prepare(self, loras: Sequence[LoraRef]) -> None:
+        """Read LoRAs before anybody waits for an image with them. Raises `ModelError` for one that cannot be read or
+        does not fit, `EngineStopped`."""
+        self._do(lambda: [self._loras.applied([ref]) for ref in loras])
+
     # --- the whole of it ---------------------------------------------------------------------------------------------
 
     def room_seconds(self) -> float | None:
@@ -239,12 +249,16 @@ class Engine:
         """Measure what calls of a few row counts take, before anybody waits for an image: a new engine learns it from
         its first images else. Ends after so many seconds, at once where the configuration's size is known from an
         earlier start; a compiled UNet is called until all its row counts are compiled. Raises `EngineStopped`."""
-        future: Future[None] = Future()
         limit = math.inf if self.profile.compile else seconds
+        self._do(lambda: self._calibrate(ImageRequest(config, "a calibration", 0), limit))
+
+    def _do(self, chore: Callable[[], object]) -> None:
+        """Have the engine's thread do it between two calls, and wait. Raises what it raises, or `EngineStopped`."""
+        future: Future[None] = Future()
         with self._wake:
             if not self.healthy:
                 raise EngineStopped(self.failure or "the engine is closed")
-            self._chores.append((future, lambda: self._calibrate(ImageRequest(config, "a calibration", 0), limit)))
+            self._chores.append((future, chore))
             self._wake.notify()
         try:
             future.result()
@@ -253,7 +267,7 @@ class Engine:
 
     def _calibrate(self, request: ImageRequest, seconds: float) -> None:
         self._use_threads(self.profile.exact)
-        trajectory = Trajectory(self.models, request, partial(self._embed, self.profile.exact))
+        trajectory = Trajectory(self.models, request, partial(self._embed, self.profile.exact, adapters.NONE))
         group, row = trajectory.group, Rows(*(part[:1] for part in trajectory.inputs()))
         ends, warm = time.monotonic() + seconds, 0
         while not self._closed and (count := self._batcher.untried(group)) is not None:
@@ -427,7 +441,9 @@ class Engine:
             if work.trajectory is None:
                 work.started = time.monotonic()
                 try:
-                    work.trajectory = Trajectory(self.models, work.job.request, partial(self._embed, work.exact))
+                    work.loras = self._loras.applied(work.job.request.config.loras)
+                    embed = partial(self._embed, work.exact, work.loras)
+                    work.trajectory = Trajectory(self.models, work.job.request, embed)
                     work.job.run()
                 except Exception as error:
                     self._end(work.job, error)
@@ -450,11 +466,14 @@ class Engine:
         self._forget(job)
         job.deliver(error)
 
-    def _embed(self, exact: bool, name: DenoiserName, prompt: Prompt) -> Embedding:
-        """Embeddings are kept for the prompts used last."""
-        key = (name, prompt, exact)
+    def _embed(self, exact: bool, loras: Applied, name: DenoiserName, prompt: Prompt) -> Embedding:
+        """Embeddings are kept for the prompts used last, with the LoRAs of the text encoders that they were made with:
+        the base's, since LoRAs are made for it."""
+        applied = loras if name == "base" else adapters.NONE
+        key = (name, prompt, exact, applied.text)
         if key not in self._embeddings:
-            self._embeddings[key] = getattr(self.models, name).embed(prompt)
+            with self._loras.in_text(applied):
+                self._embeddings[key] = getattr(self.models, name).embed(prompt)
             if len(self._embeddings) > 256:
                 self._embeddings.popitem(last=False)
         self._embeddings.move_to_end(key)
@@ -463,6 +482,7 @@ class Engine:
     def _step(self, picked: list[Work], exact: bool) -> None:
         """One UNet call for all of them. If it fails they are tried apart, so that only the culprit fails; if memory
         ran out, the budget is halved first."""
+        picked = sorted(picked, key=lambda work: work.loras.order)  # the same LoRAs side by side
         trajectories = [work.trajectory for work in picked if work.trajectory]
         began, group = time.monotonic(), trajectories[0].group
         predictions: tuple[torch.Tensor, ...] | None = None
@@ -470,7 +490,7 @@ class Engine:
         try:
             inputs = [trajectory.inputs() for trajectory in trajectories]
             with nullcontext() if exact else self._threads.call((group, sum(len(each.timesteps) for each in inputs))):
-                predictions = self._predict(group.name, inputs)
+                predictions = self._changed_predict(group.name, inputs, [work.loras for work in picked])
         except Exception as error:
             if len(picked) == 1:
                 self._end(picked[0].job, error)
@@ -518,20 +538,29 @@ class Engine:
         if self.models.device.type == "cuda":
             torch.cuda.synchronize(self.models.device)
 
+    def _changed_predict(self, name: str, inputs: list[Rows], loras: list[Applied]) -> tuple[torch.Tensor, ...]:
+        """`_predict` with the LoRAs of each image in its rows, which are the base's."""
+        if name != "base" or not any(each.unet for each in loras):
+            return self._predict(name, inputs)
+        with self._loras.in_unet([(each, len(rows.timesteps)) for each, rows in zip(loras, inputs, strict=True)]):
+            return self._predict(name, inputs, bare=True)
+
     @torch.inference_mode()
-    def _predict(self, name: str, inputs: list[Rows]) -> tuple[torch.Tensor, ...]:
-        """The UNet's answer for every image's rows."""
+    def _predict(self, name: str, inputs: list[Rows], *, bare: bool = False) -> tuple[torch.Tensor, ...]:
+        """The UNet's answer for every image's rows; `bare`, without its graphs and its compiled code."""
         rows = Rows(*(torch.cat(part) for part in zip(*inputs, strict=True)))
         count = len(rows.timesteps)
         if self.profile.compile:
             rows = rows.padded(1 << (count - 1).bit_length())
         dtype = self.models.dtype
-        answer = getattr(self.models, name).unet(
+        unet = getattr(self.models, name).unet
+        answer = (adapters.bare(unet) if bare else unet)(
             rows.latents.to(dtype),
             rows.timesteps,
             encoder_hidden_states=rows.hidden.to(dtype),
             timestep_cond=rows.timestep_cond.to(dtype) if rows.timestep_cond.shape[1] else None,
             added_cond_kwargs={"text_embeds": rows.pooled.to(dtype), "time_ids": rows.time_ids},
+            **asked(rows.perturbed, self.models.device),
             return_dict=False,
         )[0]
         parts: tuple[torch.Tensor, ...] = answer[:count].float().split([len(each.timesteps) for each in inputs])
@@ -590,7 +619,7 @@ class Engine:
             digest=request.config.digest,
             source=None if request.source is None else request.source.record,
             strength=None if request.source is None else request.source.strength,
-            weights=self.weights,
+            weights=self.weights | dict(work.loras.weights),
             runtime=self._runtime(work.exact),
             libraries={module.__name__: module.__version__ for module in (diffusers, torch, transformers)},
             **work.trajectory.outcome()._asdict(),

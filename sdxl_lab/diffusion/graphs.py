@@ -23,6 +23,8 @@ MOST = 32
 
 Call = Callable[[], torch.Tensor]
 Replay = Callable[[], None]
+# Of the tensors in `added_cond_kwargs` and in `cross_attention_kwargs`.
+Names = tuple[tuple[str, ...], ...]
 # Runs a call, perhaps several times. Returns what repeats it, and the tensor in which each replay leaves its answer.
 Recorder = Callable[[Call], tuple[Replay, torch.Tensor]]
 
@@ -98,6 +100,7 @@ class Graphed:
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         added_cond_kwargs: Mapping[str, torch.Tensor],
+        cross_attention_kwargs: Mapping[str, torch.Tensor] | None = None,
         timestep_cond: torch.Tensor | None = None,
         return_dict: bool = False,
     ) -> tuple[torch.Tensor]:
@@ -105,8 +108,10 @@ class Graphed:
         raises, `torch.OutOfMemoryError` also where memory ran out while recording: all recordings are dropped then."""
         if return_dict:
             raise ValueError("return_dict must be false, since a graph returns tensors; received True. Example: False")
-        named = dict(added_cond_kwargs) | ({} if timestep_cond is None else {"timestep_cond": timestep_cond})
-        inputs, names = (sample, timestep, encoder_hidden_states, *named.values()), tuple(named)
+        cond = {} if timestep_cond is None else {"timestep_cond": timestep_cond}
+        tables = (added_cond_kwargs, cross_attention_kwargs or {}, cond)
+        inputs = (sample, timestep, encoder_hidden_states, *(each for table in tables for each in table.values()))
+        names = tuple(tuple(table) for table in tables)
         recorder = self._recorder_of(sample.device)
         if recorder is None:
             return (self._answer(inputs, names),)
@@ -126,13 +131,15 @@ class Graphed:
         recording.replay()
         return (recording.answer.clone(),)
 
-    def _answer(self, inputs: tuple[torch.Tensor, ...], names: tuple[str, ...]) -> torch.Tensor:
-        sample, timestep, hidden, *more = inputs
-        added = dict(zip(names, more, strict=True))
-        cond = {"timestep_cond": added.pop("timestep_cond")} if "timestep_cond" in added else {}
-        answer: torch.Tensor = self.unet(
-            sample, timestep, encoder_hidden_states=hidden, added_cond_kwargs=added, **cond, return_dict=False
-        )[0]
+    def _answer(self, inputs: tuple[torch.Tensor, ...], names: Names) -> torch.Tensor:
+        sample, timestep, hidden, *rest = inputs
+        added, attended, cond = ({name: rest.pop(0) for name in table} for table in names)
+        options: dict[str, Any] = {"added_cond_kwargs": added, **cond}
+        if attended:
+            options["cross_attention_kwargs"] = attended
+        answer: torch.Tensor = self.unet(sample, timestep, encoder_hidden_states=hidden, **options, return_dict=False)[
+            0
+        ]
         return answer
 
     def _recorder_of(self, device: torch.device) -> Recorder | None:
@@ -140,9 +147,7 @@ class Graphed:
             self._recorder = self._recorder_for(device)
         return None if self._failed else self._recorder
 
-    def _record(
-        self, recorder: Recorder, inputs: tuple[torch.Tensor, ...], names: tuple[str, ...]
-    ) -> _Recording | None:
+    def _record(self, recorder: Recorder, inputs: tuple[torch.Tensor, ...], names: Names) -> _Recording | None:
         """None where it cannot be done, which is then not tried again."""
         with torch.inference_mode(False):  # a buffer made in that mode could be written in it only
             buffers = tuple(torch.empty_like(each).copy_(each) for each in inputs)

@@ -6,17 +6,19 @@ layout, and compute the two halves of a GEGLU apart, so that the gate's GELU rea
 settings than SDXL's keeps diffusers' own `forward`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import Attention, BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.nn import functional
+
+from sdxl_lab.diffusion.attention import is_plain, mixed
 
 
 class LeanResnet(ResnetBlock2D):
@@ -49,10 +51,12 @@ class LeanBlock(BasicTransformerBlock):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         *_: Any,
+        cross_attention_kwargs: Mapping[str, torch.Tensor] | None = None,
         **__: Any,
     ) -> torch.Tensor:
         normed = self.norm1(hidden_states)
-        hidden_states = _attended(self.attn1, normed, normed, hidden_states)
+        alone = None if cross_attention_kwargs is None else self.attn1.processor.alone(**cross_attention_kwargs)
+        hidden_states = _attended(self.attn1, normed, normed, hidden_states, alone)
         hidden_states = _attended(self.attn2, self.norm2(hidden_states), encoder_hidden_states, hidden_states)
         hidden = self.ff(self.norm3(hidden_states))
         hidden += hidden_states
@@ -60,19 +64,15 @@ class LeanBlock(BasicTransformerBlock):
 
 
 def _attended(
-    attn: Attention, hidden: torch.Tensor, context: torch.Tensor | None, residual: torch.Tensor
+    attn: Attention,
+    hidden: torch.Tensor,
+    context: torch.Tensor | None,
+    residual: torch.Tensor,
+    alone: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`residual` plus the attention of `hidden` (n, tokens, channels) to `context` (n, others, width)."""
     assert context is not None, "SDXL's UNet is called with text"
-    if not attn.fused_projections:
-        parts = attn.to_q(hidden), attn.to_k(context), attn.to_v(context)
-    elif attn.is_cross_attention:
-        parts = attn.to_q(hidden), *attn.to_kv(context).chunk(2, -1)
-    else:
-        parts = attn.to_qkv(hidden).chunk(3, -1)
-    query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
-    mixed = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-    out: torch.Tensor = attn.to_out[0](mixed)
+    out: torch.Tensor = attn.to_out[0](mixed(attn, hidden, context, alone))
     out += residual
     return out
 
@@ -116,12 +116,5 @@ def _is_sdxls(module: nn.Module) -> bool:
         return module.is_input_continuous and module.use_linear_projection
     if isinstance(module, BasicTransformerBlock):
         plain = module.norm_type == "layer_norm" and module.pos_embed is None and not module.only_cross_attention
-        return plain and module.attn2 is not None and all(_is_plain(each) for each in (module.attn1, module.attn2))
+        return plain and module.attn2 is not None and all(is_plain(each) for each in (module.attn1, module.attn2))
     return type(getattr(module, "proj", None)) is nn.Linear
-
-
-def _is_plain(attn: Attention) -> bool:
-    parts = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross)
-    scaled = attn.residual_connection or attn.rescale_output_factor != 1
-    processed = type(attn.processor) in (AttnProcessor2_0, FusedAttnProcessor2_0)
-    return processed and not scaled and not any(part is not None for part in parts)

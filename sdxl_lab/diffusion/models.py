@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ import torch
 import transformers
 from diffusers import (
     AutoencoderKL,
-    DDPMScheduler,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -32,6 +30,7 @@ from PIL import Image
 from sdxl_lab.checksums import sha256_of
 from sdxl_lab.config import ConfigError, ModelRef, RuntimeProfile, is_file
 from sdxl_lab.diffusion import checkpoint, hub, processor, single_file
+from sdxl_lab.diffusion.attention import watch_rows
 from sdxl_lab.diffusion.graphs import Graphed
 from sdxl_lab.diffusion.inventory import (
     SDXL,
@@ -118,14 +117,6 @@ class Denoiser:
                 pooled = output[0]
         assert pooled is not None, "the last text encoder of an SDXL has a projection"
         return Embedding(torch.cat(hidden, -1), pooled)
-
-    @cached_property
-    def sigmas(self) -> np.ndarray:
-        """The noise level of every training timestep, sqrt((1 - alpha_bar) / alpha_bar). Where a terminal signal of
-        zero would make the last one infinite it is 4096, as diffusers' own schedulers have it."""
-        alphas = DDPMScheduler.from_config(dict(self.scheduler_config)).alphas_cumprod.double().numpy()
-        alphas = np.maximum(alphas, 2.0**-24)
-        return np.asarray(np.sqrt((1 - alphas) / alphas))
 
 
 @dataclass(frozen=True)
@@ -248,6 +239,7 @@ def laid_out(unet: UNet2DConditionModel, profile: RuntimeProfile) -> Any:
         unet.fuse_qkv_projections()
     if profile.device == "cpu" and not profile.compile:
         lighten(unet)
+    watch_rows(unet)
     if profile.compile:
         # Inductor's own default is a folder in /tmp: compiled code should outlive a restart.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))

@@ -18,6 +18,7 @@ from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RuntimeProfile, checked_prompt, checked_seed
 from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.diffusion.lora_files import pinned
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, Gate, Verdict
 from sdxl_lab.evaluation.metrics import Metric, MetricError, find_metric
 from sdxl_lab.evaluation.statistics import interval, paired
@@ -258,9 +259,9 @@ def draw(
 
 
 def candidate_of(path: Path | str) -> GenerationConfig:
-    """The configuration in a `config.toml`, or the one that an image was drawn with.
+    """The configuration in a `config.toml`, or the one that an image was drawn with; its LoRAs with their sha256.
 
-    Raises `ConfigError`, or `ImageError` for an image without a record.
+    Raises `ConfigError`, `ModelError` for a LoRA that is not there, or `ImageError` for an image without a record.
     """
     path = Path(path)
     if path.suffix == ".png":
@@ -268,5 +269,5 @@ def candidate_of(path: Path | str) -> GenerationConfig:
         if record.source is not None:
             rule = "an image drawn from a prompt alone; this one was refined from another image"
             raise ConfigError("candidate", str(path), rule, "runs/cat.png")
-        return record.config
-    return GenerationConfig.from_toml(path)
+        return pinned(record.config)
+    return pinned(GenerationConfig.from_toml(path))

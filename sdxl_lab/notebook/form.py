@@ -11,11 +11,16 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
+from sdxl_lab import schedules
 from sdxl_lab.config import MAX_SEED, PROMPT, SEED, ConfigError, GenerationConfig, checked_prompt, checked_seed
-from sdxl_lab.declaration import Kind, Pair, Setting, Switch, Table, Text
+from sdxl_lab.declaration import Falling, Kind, Pair, Setting, Switch, Table, Tables, Text
+from sdxl_lab.diffusion.inventory import ModelError
+from sdxl_lab.diffusion.lora_files import pinned
 from sdxl_lab.job import ImageRequest
 from sdxl_lab.release.diff import changes, flat
 
+WORDS = Text(0, 4000)
+TYPED = (Text, Falling)  # what is typed, and left out by leaving it empty
 SEED_POLICIES = ("fixed", "random", "next")
 
 
@@ -45,8 +50,9 @@ def controls() -> Mapping[str, Control]:
 
     A setting has one control under its own name; a pair has two, such as `crop.top` and `crop.left`. What may be left
     out, but for text, has a switch under its name, and its value below it: `guidance_interval`, then
-    `guidance_interval.low` and `guidance_interval.high`. Text is left out by leaving it empty. The model has no
-    control, since the engine has loaded it.
+    `guidance_interval.low` and `guidance_interval.high`. Text and lists are typed, and left out by leaving them empty.
+    A list of tables is a text, their words side by side as a command line takes them. The model has no control, since
+    the engine has loaded it.
     """
     found: dict[str, Control] = {}
     for setting in (PROMPT, *GenerationConfig.settings().values(), SEED):
@@ -59,12 +65,14 @@ def _controls_of(setting: Setting) -> list[Control]:
     name, label, kind = setting.name, setting.label, setting.kind
     under = name.rpartition(".")[0] or None
     found = []
-    if setting.optional and not isinstance(kind, Text):
+    if setting.optional and not isinstance(kind, TYPED):
         found.append(Control(name, label, Switch(), setting, under))
         under = name
     match kind:
         case Table():
             return found
+        case Tables():
+            return [Control(name, label, WORDS, setting, under)]
         case Pair(each=each, names=names):
             return found + [Control(f"{name}.{part}", f"{label}: {part}", each, setting, under) for part in names]
     own = f"{name}.value" if found else name
@@ -81,10 +89,14 @@ def values_of(request: ImageRequest) -> dict[str, Any]:
 def _shown(control: Control, request: ImageRequest) -> Any:
     setting = control.setting
     value = request.config.value(setting.name)
-    if control.name == setting.name and setting.optional and not isinstance(setting.kind, Text):
+    if control.name == setting.name and setting.optional and not isinstance(setting.kind, TYPED):
         return value is not None
-    if value is None and isinstance(setting.kind, Text):
+    if isinstance(setting.kind, Tables):
+        return ", ".join(table.word for table in value)
+    if value is None and isinstance(setting.kind, TYPED):
         return ""
+    if isinstance(setting.kind, Falling):
+        return setting.kind.written(value)
     if value is None:  # where one starts from when it is switched on
         value = setting.check(setting.example if setting.default is None else setting.default)
     if isinstance(setting.kind, Pair):
@@ -118,9 +130,11 @@ def request_of(values: Mapping[str, Any], start: GenerationConfig) -> ImageReque
     seed = checked("seed", checked_seed, _number(values["seed"]))
     if not errors:
         try:
-            return ImageRequest(start.changed(asked, none=None), prompt, seed)
+            return ImageRequest(pinned(start.changed(asked, none=None)), prompt, seed)
         except ConfigError as error:  # a rule over more than one control
             errors[told_at(error.field)] = str(error)
+        except ModelError as error:
+            errors["loras"] = str(error)
     raise FormError(errors)
 
 
@@ -128,15 +142,28 @@ def _asked(name: str, values: Mapping[str, Any], start: GenerationConfig) -> Any
     """What the controls say of a setting, as `GenerationConfig.changed` takes it."""
     first, *rest = (control for control in controls().values() if control.setting.name == name)
     kind = first.setting.kind
+    if isinstance(kind, Tables):
+        same = {table.word: table for table in start.value(name)}
+        words = [word.strip() for word in values[name].split(",")]
+        return [same.get(word, word) for word in words if word]
     if isinstance(kind, Text):
         # Empty says none, unless "" is what it started from: the two give different images.
         left_out = first.setting.optional and start.value(name) != ""
         return values[name] or (None if left_out else "")
+    if isinstance(kind, Falling):
+        return _listed(kind, values[name])
     if first.setting.optional:
         if isinstance(kind, Table) or not values[name]:
             return bool(values[name]) if isinstance(kind, Table) else None
         first, *rest = rest
     return tuple(values[part.name] for part in (first, *rest)) if isinstance(kind, Pair) else values[first.name]
+
+
+def without_a_choice(values: Mapping[str, Any]) -> dict[str, str]:
+    """The controls of which the chosen scheduler leaves no choice, and why. One that was moved before is not among
+    them: it is told to be wrong, and can be moved back."""
+    found = schedules.without_a_choice(values["scheduler"])
+    return {name: why for name, why in found.items() if values[name] in (schedules.OWN, "")}
 
 
 def told_at(name: str) -> str:
@@ -148,6 +175,14 @@ def _number(text: str) -> int | str:
     """The text as a whole number; as it is where it is none."""
     try:
         return int(text)
+    except ValueError:
+        return text
+
+
+def _listed(kind: Falling, text: str) -> tuple[Any, ...] | str | None:
+    """The text as a list of values, None where it is empty; as it is where it is no such list."""
+    try:
+        return kind.read_all(text) or None
     except ValueError:
         return text
 

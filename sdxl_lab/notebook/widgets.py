@@ -13,10 +13,11 @@ import ipywidgets as ipy
 from PIL import Image
 
 from sdxl_lab.config import GenerationConfig
-from sdxl_lab.declaration import Choice, Kind, Number, Switch, Text, Whole
+from sdxl_lab.declaration import Choice, Number, Switch, Text, Whole
 from sdxl_lab.images import GeneratedImage, magnified_difference
 from sdxl_lab.job import ImageRequest, Job
-from sdxl_lab.notebook.form import SEED_POLICIES, Control, controls
+from sdxl_lab.notebook.form import SEED_POLICIES, Control, controls, without_a_choice
+from sdxl_lab.schedules import OWN
 
 SHOWN = 24  # images in the history strip
 THUMBNAIL = 136  # pixels
@@ -188,7 +189,11 @@ class Panel:
             self.controls[name].value = value
 
     def switch(self) -> None:
-        """Show the controls of what is switched on, and of what that switches."""
+        """Show the controls of what is switched on, and of what that switches; those without a choice are still."""
+        still = without_a_choice(self.values())
+        for name, control in controls().items():
+            self.controls[name].disabled = name in still
+            self.controls[name].tooltip = still.get(name) or _tooltip(control)
         on: dict[str | None, bool] = {None: True}
         for name, row in self.rows.items():
             on[name] = bool(self.controls[name].value) and on[controls()[name].under]
@@ -308,7 +313,7 @@ def _control(control: Control) -> ipy.Widget:
     kind, step = control.kind, control.setting.step
     if isinstance(kind, Whole) and kind.high > 2**53:
         kind = Text()
-    said = {"description": control.label, "tooltip": _tooltip(control, kind), **AUTO}
+    said = {"description": control.label, "tooltip": _tooltip(control), **AUTO}
     match kind:
         case Switch():
             return ipy.Checkbox(indent=False, **said)
@@ -323,8 +328,8 @@ def _control(control: Control) -> ipy.Widget:
     return ipy.Text(continuous_update=False, **said)
 
 
-def _tooltip(control: Control, kind: Kind) -> str:
-    rule = "" if isinstance(kind, Switch | Text) else f": {control.setting.rule}"
+def _tooltip(control: Control) -> str:
+    rule = "" if isinstance(control.kind, Switch | Text) else f": {control.setting.rule}"
     return f"{control.setting.help}{rule}"
 
 
@@ -390,7 +395,9 @@ def _settings(drawn: HistoryEntry) -> list[str]:
     if config.guidance_interval:
         guidance += " in {:g}–{:g}".format(*config.guidance_interval)
     size = f"{config.width}×{config.height}, seed {drawn.seed}"
-    lines = [config.scheduler, f"{config.steps} steps, {guidance}", size]
+    schedule = next((text for text in (config.sigma_schedule, config.timestep_spacing) if text != OWN), "")
+    schedule = schedule or ("own sigmas" if config.sigmas else "own timesteps" if config.timesteps else "")
+    lines = [f"{config.scheduler}{f', {schedule}' if schedule else ''}", f"{config.steps} steps, {guidance}", size]
     if config.refiner:
         scores = f"{config.refiner.aesthetic_score:g}/{config.refiner.negative_aesthetic_score:g}"
         lines.append(f"refiner at {config.refiner.handover:g}, {scores}")

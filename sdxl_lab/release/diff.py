@@ -12,7 +12,18 @@ from sdxl_lab.release.records import Evidence, Findings
 
 def changed_fields(before: GenerationConfig, after: GenerationConfig) -> dict[str, tuple[Any, Any]]:
     """Field by field what differs, nested ones as `refiner.handover`; None where a side has no such field."""
-    return changes(flat(before.to_dict()), flat(after.to_dict()))
+    return changes(flat(_plain(before)), flat(_plain(after)))
+
+
+def _plain(config: GenerationConfig) -> dict[str, Any]:
+    """Its plain values; of a LoRA whose sha256 is known its name, since it does not matter where its file lies."""
+    plain = config.to_dict()
+    for table, ref in zip(plain.get("loras", ()), config.loras, strict=True):
+        if ref.sha256 is not None:
+            for place in ("source", "revision", "file"):
+                table.pop(place, None)
+            table["name"] = ref.name
+    return plain
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -23,9 +34,11 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tu
 
 
 def flat(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested values under dotted names."""
+    """Nested values under dotted names; those of a table in a list have its place in them, from 0."""
     found: dict[str, Any] = {}
     for name, value in content.items():
+        if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+            value = {str(place): each for place, each in enumerate(value)}
         found |= flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
     return found
 
@@ -38,7 +51,7 @@ def difference_table(
 ) -> str:
     """What a pull request says of a promotion, as Markdown: the settings that change, and with `evidence` the metrics
     and the gates. `limits` are what clients may ask for, before and after; theirs are named as `serving.steps`."""
-    changed = changes(flat(before.to_dict()) if before else {}, flat(after.to_dict()))
+    changed = changes(flat(_plain(before)) if before else {}, flat(_plain(after)))
     if limits is not None:
         then, now = (flat(side.to_dict(), "serving.") for side in limits)
         changed |= changes(then, now)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdxl_lab.config import GenerationConfig
+from sdxl_lab.config import ConfigError, GenerationConfig
 from sdxl_lab.declaration import nearest
 from sdxl_lab.evaluation.metrics import Metric, find_metric
 
@@ -27,7 +27,11 @@ class SweepError(ValueError):
 def check_axis(name: str, more: Sequence[str] = ()) -> None:
     """`SweepError` for a name that is no setting of the configuration, and none of `more`."""
     settings = list(GenerationConfig.settings())
-    if name not in (*more, *settings):
+    try:
+        known = name in more or bool(GenerationConfig.setting(name))
+    except ConfigError:
+        known = False
+    if not known:
         near = nearest(name, (*more, *settings))
         raise SweepError(
             f"an axis must be {', '.join(more) + ' or ' if more else ''}a field of the configuration "

@@ -22,6 +22,7 @@ from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile, canonica
 from sdxl_lab.diffusion.denoising import calls_of, rows_of
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError, differing, identity
+from sdxl_lab.diffusion.lora_files import identities
 from sdxl_lab.diffusion.models import settled
 from sdxl_lab.environment import processor
 from sdxl_lab.errors import EngineStopped
@@ -154,6 +155,7 @@ class ImageCache:
         ground = self.ground(cell.config.model)
         if cell.config.refiner is None:
             ground["weights"] = {role: value for role, value in ground["weights"].items() if role != "refiner"}
+        ground["weights"] = ground["weights"] | identities(cell.config.loras)
         decides = {"config": cell.config.digest, "prompt": cell.prompt, "seed": cell.seed, **ground}
         return hashlib.sha256(canonical(decides).encode()).hexdigest()[:32]
 

@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from sdxl_lab.config import GenerationConfig, RuntimeProfile, canonical
 from sdxl_lab.declaration import NONE, Declared, left_out
 from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.diffusion.lora_files import pinned
 from sdxl_lab.diffusion.models import placement
 from sdxl_lab.evaluation.metrics import Metric
 from sdxl_lab.research.axes import (
@@ -184,7 +185,7 @@ def _cell(config: GenerationConfig, combination: Mapping[str, Any]) -> tuple[Cel
             settings[name] = None
         else:
             settings[name] = _shown(values[name], name)
-    return Cell(config.changed(values), prompt, seed), settings
+    return Cell(pinned(config.changed(values)), prompt, seed), settings
 
 
 def _file_label(path: Any) -> str:
@@ -198,6 +199,8 @@ def _shown(value: Any, name: str) -> Any:
         return None
     if isinstance(value, Declared):
         return canonical(value.to_dict())
+    if isinstance(value, list | tuple):
+        value = [each.to_dict() if isinstance(each, Declared) else each for each in value]
     return json.dumps(value) if isinstance(value, Mapping | list | tuple) else value
 
 

@@ -23,6 +23,7 @@ from scipy import stats
 from sdxl_lab.config import ConfigError, GenerationConfig, RuntimeProfile, canonical
 from sdxl_lab.declaration import NONE, Whole, left_out
 from sdxl_lab.diffusion.engine import Engine
+from sdxl_lab.diffusion.lora_files import pinned
 from sdxl_lab.evaluation.metrics import Metric
 from sdxl_lab.research.axes import (
     SweepError,
@@ -203,7 +204,11 @@ class StudyPlan:
 
 def _is_integer(name: str) -> bool:
     """Whether a setting is a whole number. An unknown name is refused where the plan is made."""
-    return name in GenerationConfig.settings() and isinstance(GenerationConfig.setting(name).kind, Whole)
+    try:
+        kind = GenerationConfig.setting(name).kind
+    except ConfigError:
+        return False
+    return isinstance(kind, Whole)
 
 
 def _choices(name: str, value: Any) -> Choices | Range:
@@ -397,7 +402,7 @@ def _suggest_config(plan: StudyPlan, trial: Trial) -> GenerationConfig:
         if outer != name and outer in settings and left_out(settings[outer]):
             continue
         settings[name] = plan.space[name].suggest(trial, name)
-    return plan.config.changed(settings)
+    return pinned(plan.config.changed(settings))
 
 
 def hopeless(plan: StudyPlan, values: Sequence[float], rows: float, front: Sequence[FrozenTrial]) -> str | None:

@@ -11,14 +11,24 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model,
 from pydantic_core import PydanticCustomError
 
 from sdxl_lab.config import MAX_PROMPT, MAX_SEED, PROMPT, SEED, GenerationConfig, ServingLimits
-from sdxl_lab.declaration import Pair, Setting, Table, Text
+from sdxl_lab.declaration import Pair, Setting, Table, Tables, Text
 from sdxl_lab.job import JobState
 from sdxl_lab.record import ImageRecord
 from service.jobs.records import JobRecord, StoredImage
 
+
+def _example(setting: Setting) -> Any:
+    match setting.kind:
+        case Table():
+            return True
+        case Tables():
+            return [{"name": "outlines", "weight": 0.6}]
+    return setting.example
+
+
 EXAMPLES: Mapping[str, Any] = {
     **{
-        setting.name: True if isinstance(setting.kind, Table) else setting.example
+        setting.name: _example(setting)
         for setting in (PROMPT, SEED, *GenerationConfig.settings().values())
         if setting.client
     },
@@ -65,11 +75,20 @@ class Closed(BaseModel):
         return content
 
 
+class AskedLora(Closed):
+    """A LoRA that the slot offers, by its name, and how much of it."""
+
+    name: str = Field(min_length=1, max_length=64, description="one of `limits.loras` in `/config`")
+    weight: float | None = Field(None, description="within the promoted limits; left out: the highest there")
+
+
 def _type(setting: Setting) -> Any:
     """A setting's type on the wire. What a number may be is said by its rule and the slot's limits, in one sentence."""
     match setting.kind:
         case Table():
             return bool
+        case Tables(most=most):
+            return Annotated[list[AskedLora], Field(max_length=most)]
         case Text(low=low, high=high):
             return Annotated[str, Field(min_length=low or None, max_length=high), AfterValidator(_writable)]
         case Pair(checked=checked):
@@ -113,6 +132,8 @@ class GenerateRequest(_Generate):
         """The promoted configuration with what was asked. Raises `ConfigError`."""
         asked = {name: value for name in CLIENTS if (value := getattr(self, name)) is not None}
         limits.check(asked, promoted)
+        if "loras" in asked:
+            asked["loras"] = limits.with_asked([lora.model_dump() for lora in asked["loras"]], promoted)
         return promoted.changed(asked, none=None)
 
 
