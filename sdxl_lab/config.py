@@ -70,7 +70,6 @@ GUIDANCE_SCALE = Number(0, 100)
 SIDE = Whole(64, 4096, multiple=8)
 MODEL = Text(1, 500)
 REVISION = Text(1, 100)
-SHA256 = Text(pattern=r"^[0-9a-f]{64}$", meaning="the 64 hexadecimal digits of a sha256")
 SCORE = Number(0, 10)
 OFFSETS = Pair(Whole(0, 8192), ("top", "left"))
 EXTENT = Pair(Whole(1, 8192), ("height", "width"))
@@ -101,9 +100,10 @@ SEED = Setting(
 
 
 class ModelRef(Declared):
-    """Which weights, to the byte where it can be said. `base`, `refiner` and `vae` are "nano", a folder, a single
-    `.safetensors` file or a hub id. A file takes its sha256, a hub id the commit hash of its revision. Without
-    `refiner` there is none; without `vae` it is the base's own. `prediction_type` and `zero_snr` are the base's."""
+    """Which weights, to the byte where it is said. `base`, `refiner` and `vae` are "nano", a folder, a single
+    `.safetensors` file or a hub id. A hub id takes the commit hash of its revision; a file the sha256 that it must
+    have, and a folder that of its inventory. Without `refiner` there is none; without `vae` it is the base's own.
+    `prediction_type` and `zero_snr` are the base's."""
 
     EXAMPLE: ClassVar[str] = "base"
 
@@ -133,7 +133,7 @@ class ModelRef(Declared):
         Setting(
             kind=SHA256,
             label="Checksum",
-            help="the sha256 that the model's file must have",
+            help="the sha256 that the model's file must have, or the inventory of its folder",
             example="31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b",
             source="model sites name files by it",
         ),
@@ -207,7 +207,7 @@ class ModelRef(Declared):
         Setting(
             kind=SHA256,
             label="Refiner's checksum",
-            help="the sha256 that the refiner's file must have",
+            help="the sha256 that the refiner's file must have, or the inventory of its folder",
             example="7440042bbdc8a24813002c09b6b69b64dc90fded4472613437b7f55f9b7d9c5f",
             source="model sites name files by it",
         ),
@@ -237,7 +237,7 @@ class ModelRef(Declared):
         Setting(
             kind=SHA256,
             label="VAE's checksum",
-            help="the sha256 that the VAE's file must have",
+            help="the sha256 that the VAE's file must have, or the inventory of its folder",
             example="63aeecb90ff7bc1c115395962d3e803571385b61938377bc7089b36e81e92e2e",
             source="model sites name files by it",
         ),
@@ -245,17 +245,9 @@ class ModelRef(Declared):
 
     @model_validator(mode="after")
     def _whole(self) -> "ModelRef":
-        """What says more of a file says nothing of a folder."""
-        files = {role for role in PINS if is_file(getattr(self, role))}
-        example = 'base = "model.safetensors"'
-        for role, (_, pin) in PINS.items():
-            if getattr(self, pin) is not None and role not in files:
-                raise ConfigError(pin, getattr(self, pin), f"left out where {role} is no .safetensors file", example)
-        if self.config is not None and not files:
+        if self.config is not None and not any(is_file(getattr(self, role)) for role in PINS):
             rule = "left out where neither base, refiner nor vae is a single .safetensors file"
-            raise ConfigError("config", self.config, rule, example)
-        if self.config_revision is not None and self.config is None:
-            raise ConfigError("config_revision", self.config_revision, "left out where config is", 'config = "nano"')
+            raise ConfigError("config", self.config, rule, 'base = "model.safetensors"')
         return self
 
     @classmethod

@@ -38,14 +38,25 @@ def identity(ref: ModelRef) -> dict[str, str]:
     single file, or `revision COMMIT` of a hub id. The configurations that `ref.config` names are a role of their own.
     Raises `ModelError` for a folder that is no model.
     """
-    found = {"base": _identity(ref.base, ref.revision, "base", () if ref.vae is None else ("vae",))}
-    if ref.refiner is not None:
-        found["refiner"] = _identity(ref.refiner, ref.refiner_revision, "refiner", SHARED)
-    if ref.vae is not None:
-        found["vae"] = _identity(ref.vae, ref.vae_revision, "vae", ())
+    found = {role: _identity(ref, role) for role in PINS if getattr(ref, role) is not None}
     if ref.config is not None:
         found["config"] = _config_identity(ref.config, ref.config_revision)
     return found
+
+
+def check_pins(ref: ModelRef) -> None:
+    """`ModelError` where a role has another checksum than the configuration says: another file lies there now."""
+    for role, (_, pin) in PINS.items():
+        expected = getattr(ref, pin)
+        if expected is None:
+            continue
+        found = _identity(ref, role) if getattr(ref, role) is not None else "left out"
+        if found != f"sha256 {expected}":
+            raise ModelError(
+                f"the {role} model must be what the configuration was tuned with, of the sha256 {expected}; received "
+                f"{getattr(ref, role)!r}, which is {found}. Example: the file of that checksum, or a configuration "
+                "that names this one"
+            )
 
 
 # What decides which weights a role has.
@@ -61,7 +72,9 @@ def differing(own: ModelRef, asked: ModelRef) -> list[str]:
     return [role for role, names in DECIDES.items() if any(own.value(name) != asked.value(name) for name in names)]
 
 
-def _identity(name: str, revision: str | None, role: str, others: Collection[str]) -> str:
+def _identity(ref: ModelRef, role: str) -> str:
+    name, revision = str(getattr(ref, role)), getattr(ref, PINS[role][0])
+    others = SHARED if role == "refiner" else ("vae",) if role == "base" and ref.vae is not None else ()
     if is_file(name):
         return f"sha256 {sha256_of(file_of(name, role))}"
     folder = folder_of(name, "base/vae" if role == "vae" else role)

@@ -27,7 +27,6 @@ from diffusers import (
 from huggingface_hub import snapshot_download
 from PIL import Image
 
-from sdxl_lab.checksums import sha256_of
 from sdxl_lab.config import ConfigError, ModelRef, RuntimeProfile, is_file
 from sdxl_lab.diffusion import checkpoint, hub, processor, single_file
 from sdxl_lab.diffusion.attention import watch_rows
@@ -37,6 +36,7 @@ from sdxl_lab.diffusion.inventory import (
     SHARED,
     ModelError,
     check_folder,
+    check_pins,
     check_safe,
     file_of,
     folder_of,
@@ -198,6 +198,7 @@ def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:
             processor.capability(),
             processor.NEEDED[name],
         )
+    check_pins(ref)
     with loading():
         base, refiner = _load_parts(ref, _dtypes(device, dtype))
     parts = [
@@ -349,7 +350,7 @@ def _pipeline(cls: Any, ref: ModelRef, role: str, dtype: Dtypes, **shared: Any) 
     """The pipeline of a base or a refiner, from a folder, a file or the hub. Parts that are `shared` are not loaded."""
     name, revision = (ref.base, ref.revision) if role == "base" else (str(ref.refiner), ref.refiner_revision)
     if is_file(name):
-        path = _checked_file(name, role, ref.sha256 if role == "base" else ref.refiner_sha256)
+        path = file_of(name, role)
         checkpoint.check(path, role, checkpoint.header(path), frozenset(shared))
         configs = _configs(ref, role)
         with _refused(cls, role, name):
@@ -382,18 +383,6 @@ def _refused(cls: Any, role: str, name: str, revision: str | None = None) -> Ite
             f"the {role} model must be a complete SDXL checkpoint, to load as {cls.__name__}; received {name!r}"
             f"{f' at revision {revision}' if revision else ''}: {_reason(error)}. Example: nano"
         ) from error
-
-
-def _checked_file(name: str, role: str, expected: str | None) -> Path:
-    """A single file, if it is the one that the configuration means."""
-    path = file_of(name, role)
-    if expected is not None and (found := sha256_of(path)) != expected:
-        raise ModelError(
-            f"the {role} model must be the file that the configuration was tuned with, of the sha256 {expected}; "
-            f"received {name!r}, whose sha256 is {found}: another file lies there now. Example: the file of that "
-            "checksum, or a configuration of this one"
-        )
-    return path
 
 
 def _configs(ref: ModelRef, role: str) -> Path:
@@ -432,7 +421,7 @@ def _vae(ref: ModelRef, dtype: torch.dtype) -> AutoencoderKL:
     checkpoint.check_no_pickle(name, "vae")
     try:
         if is_file(name):
-            loaded = single_file.vae(_checked_file(name, "vae", ref.vae_sha256), _configs(ref, "base"), dtype)
+            loaded = single_file.vae(file_of(name, "vae"), _configs(ref, "base"), dtype)
         else:
             folder = folder_of(name, "base/vae")
             if folder is None:
