@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     start = generate.add_mutually_exclusive_group()
     start.add_argument("--like", type=Path, metavar="FILE", help="take prompt, seed and settings from this PNG")
     start.add_argument("--config", type=Path, metavar="FILE", help="take the settings from this config.toml")
-    start.add_argument("--model", help="nano (default), sdxl, a folder or a hub id")
+    start.add_argument("--model", help="nano (default), sdxl, a folder, a .safetensors file or a hub id")
     generate.add_argument("--prompt-2", metavar="TEXT", help=PROMPT_2.help)
     generate.add_argument("--seed", type=int, help=f"0 to {MAX_SEED}; random where none is given")
     _add_settings(generate)
@@ -215,7 +215,7 @@ def _generate(asked: argparse.Namespace) -> None:
         config = GenerationConfig.for_model(asked.model or "nano")
     if prompt is None:
         raise ConfigError("prompt", None, "given, or taken from an image with --like", "A cat in a hat")
-    config = pinned(config.changed(_changes(asked), none=None))
+    config = _with_commits(pinned(config.changed(_changes(asked), none=None)))
     seed = seed if seed is not None else secrets.randbelow(2**32)
 
     if asked.out.suffix.lower() != ".png":
@@ -236,6 +236,20 @@ def _generate(asked: argparse.Namespace) -> None:
     image.save(asked.out)
     told = f"{image.timings['total_ms'] / 1000:.1f} s  {tokens['prompt']}"
     print(f"{asked.out}  seed {seed}  config {config.short_digest}  {told}")
+
+
+def _with_commits(config: GenerationConfig) -> GenerationConfig:
+    """With the commit of every hub id that came without one, which is said."""
+    names = (config.model.base, config.model.refiner, config.model.vae, config.model.config)
+    if not any(name and name.count("/") == 1 for name in names):
+        return config
+    from sdxl_lab.diffusion import hub
+
+    model = hub.pinned(config.model)
+    for name in model.differs(config.model):
+        role = name.removesuffix("revision").rstrip("_") or "base"
+        print(f"{model.value(role)}: the commit is {model.value(name)}", file=sys.stderr)
+    return config.with_(model=model)
 
 
 def _source(engine: Any, record: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from sdxl_lab.config import LoraRef, canonical
+from sdxl_lab.config import LoraRef, canonical, is_file
 from sdxl_lab.record import ImageRecord, RecordError
 from sdxl_lab.schedules import SCHEDULE_TYPES
 from sdxl_lab.syntax import escaped, networks
@@ -129,14 +129,20 @@ def a1111_parameters(record: ImageRecord) -> str:
         "CFG scale": config.guidance_scale,
         "Seed": record.seed,
         "Size": f"{config.width}x{config.height}",
-        "Model": config.model.base,
+        **_a1111_weights("Model", config.model.base, config.model.sha256),
     }
+    if config.model.vae is not None:
+        settings |= _a1111_weights("VAE", config.model.vae, config.model.vae_sha256)
     if record.source is not None:
         settings["Denoising strength"] = record.strength
     if config.clip_skip is not None:
         settings["Clip skip"] = config.clip_skip + 2  # A1111 counts from the last layer, which is its 1
     if record.source is None and config.refiner is not None:
-        settings |= {"Refiner": config.model.refiner, "Refiner switch at": config.refiner.handover}
+        name, *checksum = _a1111_weights("", str(config.model.refiner), config.model.refiner_sha256).values()
+        settings["Refiner"] = f"{name} [{checksum[0]}]" if checksum else name
+        settings["Refiner switch at"] = config.refiner.handover
+    if config.model.zero_snr or record.scheduler.get("rescale_betas_zero_snr"):
+        settings["Noise Schedule"] = "Zero Terminal SNR"
     if config.loras:
         settings["Lora hashes"] = f'"{", ".join(f"{ref.name}: {_lora_hash(record, ref)}" for ref in config.loras)}"'
     if config.embeddings:
@@ -152,6 +158,13 @@ def a1111_parameters(record: ImageRecord) -> str:
         lines.append(f"Negative prompt: {written(config.negative_prompt)}")
     lines.append(", ".join(f"{key}: {value}" for key, value in settings.items()))
     return "\n".join(lines)
+
+
+def _a1111_weights(kind: str, name: str, sha256: str | None) -> dict[str, str]:
+    """A model as A1111 names it: a file without its folder and ending, and the first ten digits of its checksum."""
+    if not is_file(name):
+        return {kind: name}
+    return {kind: Path(name).stem} | ({f"{kind} hash": sha256[:10]} if sha256 else {})
 
 
 def _lora_word(ref: LoraRef) -> str:

@@ -31,8 +31,9 @@ LARGEST = 1000.0  # the largest noise level that a guidance interval can name: i
 
 class Rows(NamedTuple):
     """UNet inputs, one row to three (unguided, guided, perturbed): latents (n, 4, h, w), timesteps (n,), for each row
-    its text (1, 77 x chunks, width), pooled text (n, projection), micro-conditioning (n, 5 or 6), and on the CPU the
-    codes (n,) of the blocks in which a row is perturbed, 0 for none."""
+    its text (1, 77 x chunks, width), pooled text (n, projection), micro-conditioning (n, 5 or 6), on the CPU the codes
+    (n,) of the blocks in which a row is perturbed, 0 for none, and what tells a distilled UNet the guidance scale (n,
+    its width), which has no columns for others."""
 
     latents: torch.Tensor
     timesteps: torch.Tensor
@@ -40,6 +41,7 @@ class Rows(NamedTuple):
     pooled: torch.Tensor
     time_ids: torch.Tensor
     perturbed: torch.Tensor
+    timestep_cond: torch.Tensor
 
     @classmethod
     def joined(cls, parts: Sequence["Rows"]) -> "Rows":
@@ -204,6 +206,9 @@ class Stage:
             if prompts:  # what cannot be embedded is refused before the first call
                 self._embedding(prompts[0])
         self.time_ids = self._time_ids(size, device)
+        self.timestep_cond = guidance_embedding(
+            config.guidance_scale, denoiser.unet.config.time_cond_proj_dim or 0, device
+        )
         accepted = inspect.signature(self.scheduler.step).parameters
         self.options: dict[str, Any] = {"eta": 0.0} if "eta" in accepted else {}
         self.takes_generator = "generator" in accepted
@@ -264,10 +269,7 @@ class Stage:
         scaled, prediction, sigma = self.seen
         signal = 1 / (sigma**2 + 1) ** 0.5  # of the scaled latents; 0 where sigma is infinite
         noise = (1 - signal**2) ** 0.5
-        kind = self.scheduler.config.prediction_type
-        if kind == "sample":
-            return prediction
-        if kind == "v_prediction":
+        if self.scheduler.config.prediction_type == "v_prediction":
             return signal * scaled - noise * prediction
         return (scaled - noise * prediction) / signal
 
@@ -299,6 +301,7 @@ class Stage:
             torch.cat([embedding.pooled for embedding, _, _ in rows]),
             torch.cat([self.time_ids[index : index + 1] for _, index, _ in rows]),
             torch.tensor([code for _, _, code in rows]),
+            self.timestep_cond.expand(len(rows), -1),
         )
 
     def take(self, prediction: torch.Tensor, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -325,6 +328,17 @@ class Stage:
         if unguided is not None and self.config.guidance_rescale > 0:
             found = guiders.rescaled(found, guided, self.config.guidance_rescale)
         return found
+
+
+def guidance_embedding(scale: float, width: int, device: torch.device) -> torch.Tensor:
+    """The guidance scale as a distilled UNet takes it (1, `width`): sines, then cosines, of 1000 times the scale above
+    1 at frequencies from 1 down to 1/10,000 (Meng et al. 2022, arXiv 2210.03142; diffusers'
+    `get_guidance_scale_embedding`). An odd width ends with a zero."""
+    half = width // 2
+    step = torch.log(torch.tensor(10_000.0)) / max(half - 1, 1)  # in float32, as there: its angles reach thousands
+    angles = torch.tensor(scale - 1.0) * 1000.0 * torch.exp(torch.arange(half) * -step)
+    found = torch.cat([angles.sin(), angles.cos(), torch.zeros(width % 2)]).to(device)
+    return found[None]
 
 
 class StageOutcome(NamedTuple):

@@ -574,6 +574,7 @@ class Engine:
             rows.latents.to(dtype),
             rows.timesteps,
             encoder_hidden_states=rows.text().to(dtype),
+            timestep_cond=rows.timestep_cond.to(dtype) if rows.timestep_cond.shape[1] else None,
             added_cond_kwargs={"text_embeds": rows.pooled.to(dtype), "time_ids": rows.time_ids},
             **asked(rows.perturbed, self.models.device),
             return_dict=False,

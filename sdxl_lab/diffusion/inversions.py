@@ -11,8 +11,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from sdxl_lab.checksums import sha256_of
 from sdxl_lab.config import EmbeddingRef
-from sdxl_lab.diffusion.checksums import sha256_of
 from sdxl_lab.diffusion.inventory import ModelError
 
 PARTS = ("clip_l", "clip_g")

@@ -233,11 +233,12 @@ def _check_gates(plan: ComparisonPlan, before: GenerationConfig | None) -> None:
 
 
 def clip_of(model: ModelRef) -> str:
-    """The CLIP model for a model's images: the one in its folder, as for nano, else OpenAI's, whose text half is SDXL's
-    first text encoder."""
-    places = [Path(model.base) / "clip", Path(model.base).parent / "clip"]
+    """The CLIP model for a model's images: the one in its folder, or in that of a file's configurations, as for nano,
+    else OpenAI's, whose text half is SDXL's first text encoder."""
+    name = model.config or model.base
+    places = [Path(name) / "clip", Path(name).parent / "clip"]
     beside = next((str(place) for place in places if place.is_dir()), "openai/clip-vit-large-patch14")
-    return "nano" if model.base == "nano" else beside
+    return "nano" if name == "nano" else beside
 
 
 def measure(plan: ComparisonPlan, images: Sequence[GeneratedImage]) -> dict[str, np.ndarray]:
