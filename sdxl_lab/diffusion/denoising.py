@@ -6,7 +6,7 @@ UNet's answer; who else shares that call it does not know. Step by step it does 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,8 +14,9 @@ from diffusers import SchedulerMixin
 
 from sdxl_lab.config import ConfigError, RefinerConfig
 from sdxl_lab.diffusion import guiders, schedulers
-from sdxl_lab.diffusion.attention import PLACES, perturbs
+from sdxl_lab.diffusion.attention import PERTURBED, PLACES, perturbs
 from sdxl_lab.diffusion.batching import Part
+from sdxl_lab.diffusion.freeu import SCALED, scalable, scales
 from sdxl_lab.diffusion.latency import Group
 from sdxl_lab.diffusion.models import Denoiser, Embedding, Models, Prompt
 from sdxl_lab.job import ImageRequest
@@ -29,7 +30,7 @@ LARGEST = 1000.0  # the largest noise level that a guidance interval can name: i
 class Rows(NamedTuple):
     """UNet inputs, one row to three (unguided, guided, perturbed): latents (n, 4, h, w), timesteps (n,), text (n, 77,
     width), pooled text (n, projection), micro-conditioning (n, 5 or 6), and on the CPU the codes (n,) of the blocks in
-    which a row is perturbed, 0 for none."""
+    which a row is perturbed, 0 for none, and FreeU's scales (n, 4), 1 for none."""
 
     latents: torch.Tensor
     timesteps: torch.Tensor
@@ -37,6 +38,17 @@ class Rows(NamedTuple):
     pooled: torch.Tensor
     time_ids: torch.Tensor
     perturbed: torch.Tensor
+    scaled: torch.Tensor
+
+    def asked(self, device: torch.device) -> dict[str, Mapping[str, torch.Tensor]]:
+        """What rows ask of the UNet's insides, as its call takes it: nothing where none asks for anything. To look does
+        not wait for a GPU."""
+        found = {}
+        if self.perturbed.any():
+            found[PERTURBED] = self.perturbed.to(device)
+        if (self.scaled != 1).any():
+            found[SCALED] = self.scaled.to(device)
+        return {"cross_attention_kwargs": found} if found else {}
 
     def padded(self, count: int) -> "Rows":
         """The same with the last row repeated until there are `count`."""
@@ -136,6 +148,7 @@ class Stage:
         self.guidance = [self._guidance(guided, index) for index in range(len(self.timesteps))]
         self.guider = guiders.guider_of(config)
         self.place = 0 if config.pag is None else self._place(config.pag.layers)
+        self.scales = self._scales()
         self.positive = embed(name, Prompt(request.prompt, config.clip_skip))
         # The pipelines skip layers for the positive prompt alone.
         self.negative = embed(name, Prompt(config.negative_prompt)) if guided else self.positive
@@ -173,6 +186,13 @@ class Stage:
             rule = f"blocks in which the {self.name}'s UNet has self-attention of SDXL's kind"
             raise ConfigError("pag.layers", layers, rule, "mid")
         return PLACES[layers]
+
+    def _scales(self) -> tuple[float, ...]:
+        """FreeU's, of every row."""
+        if self.config.freeu is not None and not scalable(self.denoiser.unet):
+            rule = f"left out, since the blocks of the {self.name}'s UNet are not those of SDXL"
+            raise ConfigError("freeu", self.config.freeu.to_dict(), rule, "none")
+        return scales(self.config.freeu)
 
     def denoised(self) -> torch.Tensor | None:
         """The clean latents (1, 4, h, w) that the last prediction points to; None before the first."""
@@ -215,6 +235,7 @@ class Stage:
             torch.cat([embedding.pooled for embedding, _, _ in rows]),
             torch.cat([self.time_ids[index : index + 1] for _, index, _ in rows]),
             torch.tensor([code for _, _, code in rows]),
+            torch.tensor([self.scales] * len(rows)),
         )
 
     def take(self, prediction: torch.Tensor, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -33,6 +33,7 @@ from sdxl_lab.config import ConfigError, ModelRef, RuntimeProfile
 from sdxl_lab.diffusion import processor
 from sdxl_lab.diffusion.attention import watch_rows
 from sdxl_lab.diffusion.checksums import hub_difference
+from sdxl_lab.diffusion.freeu import watch_scales
 from sdxl_lab.diffusion.graphs import Graphed
 from sdxl_lab.diffusion.inventory import SHARED, ModelError, check_folder, folder_of
 from sdxl_lab.diffusion.lean import lighten
@@ -231,6 +232,7 @@ def laid_out(unet: UNet2DConditionModel, profile: RuntimeProfile) -> Any:
     if profile.device == "cpu" and not profile.compile:
         lighten(unet)
     watch_rows(unet)
+    watch_scales(unet)
     if profile.compile:
         # Inductor's own default is a folder in /tmp: compiled code should outlive a restart.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))

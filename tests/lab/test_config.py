@@ -13,6 +13,7 @@ from sdxl_lab.config import (
     MODELS,
     SCHEDULERS,
     ConfigError,
+    FreeU,
     GenerationConfig,
     ModelRef,
     PerturbedAttention,
@@ -33,6 +34,7 @@ KINDS = (
     ProjectedGuidance,
     ZeroStar,
     PerturbedAttention,
+    FreeU,
     ServingLimits,
     GenerationConfig,
     RuntimeProfile,
@@ -53,6 +55,7 @@ EVERYTHING = GenerationConfig(
     timesteps=(999, 499),
     apg=ProjectedGuidance(eta=0.5, threshold=7.5, momentum=-0.25),
     pag=PerturbedAttention(scale=2.0, adaptive=0.001, layers="up"),
+    freeu=FreeU(b1=1.3, b2=1.4, s1=0.9, s2=0.2),
     guidance_scale=6.5,
     guidance_rescale=0.7,
     guidance_interval=(0.28, 5.42),
@@ -136,6 +139,11 @@ BAD = [
     (ZeroStar, {"zero_steps": -1}, "zero_steps must be a whole number from 0 to 1000"),
     (PerturbedAttention, {"scale": -1}, "scale must be a number from 0 to 100"),
     (PerturbedAttention, {"adaptive": 2}, "adaptive must be a number from 0 to 1"),
+    (FreeU, {"b1": 0}, "b1 must be a number above 0 and below 10; received 0. Example: b1 = 1.1"),
+    (FreeU, {"b2": 10}, "b2 must be a number above 0 and below 10"),
+    (FreeU, {"s1": "0.6"}, "s1 must be a number above 0 and below 10"),
+    (FreeU, {"s2": None}, "s2 must be a number above 0 and below 10"),
+    (GenerationConfig, {"freeu": 1}, "freeu must be a FreeU; received 1. Example: freeu.b1 = 1.1, freeu.b2 = 1.2, fr"),
     (PerturbedAttention, {"layers": "all"}, "layers must be one of mid, down, up"),
     (GenerationConfig, {"guidance_scale": -1}, "guidance_scale must be a number from 0 to 100; received -1"),
     (GenerationConfig, {"guidance_scale": math.inf}, "received inf"),
@@ -417,6 +425,11 @@ DEFAULTS = {
         "pag.scale": 3.0,
         "pag.adaptive": 0.0,
         "pag.layers": "mid",
+        "freeu": None,
+        "freeu.b1": 1.1,
+        "freeu.b2": 1.2,
+        "freeu.s1": 0.6,
+        "freeu.s2": 0.4,
     }
 }
 
@@ -475,6 +488,10 @@ DIGESTS = [
     (
         {"pag": {"scale": 2.0, "adaptive": 0.001, "layers": "up"}},
         "9f41537babb3f728d2b27703c85292d304c64297912887761238548b19390d54",
+    ),
+    (
+        {"freeu": {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}},
+        "e67b05508ff049e6f95a99fc94ab83b6f6b6f05a8ded43cf692351ee3003da66",
     ),
     ({"clip_skip": 2, "steps": 12}, "788e82b165205c32cfcde171d40625f621ad8a78ec8a67a53fb37fa7eecdd3ea"),
 ]

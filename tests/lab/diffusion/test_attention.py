@@ -7,7 +7,7 @@ import torch
 from diffusers.models.attention_processor import Attention, PAGCFGIdentitySelfAttnProcessor2_0
 
 from sdxl_lab.diffusion import models
-from sdxl_lab.diffusion.attention import PLACES, RowProcessor, asked, perturbs, watch_rows
+from sdxl_lab.diffusion.attention import PERTURBED, PLACES, RowProcessor, perturbs, watch_rows
 from sdxl_lab.diffusion.graphs import Graphed
 from sdxl_lab.diffusion.inventory import NANO
 from sdxl_lab.diffusion.lean import lighten
@@ -20,6 +20,10 @@ def unet():
     return models.UNet2DConditionModel.from_pretrained(
         NANO / "base" / "unet", variant="fp16", dtype=torch.float32
     ).eval()
+
+
+def asked(codes: torch.Tensor) -> dict:
+    return {"cross_attention_kwargs": {PERTURBED: codes}}
 
 
 def watched(unet, fused: bool = False, lean: bool = True):
@@ -42,7 +46,7 @@ def test_the_third_of_three_rows_is_perturbed_as_diffusers_perturbs_it(unet, lay
             attn.processor = PAGCFGIdentitySelfAttnProcessor2_0()
     ours = watched(unet, fused, lean)
     codes = torch.tensor([0, 0, PLACES[layers]])
-    found = answer(ours, given | asked(codes, torch.device("cpu")))
+    found = answer(ours, given | asked(codes))
     expected = answer(theirs, given)
     assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
     plain = answer(ours, given)
@@ -52,9 +56,9 @@ def test_the_third_of_three_rows_is_perturbed_as_diffusers_perturbs_it(unet, lay
 
 def test_rows_of_one_call_are_perturbed_in_blocks_of_their_own(unet):
     ours, given = watched(unet), inputs(unet, 4)
-    mixed = answer(ours, given | asked(torch.tensor([0, 1, 2, 3]), torch.device("cpu")))
+    mixed = answer(ours, given | asked(torch.tensor([0, 1, 2, 3])))
     for row, code in enumerate([0, 1, 2, 3]):
-        alone = answer(ours, given | asked(torch.full((4,), code), torch.device("cpu")))
+        alone = answer(ours, given | asked(torch.full((4,), code)))
         assert torch.equal(mixed[row], alone[row])
 
 
@@ -64,7 +68,6 @@ def test_a_call_without_such_rows_has_the_bits_of_one_without_the_processors(une
     if lean:
         lighten(bare)
     assert torch.equal(answer(watched(unet, lean=lean), inputs(unet, 3)), answer(bare, inputs(unet, 3)))
-    assert asked(torch.zeros(3, dtype=torch.long), torch.device("cpu")) == {}
 
 
 def test_where_there_is_no_attention_of_sdxl_s_kind_nothing_is_perturbed(unet):
@@ -90,7 +93,7 @@ def test_a_graph_has_buffers_for_the_codes_and_is_kept_apart(unet):
     with torch.no_grad():
         plain = graphed(**given)[0]
         for codes in (torch.tensor([0, 2]), torch.tensor([2, 0])):
-            found = graphed(**given, **asked(codes, torch.device("cpu")))[0]
+            found = graphed(**given, **asked(codes))[0]
             still = codes == 0
             assert torch.equal(found[still], plain[still])
             assert not torch.equal(found[~still], plain[~still])

@@ -23,6 +23,7 @@ from PIL import Image
 
 from sdxl_lab.config import (
     ConfigError,
+    FreeU,
     GenerationConfig,
     ModelRef,
     PerturbedAttention,
@@ -438,6 +439,7 @@ MUTATIONS: dict[str, dict[str, Any]] = {
     "apg": {"apg": ProjectedGuidance(threshold=1.0)},
     "cfg_zero": {"cfg_zero": ZeroStar()},
     "pag": {"pag": PerturbedAttention()},
+    "freeu": {"freeu": FreeU()},
     "width": {"width": 72},
     "height": {"height": 72},
     "refiner": {"refiner": None},

@@ -16,6 +16,7 @@ from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeZeroStarG
 
 from sdxl_lab.config import (
     ConfigError,
+    FreeU,
     GenerationConfig,
     PerturbedAttention,
     ProjectedGuidance,
@@ -231,7 +232,34 @@ def test_and_its_neighbours_are_those_of_the_plain_pipeline(bench, perturbed):
     assert max(found) <= TOLERANCE
 
 
+FREE: list[dict[str, Any]] = [
+    {"freeu": FreeU()},
+    {"freeu": FreeU(b1=1.3, b2=1.4, s1=0.9, s2=0.2), "guidance_scale": 1.0},
+    {"freeu": FreeU(b1=1.5, b2=0.8, s1=1.5, s2=1.0), "refiner": RefinerConfig(handover=0.5), "scheduler": "dpmpp_2m"},
+]
+
+
+def test_free_images_in_a_mixed_batch_are_those_of_the_pipeline_with_freeu_alone(bench):
+    requests = []
+    for index, settings in enumerate(FREE):
+        requests.append(ImageRequest(bench.config.with_(**settings), PROMPTS[index % 4], 800 + index))
+        requests.append(ImageRequest(bench.config.with_(scheduler="unipc"), PROMPTS[3], index))
+    found = []
+    for request, image in zip(requests, bench.together(requests), strict=True):
+        pipes, free = (bench.pipelines.base, bench.pipelines.refiner), request.config.freeu
+        for pipe in pipes if free else ():
+            pipe.enable_freeu(s1=free.s1, s2=free.s2, b1=free.b1, b2=free.b2)
+        try:
+            found.append(difference(image, bench.pipelines.draw(request)))
+        finally:
+            for pipe in pipes:
+                pipe.disable_freeu()
+    log.info("differences %s", " ".join(f"{each:.1e}" for each in found))
+    assert max(found) <= TOLERANCE
+
+
 MUTATIONS = [
+    *(("freeu", {scale: 2.0}) for scale in ("b1", "b2", "s1", "s2")),
     ("apg", {"eta": 1.0}),
     ("apg", {"threshold": 0.0}),
     ("apg", {"momentum": 0.5}),
@@ -240,7 +268,12 @@ MUTATIONS = [
     ("pag", {"adaptive": 0.002}),
     ("pag", {"layers": "up"}),
 ]
-STARTS = {"apg": ProjectedGuidance(threshold=3.0), "cfg_zero": ZeroStar(), "pag": PerturbedAttention()}
+STARTS = {
+    "apg": ProjectedGuidance(threshold=3.0),
+    "cfg_zero": ZeroStar(),
+    "pag": PerturbedAttention(),
+    "freeu": FreeU(),
+}
 
 
 def test_the_mutations_reach_every_field_of_the_guiders():

@@ -42,7 +42,11 @@ def test_controls_without_a_choice_are_still_and_say_why(panel: Panel) -> None:
     for scheduler, still in (("lcm", True), ("euler", False)):
         panel.controls["scheduler"].value = scheduler
         panel.switch()
-        assert [panel.controls[name].disabled for name in ("sigma_schedule", "sigmas", "steps")] == [still, still, False]
+        assert [panel.controls[name].disabled for name in ("sigma_schedule", "sigmas", "steps")] == [
+            still,
+            still,
+            False,
+        ]
         assert panel.controls["sigma_schedule"].tooltip.startswith("lcm has no choice here" if still else "which noise")
 
 
