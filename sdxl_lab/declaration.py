@@ -26,8 +26,10 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
+    model_serializer,
 )
 from pydantic_core import CoreSchema
 
@@ -584,8 +586,15 @@ class Declared(BaseModel):
                 found = None if found is None else getattr(found, part)
         return found
 
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A list without tables is left out: what was written before there was such a setting stays as it is."""
+        empty = [name for name in type(self).model_fields if getattr(self, name) == ()]
+        plain: dict[str, Any] = handler(self)
+        return {name: value for name, value in plain.items() if name not in empty}
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only: what TOML and JSON hold. Fields that are None are left out."""
+        """Plain values only: what TOML and JSON hold. Fields that are None, and lists without tables, are left out."""
         return self.model_dump(mode="json", exclude_none=True)
 
     @classmethod

@@ -18,7 +18,7 @@ def changed_fields(before: GenerationConfig, after: GenerationConfig) -> dict[st
 def _plain(config: GenerationConfig) -> dict[str, Any]:
     """Its plain values; of a LoRA whose sha256 is known its name, since it does not matter where its file lies."""
     plain = config.to_dict()
-    for table, ref in zip(plain["loras"], config.loras, strict=True):
+    for table, ref in zip(plain.get("loras", ()), config.loras, strict=True):
         if ref.sha256 is not None:
             for place in ("source", "revision", "file"):
                 table.pop(place, None)

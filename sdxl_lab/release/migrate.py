@@ -196,9 +196,30 @@ def _goldens(
 # --- what 0.1.0 computed ---------------------------------------------------------------------------------------------
 
 
+# The settings that 0.1.0 wrote whatever they were, beside those that could be left out.
+FIRST_FIELDS = (
+    "model",
+    "scheduler",
+    "steps",
+    "guidance_scale",
+    "guidance_rescale",
+    "guidance_interval",
+    "width",
+    "height",
+    "original_size",
+    "crop",
+    "target_size",
+    "negative_prompt",
+    "refiner",
+    "watermark",
+)
+FIRST_LIMITS = ("steps", "guidance_scale", "side")
+
+
 def _first_digest(config: GenerationConfig, limits: ServingLimits) -> str:
-    """0.1.0's digest: over all fields, with the limits among them."""
-    content = config.to_dict() | {"limits": limits.to_dict()}
+    """0.1.0's digest: over all fields that there were, with the limits among them."""
+    content = {name: value for name, value in config.to_dict().items() if name in FIRST_FIELDS}
+    content["limits"] = {name: value for name, value in limits.to_dict().items() if name in FIRST_LIMITS}
     return hashlib.sha256(canonical(content).encode()).hexdigest()[:12]
 
 

@@ -13,13 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from sdxl_lab.config import ConfigError, GenerationConfig, ServingLimits
+from sdxl_lab.checksums import sha256_of
+from sdxl_lab.config import ConfigError, GenerationConfig, LoraRef, OfferedLora, ServingLimits
+from sdxl_lab.diffusion.inventory import ModelError
+from sdxl_lab.diffusion.lora_files import PEFT_CONFIG, local_file
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.record import RecordError
 from sdxl_lab.release.records import Evidence, Findings, GoldenEntry
-from sdxl_lab.release.slot import Slot, SlotError, load_slot, slot_config, slot_limits
+from sdxl_lab.release.slot import LORAS, Lora, Slot, SlotError, load_slot, slot_config, slot_limits
 
 # Findings are of these weights, libraries and code; drawn with others, an image is not the one that was compared.
 STALE_FIELDS = ("weights", "libraries", "version")
@@ -53,6 +57,7 @@ def promote(
     - there is no image or no reason, or an image is of another configuration or other weights than the first;
     - a gate failed, or `findings` is of another configuration, or of other weights, libraries or code than the images;
     - the work tree has uncommitted changes, now or when it was compared, without `allow_dirty`;
+    - a LoRA has no sha256, or its file is not there or another one;
     - `folder` is neither a slot, nor an empty folder, nor absent;
     - the slot does not hold what `findings` compared with, as when another promotion came first.
 
@@ -71,11 +76,12 @@ def promote(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with alone(folder.parent):
         _check_unchanged(folder, findings.replaces if findings else None)
+        config, limits, files = _packed(config, _carried(folder, config))
         evidence = Evidence(
             digest=config.digest,
             replaces=findings.replaces if findings else None,
             model=config.model,
-            limits=_carried(folder, config),
+            limits=limits,
             who=who,
             why=why,
             when=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -88,7 +94,8 @@ def promote(
             ),
             **found,
         )
-        write_slot(folder, config, evidence.limits, evidence, {name: image.png() for name, image in goldens.items()})
+        pngs = {name: image.png() for name, image in goldens.items()}
+        write_slot(folder, config, evidence.limits, evidence, pngs, files)
         return load_slot(folder)
 
 
@@ -102,6 +109,46 @@ def _carried(folder: Path, config: GenerationConfig) -> ServingLimits:
         return slot_limits(folder, config)
     except ConfigError as error:
         raise SlotError(f"the serving.toml of the slot {folder} must be sound, since it stays: {error}") from error
+
+
+# Bytes. A larger LoRA stays where it is: the slot has its sha256, and another file there is refused.
+CARRIED = 32 << 20
+
+
+def _packed(config: GenerationConfig, limits: ServingLimits) -> tuple[GenerationConfig, ServingLimits, dict[str, Path]]:
+    """Configuration and limits as a slot has them, whose small LoRAs lie in its own folder, and these files by their
+    names there. Raises `SlotError`."""
+    files: dict[str, Path] = {}
+
+    def packed(lora: Lora) -> Lora:
+        try:
+            path = local_file(_ref_of(lora))
+            found = path and sha256_of(path)
+        except ModelError as error:
+            raise SlotError(f"a slot's LoRAs must be there: {error}") from error
+        if path is None or lora.source == "nano":
+            return lora
+        if lora.sha256 not in (None, found) or (lora.sha256 is None and isinstance(lora, LoraRef)):
+            raise SlotError(
+                f"a LoRA that is promoted must have the sha256 of its file, so that it is the one that was tried; "
+                f"received {lora.sha256} for {path}, which has {found}. Example: sha256 = {found!r}"
+            )
+        lora = lora.with_(sha256=found)
+        if path.stat().st_size > CARRIED or path.with_name(PEFT_CONFIG).exists():
+            return lora
+        name = path.name if files.get(path.name, path) == path else f"{path.stem}-{str(found)[:8]}{path.suffix}"
+        files[name] = path
+        return lora.with_(source=f"{LORAS}/{name}", file=None, revision=None)
+
+    return (
+        config.with_(loras=tuple(packed(ref) for ref in config.loras)),
+        limits.with_(loras=tuple(packed(each) for each in limits.loras)),
+        files,
+    )
+
+
+def _ref_of(lora: LoraRef | OfferedLora) -> LoraRef:
+    return lora.at(None) if isinstance(lora, OfferedLora) else lora
 
 
 def _check_images(config: GenerationConfig, images: Sequence[GeneratedImage]) -> None:
@@ -168,6 +215,7 @@ def write_slot(
     limits: ServingLimits,
     evidence: Evidence | None,
     goldens: Mapping[str, bytes],
+    loras: Mapping[str, Path] = MappingProxyType({}),
 ) -> Path | None:
     """The whole slot, put in the place of the old one, which comes back where that fails, and is kept where it does
     not: at the path that this gives. For a moment between the two renames there is none: POSIX puts no folder in the
@@ -182,6 +230,9 @@ def write_slot(
         for name, png in goldens.items():
             (fresh / "golden").mkdir(exist_ok=True)
             (fresh / "golden" / name).write_bytes(png)
+        for name, path in loras.items():
+            (fresh / LORAS).mkdir(exist_ok=True)
+            shutil.copyfile(path, fresh / LORAS / name)
         return replace_kept(folder, fresh)
 
 

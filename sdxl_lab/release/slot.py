@@ -1,19 +1,22 @@
 """Slots: the folders from which a service takes what it serves.
 
-A slot holds `config.toml`, `serving.toml` (what clients may ask for), `evidence.json` (why the configuration is there)
-and `golden/` (images that it must draw again). This module reads them; `promote.py` writes them. Imports no torch.
+A slot holds `config.toml`, `serving.toml` (what clients may ask for), `evidence.json` (why the configuration is there),
+`golden/` (images that it must draw again) and `loras/` (the files of its LoRAs, but for large ones). This module reads
+them; `promote.py` writes them. Imports no torch.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from sdxl_lab.config import ConfigError, GenerationConfig, ServingLimits
+from sdxl_lab.config import ConfigError, GenerationConfig, LoraRef, OfferedLora, ServingLimits
 from sdxl_lab.images import ImageError, read_record
 from sdxl_lab.record import ImageRecord, RecordError
 from sdxl_lab.release.records import Evidence
 
-SLOT_ENTRIES = ("config.toml", "serving.toml", "evidence.json", "golden")
+LORAS = "loras"
+SLOT_ENTRIES = ("config.toml", "serving.toml", "evidence.json", "golden", LORAS)
 
 
 class SlotError(ValueError):
@@ -80,7 +83,7 @@ def load_slot(folder: Path | str) -> Slot:
         raise SlotError(
             f"a slot must be a folder with a config.toml; received {str(folder)!r}. Example: service/promoted/nano"
         )
-    config = GenerationConfig.from_toml(config_file)
+    config = _with_own_files(folder, GenerationConfig.from_toml(config_file))
     evidence = None
     if evidence_file.is_file():
         evidence = _read_evidence(evidence_file)
@@ -103,7 +106,24 @@ def slot_limits(folder: Path, config: GenerationConfig) -> ServingLimits:
     """What a slot's `serving.toml` says; where there is none, the limits that go with the model. Raises
     `ConfigError`."""
     file = folder / "serving.toml"
-    return ServingLimits.from_toml(file) if file.is_file() else ServingLimits.for_model(config.model)
+    if not file.is_file():
+        return ServingLimits.for_model(config.model)
+    limits = ServingLimits.from_toml(file)
+    return limits.with_(loras=tuple(_found(folder, each) for each in limits.loras))
+
+
+Lora = TypeVar("Lora", LoraRef, OfferedLora)
+
+
+def _with_own_files(folder: Path, config: GenerationConfig) -> GenerationConfig:
+    return config.with_(loras=tuple(_found(folder, ref) for ref in config.loras)) if config.loras else config
+
+
+def _found(folder: Path, lora: Lora) -> Lora:
+    """A LoRA whose file the slot carries, with its path from here."""
+    inside = Path(lora.source)
+    own = len(inside.parts) == 2 and inside.parts[0] == LORAS
+    return lora.with_(source=str(folder / inside)) if own else lora
 
 
 def slot_config(folder: Path | str) -> GenerationConfig | None:
@@ -129,7 +149,7 @@ def slot_config(folder: Path | str) -> GenerationConfig | None:
     if foreign := [name for name in entries if name not in SLOT_ENTRIES]:
         raise SlotError(f"{rule}, which also holds what no promotion wrote: {_listed(foreign)}. {example}")
     try:
-        return GenerationConfig.from_toml(folder / "config.toml")
+        return _with_own_files(folder, GenerationConfig.from_toml(folder / "config.toml"))
     except (ConfigError, OSError) as error:
         raise SlotError(f"{rule}, whose config.toml is not a configuration: {error}. {example}") from error
 

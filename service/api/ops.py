@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
-from sdxl_lab.config import SCHEDULERS
+from sdxl_lab.config import SCHEDULERS, OfferedLora
 from sdxl_lab.version import __version__
 from service.api.problems import answers
 from service.deployment import Deployment
@@ -21,7 +21,7 @@ async def config(request: Request) -> dict[str, Any]:
     content: dict[str, Any] = {
         "slot": slot.folder.name,
         "config": slot.config.to_dict(),
-        "limits": slot.limits.to_dict(),
+        "limits": slot.limits.to_dict() | {"loras": [_offer(each) for each in slot.limits.loras]},
         "schedulers": SCHEDULERS,
         "digest": slot.digest,
         "evidence": slot.evidence.to_dict() if slot.evidence else None,
@@ -33,6 +33,11 @@ async def config(request: Request) -> dict[str, Any]:
     if slot.evidence is None:
         content["evidence_note"] = "this configuration was put here without evidence: nobody has judged its images yet"
     return content
+
+
+def _offer(lora: OfferedLora) -> dict[str, Any]:
+    """What a client is told of a LoRA: not where its file lies."""
+    return {"name": lora.name, "weight": list(lora.weight)}
 
 
 @router.get("/healthz")
