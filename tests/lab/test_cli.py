@@ -14,7 +14,16 @@ import pytest
 
 from sdxl_lab import cli
 from sdxl_lab.cli import STOPPED, main
-from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
+from sdxl_lab.config import (
+    FreeU,
+    GenerationConfig,
+    ModelRef,
+    PerturbedAttention,
+    ProjectedGuidance,
+    RefinerConfig,
+    RuntimeProfile,
+    ZeroStar,
+)
 from sdxl_lab.diffusion import engine
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError
@@ -85,6 +94,23 @@ OPTIONS = [
     ("--no-refiner", {}),
     ("--watermark --width 512 --height 512", {"watermark": True, "width": 512, "height": 512}),
     ("--no-watermark", {}),
+    ("--sigma-schedule beta --timestep-spacing linspace", {"sigma_schedule": "beta", "timestep_spacing": "linspace"}),
+    ("--sigmas 14.6 3 0.5 0 --steps 3", {"sigmas": (14.6, 3.0, 0.5), "steps": 3}),
+    ("--timesteps 999 499 --steps 2", {"timesteps": (999, 499), "steps": 2}),
+    ("--apg --without sigmas", {"apg": ProjectedGuidance()}),
+    (
+        "--apg-eta 0.5 --apg-threshold 9 --apg-momentum 0.1",
+        {"apg": ProjectedGuidance(eta=0.5, threshold=9, momentum=0.1)},
+    ),
+    ("--cfg-zero --zero-steps 1", {"cfg_zero": ZeroStar(zero_steps=1)}),
+    (
+        "--pag --pag-scale 2 --pag-adaptive 0.001 --pag-layers up",
+        {"pag": PerturbedAttention(scale=2, adaptive=0.001, layers="up")},
+    ),
+    (
+        "--freeu --freeu-b1 1.3 --freeu-b2 1.4 --freeu-s1 0.9 --freeu-s2 0.2",
+        {"freeu": FreeU(b1=1.3, b2=1.4, s1=0.9, s2=0.2)},
+    ),
     ("--vae a/vae --vae-revision v1", {"model": ModelRef(refiner="nano", vae="a/vae", vae_revision="v1")}),
     ("--revision abc", {"model": ModelRef(refiner="nano", revision="abc")}),
     (
