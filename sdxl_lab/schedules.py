@@ -167,7 +167,9 @@ def _check_list(config: Scheduled, name: str) -> None:
         rule = f"left out with the scheduler {config.scheduler}; those that take them are {', '.join(takers)}"
         raise ConfigError(name, list(asked), rule, _example(able, takers[0]))
     if config.sigmas is not None and config.timesteps is not None:
-        raise ConfigError("timesteps", list(asked), "left out where sigmas are given", "sigmas = [14.6, 3.8, 0.9]")
+        raise ConfigError(
+            "timesteps", list(config.timesteps), "left out where sigmas are given", "sigmas = [14.6, 3.8, 0.9]"
+        )
     if config.sigma_schedule != OWN:
         rule = f"{OWN} where {name} are given, which are a schedule themselves"
         raise ConfigError("sigma_schedule", config.sigma_schedule, rule, OWN)
