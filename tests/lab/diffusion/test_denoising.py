@@ -91,6 +91,8 @@ class Pipelines:
         config, scores = request.config, request.config.refiner or RefinerConfig()
         settings = {
             "prompt": request.prompt,
+            "prompt_2": request.prompt_2,
+            "negative_prompt_2": config.negative_prompt_2,
             "negative_prompt": config.negative_prompt,
             "num_inference_steps": config.steps,
             "guidance_scale": config.guidance_scale,

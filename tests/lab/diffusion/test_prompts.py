@@ -20,7 +20,7 @@ from sdxl_lab.diffusion.prompts import CHUNK, Chunk, Prompt, TokenCounter, chunk
 from sdxl_lab.job import ImageRequest
 from sdxl_lab.record import TokenCount
 
-LONG = "a red cat in a hat on a blue background "  # nine tokens of nano's
+LONG = "a red cat in a hat on a blue background "  # ten tokens of nano's
 
 
 def ids(chunks: Sequence[Chunk]) -> list[int]:
@@ -163,7 +163,7 @@ def test_without_weights_a_text_of_any_length_is_what_compel_makes_of_it(tiny_mo
     first = compels(base.tokenizers[0], base.text_encoders[0], text, pooled=False)
     second, pooled = compels(base.tokenizers[1], base.text_encoders[1], text, pooled=True)
     expected = torch.cat([first, second], -1)
-    assert found.hidden.shape == expected.shape == (1, 77 * -(-9 * count // 75), found.hidden.shape[-1])
+    assert found.hidden.shape == expected.shape == (1, 77 * -(-10 * count // 75), found.hidden.shape[-1])
     torch.testing.assert_close(found.hidden, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.pooled, pooled, atol=1e-5, rtol=1e-4)
 
@@ -307,7 +307,7 @@ def test_a_word_stands_for_vectors_which_are_read_in_one_chunk(tokenizer, tmp_pa
     chunks = chunks_of(tokenizer, "a MY  style cat", "plain", named)
     assert [len(word) for word in chunks[0]] == [1, 3, 1]
     assert torch.equal(chunks[0][1].vectors, named["my style"])
-    assert [len(word) for word in chunks_of(tokenizer, "my styles", "plain", named)[0]] != [3]
+    assert all(word.vectors is None for word in chunks_of(tokenizer, "my styles", "plain", named)[0])
     parted = chunks_of(tokenizer, "cat " * 73 + "my style", "a1111", named)
     assert [sum(map(len, chunk)) for chunk in parted] == [73, 3]
     (cut,) = chunks_of(tokenizer, "cat " * 73 + "my style", "plain", named)
@@ -337,7 +337,7 @@ def pickled(path: Path) -> Path:
 REFUSED = {
     "a pickle": (
         lambda folder: pickled(folder / "x.pt"),
-        "must be a .safetensors file, since a pickle may run any code",
+        "since a pickle may run any code",
     ),
     "a pickle in disguise": (lambda folder: pickled(folder / "x.safetensors"), "must be a whole .safetensors file"),
     "nothing": (lambda folder: folder / "x.safetensors", "which is not there"),
@@ -354,7 +354,7 @@ REFUSED = {
     ),
     "too many": (
         lambda folder: written(folder / "x.safetensors", 76),
-        "as many vectors for clip_l as for clip_g, 1 to 75",
+        "as many vectors .* 1 to 75",
     ),
     "none": (lambda folder: written(folder / "x.safetensors", 0), "1 to 75"),
     "unlike counts": (
