@@ -117,8 +117,8 @@ CARRIED = 32 << 20
 
 
 def _packed(config: GenerationConfig, limits: ServingLimits) -> tuple[GenerationConfig, ServingLimits, dict[str, Path]]:
-    """Configuration and limits as a slot has them, whose small LoRAs and embeddings lie in folders of its own, and these
-    files by their paths there. Raises `SlotError`."""
+    """Configuration and limits as a slot has them, whose small LoRAs and embeddings lie in folders of its own, and
+    these files by their paths there. Raises `SlotError`."""
     files: dict[str, Path] = {}
 
     def placed(folder: str, path: Path, found: str) -> str:
@@ -152,10 +152,10 @@ def _packed(config: GenerationConfig, limits: ServingLimits) -> tuple[Generation
         except ModelError as error:
             raise SlotError(f"a slot's embeddings must be there: {error}") from error
         if ref.sha256 is None:
-            rule = (
-                "an embedding that is promoted must have the sha256 of its file, so that it is the one that was tried"
+            raise SlotError(
+                f"an embedding that is promoted must have the sha256 of its file, so that it is the one that was "
+                f"tried; received none for {path}. Example: sha256 = {sha256_of(path)!r}"
             )
-            raise SlotError(f"{rule}; received none for {path}. Example: sha256 = {sha256_of(path)!r}")
         return ref.with_(source=placed(EMBEDDINGS, path, ref.sha256))
 
     return (

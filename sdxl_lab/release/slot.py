@@ -1,8 +1,8 @@
 """Slots: the folders from which a service takes what it serves.
 
 A slot holds `config.toml`, `serving.toml` (what clients may ask for), `evidence.json` (why the configuration is there),
-`golden/` (images that it must draw again), `loras/` (the files of its LoRAs, but for large ones) and `embeddings/`. This
-module reads them; `promote.py` writes them. Imports no torch.
+`golden/` (images that it must draw again), `loras/` (the files of its LoRAs, but for large ones) and `embeddings/`.
+This module reads them; `promote.py` writes them. Imports no torch.
 """
 
 from collections.abc import Sequence
