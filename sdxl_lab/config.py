@@ -42,9 +42,11 @@ __all__ = [
     "MAX_STEPS",
     "MODELS",
     "PROMPT",
+    "PROMPT_2",
     "SCHEDULERS",
     "SEED",
     "ConfigError",
+    "EmbeddingRef",
     "GenerationConfig",
     "LoraRef",
     "ModelRef",
@@ -89,6 +91,14 @@ PROMPT = Setting(
     source="diffusers: prompt",
     client=True,
 ).declared("prompt", str, None)
+PROMPT_2 = Setting(
+    kind=Text(1, MAX_PROMPT),
+    label="Prompt 2",
+    help="what the second text encoder reads (left out: the prompt)",
+    example="in the style of a woodcut",
+    source="diffusers: prompt_2",
+    client=True,
+).declared("prompt_2", str | None, None)
 SEED = Setting(
     kind=Whole(0, MAX_SEED),
     label="Seed",
@@ -439,6 +449,66 @@ class LoraRef(Declared):
         """With a sha256, without the places where its file was found."""
         found = super().distinct()
         return {k: v for k, v in found.items() if self.sha256 is None or k not in ("source", "revision", "file")}
+
+
+class EmbeddingRef(Declared):
+    """A textual-inversion embedding and the word of a prompt that stands for it. Where the sha256 of its file is known,
+    the digest does not depend on where the file lies."""
+
+    EXAMPLE: ClassVar[str] = "token"
+
+    token: Annotated[
+        str,
+        Setting(
+            kind=Text(pattern=r"^[^\s=,](?:[^=,]{0,98}[^\s=,])?$", meaning="1 to 100 characters without = or comma"),
+            label="Embedding's word",
+            help="what stands for it in a prompt",
+            example="mystyle",
+            source="diffusers: load_textual_inversion, token",
+            option=None,
+        ),
+    ]
+    source: Annotated[
+        str,
+        Setting(
+            kind=MODEL,
+            label="Embedding",
+            help="a .safetensors file with the keys clip_l and clip_g",
+            example="mystyle.safetensors",
+            source="diffusers: load_textual_inversion",
+            option=None,
+        ),
+    ]
+    sha256: Annotated[
+        str | None,
+        Setting(
+            kind=SHA256,
+            label="Embedding's sha256",
+            help="the checksum of its file, which must not be another one",
+            example="0" * 64,
+            option=None,
+        ),
+    ] = None
+
+    @classmethod
+    def named(cls, words: str) -> "EmbeddingRef":
+        """What a command line says: `TOKEN=FILE`, or `FILE`, whose name is then the word. Raises `ConfigError`."""
+        token, equals, source = words.partition("=")
+        return cls(token=token, source=source) if equals else cls(token=Path(words).stem, source=words)
+
+    @property
+    def word(self) -> str:
+        """The inverse of `named`, without the sha256."""
+        return f"{self.token}={self.source}"
+
+    @classmethod
+    def of(cls, value: object) -> Any:
+        return cls.named(value) if isinstance(value, str) else super().of(value)
+
+    def distinct(self) -> dict[str, Any]:
+        """With a sha256, without the place where its file was found."""
+        found = super().distinct()
+        return {k: v for k, v in found.items() if self.sha256 is None or k != "source"}
 
 
 class RefinerConfig(Declared):
@@ -823,6 +893,38 @@ class GenerationConfig(Declared):
             client=True,
         ),
     ] = None
+    negative_prompt_2: Annotated[
+        str | None,
+        Setting(
+            kind=Text(1, MAX_PROMPT),
+            label="Negative prompt 2",
+            help="what the second text encoder reads of it (left out: the negative prompt)",
+            example="blurry",
+            source="diffusers: negative_prompt_2",
+            client=True,
+        ),
+    ] = None
+    prompt_syntax: Annotated[
+        str,
+        Setting(
+            kind=Choice(("plain", "a1111")),
+            label="Prompt syntax",
+            help="plain: a text of at most 75 tokens; a1111: any length, with weights, schedules and adapters",
+            example="a1111",
+            source="A1111's web UI: `modules/prompt_parser.py`, `sd_hijack_clip.py`, `sd_emphasis.py`",
+        ),
+    ] = "plain"
+    embeddings: Annotated[
+        tuple[EmbeddingRef, ...],
+        Setting(
+            kind=Tables(EmbeddingRef, most=64, form="TOKEN=FILE"),
+            label="Embeddings",
+            help="textual inversions: words of the prompts that stand for vectors of their own",
+            example=[{"token": "mystyle", "source": "mystyle.safetensors"}],
+            source="Gal et al. 2022 (arXiv 2208.01618)",
+            option="embedding",
+        ),
+    ] = ()
     clip_skip: Annotated[
         int | None,
         Setting(
@@ -865,6 +967,14 @@ class GenerationConfig(Declared):
         if self.apg is not None and self.cfg_zero is not None:
             rule = "left out where apg is not, since either takes the place of plain guidance"
             raise ConfigError("cfg_zero", self.cfg_zero.to_dict(), rule, "apg.momentum = -0.5")
+        if self.negative_prompt_2 is not None and self.negative_prompt is None:
+            rule = "left out where negative_prompt is"
+            raise ConfigError("negative_prompt_2", self.negative_prompt_2, rule, 'negative_prompt = "blurry"')
+        tokens = [ref.token.casefold() for ref in self.embeddings]
+        for place, token in enumerate(tokens):
+            if token in tokens[:place]:
+                name = f"embeddings.{place}.token"
+                raise ConfigError(name, self.embeddings[place].token, "a word of its own", f'token = "{token}-2"')
         if self.refiner is not None and self.model.refiner is None:
             raise ConfigError(
                 "refiner",
@@ -1200,13 +1310,14 @@ class RuntimeProfile(Declared):
     ] = False
 
 
-def checked_prompt(prompt: object) -> str:
-    """The prompt, if it is one: 1 to 2,000 characters."""
+def checked_prompt(prompt: object, setting: Setting = PROMPT) -> str | None:
+    """The prompt, if it is one: 1 to 2,000 characters; None for one that may be left out."""
     try:
-        return str(PROMPT.check(prompt))
+        found: str | None = setting.check(prompt)
+        return found
     except ConfigError as error:
         if isinstance(prompt, str) and not 1 <= len(prompt) <= MAX_PROMPT:
-            raise PROMPT.error(f"{len(prompt)} characters") from error
+            raise setting.error(f"{len(prompt)} characters") from error
         raise
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -27,7 +27,7 @@ from diffusers import (
 from huggingface_hub import snapshot_download
 from PIL import Image
 
-from sdxl_lab.config import ConfigError, ModelRef, RuntimeProfile, is_file
+from sdxl_lab.config import ModelRef, RuntimeProfile, is_file
 from sdxl_lab.diffusion import checkpoint, hub, processor, single_file
 from sdxl_lab.diffusion.attention import watch_rows
 from sdxl_lab.diffusion.graphs import Graphed
@@ -43,7 +43,9 @@ from sdxl_lab.diffusion.inventory import (
     parts_of,
     variant_of,
 )
+from sdxl_lab.diffusion.inversions import PARTS, vectors_of
 from sdxl_lab.diffusion.lean import lighten
+from sdxl_lab.diffusion.prompts import Chunk, Embedding, Prompt, chunks_of, encode
 from sdxl_lab.diffusion.support import check_folder_is_drawn, check_is_drawn
 from sdxl_lab.environment import keep_allocations
 from sdxl_lab.files import cache_folder
@@ -52,21 +54,6 @@ log = logging.getLogger(__name__)
 
 # transformers builds models under a global default device: two loads at once would disturb each other.
 _LOADING = threading.Lock()
-
-
-class Prompt(NamedTuple):
-    """All that decides an embedding. `text` is None where there is no negative prompt; `clip_skip` is how many layers
-    before the penultimate one are skipped, None for none."""
-
-    text: str | None
-    clip_skip: int | None = None
-
-
-class Embedding(NamedTuple):
-    """A prompt as the UNet takes it: `hidden` (1, 77, width) and `pooled` (1, projection)."""
-
-    hidden: torch.Tensor
-    pooled: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -84,39 +71,37 @@ class Denoiser:
     zero_negative: bool
     aesthetic: bool
 
+    @torch.no_grad()
     def embed(self, prompt: Prompt) -> Embedding:
-        """A prompt as `StableDiffusionXLPipeline.encode_prompt` has it: without text, zeros or the empty prompt's."""
-        encoded = self._encoded(prompt if prompt.text is not None else prompt._replace(text=""))
+        """A prompt as `StableDiffusionXLPipeline.encode_prompt` has it: the penultimate hidden states of all encoders
+        side by side, or those `clip_skip` layers before them, and the last one's pooled projection. Without text, zeros
+        or the empty prompt's. Raises `ConfigError` for a weight that is too large, and where an encoder has too few
+        layers; `ModelError` for an embedding that is not there or of another model."""
+        chunked = self._chunked(prompt)
+        count = max(prompt.chunks, *map(len, chunked))
+        hidden, pooled = [], None
+        for encoder, tokenizer, chunks in zip(self.text_encoders, self.tokenizers, chunked, strict=True):
+            filled = [*chunks, *([[]] * (count - len(chunks)))]
+            states, pooled = encode(encoder, tokenizer, filled, prompt.clip_skip or 0)
+            hidden.append(states)
+        assert pooled is not None, "the last text encoder of an SDXL has a projection"
+        encoded = Embedding(torch.cat(hidden, -1), pooled)
         if prompt.text is None and self.zero_negative:
             return Embedding(torch.zeros_like(encoded.hidden), torch.zeros_like(encoded.pooled))
         return encoded
 
-    @torch.no_grad()
-    def _encoded(self, prompt: Prompt) -> Embedding:
-        """The penultimate hidden states of all encoders side by side, or those `clip_skip` layers before them, and the
-        last one's pooled projection, which skips nothing. Text beyond 77 tokens is cut. Raises `ConfigError` where an
-        encoder has too few layers."""
-        skipped = prompt.clip_skip or 0
-        hidden = []
-        pooled = None
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            ids = tokenizer(
-                prompt.text,
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-            output = encoder(ids.to(encoder.device), output_hidden_states=True)
-            most = len(output.hidden_states) - 2  # which begin with the embedded tokens, before the first layer
-            if skipped > most:
-                rule = f"at most {most}, since a text encoder of the model has {most + 1} layers"
-                raise ConfigError("clip_skip", skipped, rule, most)
-            hidden.append(output.hidden_states[-(skipped + 2)])
-            if output[0].ndim == 2:
-                pooled = output[0]
-        assert pooled is not None, "the last text encoder of an SDXL has a projection"
-        return Embedding(torch.cat(hidden, -1), pooled)
+    def chunks(self, prompt: Prompt) -> int:
+        """How many chunks of 77 tokens `embed` makes of it. Raises `ConfigError` as `embed` does."""
+        return max(prompt.chunks, *map(len, self._chunked(prompt)))
+
+    def _chunked(self, prompt: Prompt) -> list[list[Chunk]]:
+        """What each encoder reads."""
+        count = len(self.text_encoders)
+        readers = zip(self.tokenizers, self.text_encoders, prompt.read_by(count), PARTS[-count:], strict=True)
+        return [
+            chunks_of(tokenizer, text, prompt.syntax, vectors_of(prompt.embeddings, part, encoder.config.hidden_size))
+            for tokenizer, encoder, text, part in readers
+        ]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ evidence for a promotion and the images to look at. Nothing is written.
 """
 
 import dataclasses
+import logging
 import platform
 import tomllib
 from collections.abc import Container, Mapping, Sequence
@@ -27,6 +28,8 @@ from sdxl_lab.job import ImageRequest
 from sdxl_lab.release.promote import git_state
 from sdxl_lab.release.records import Findings
 from sdxl_lab.release.slot import slot_config
+
+log = logging.getLogger(__name__)
 
 DEFAULT_METRICS = ("clip_score", "sharpness", "contrast", "clipping", "unet_rows")
 # Every prompt names everything: nano chooses at random what is left out, and that is noise in a comparison.
@@ -255,6 +258,8 @@ def draw(
         with Engine.load(requests[mine[0]].config, profile, max_queue=len(mine)) as engine:
             jobs = [engine.submit(requests[index], exact=index in exact or None) for index in mine]
             images |= {index: job.result() for index, job in zip(mine, jobs, strict=True)}
+    for warning in dict.fromkeys(warning for image in images.values() for warning in image.record.warnings):
+        log.warning(warning)
     return [images[index] for index in range(len(requests))]
 
 

@@ -15,7 +15,8 @@ from sdxl_lab.config import ModelRef, RuntimeProfile
 from sdxl_lab.diffusion import models
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError, identity
-from sdxl_lab.diffusion.models import Prompt, load, placement
+from sdxl_lab.diffusion.models import load, placement
+from sdxl_lab.diffusion.prompts import Prompt
 
 CPU = RuntimeProfile(device="cpu", dtype="float32")
 
