@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,10 @@ class Pipelines:
     base: StableDiffusionXLPipeline
     refiner: StableDiffusionXLImg2ImgPipeline
     scheduler_config: dict[str, Any]
+    predicts: dict[str, Any] = field(default_factory=dict)  # what a base of another kind says beyond that
 
     @classmethod
-    def load(cls, folder: Path) -> "Pipelines":
+    def load(cls, folder: Path, **predicts: Any) -> "Pipelines":
         options = {"variant": "fp16", "dtype": torch.float32, "add_watermarker": False}
         base = StableDiffusionXLPipeline.from_pretrained(folder / "base", **options)
         shared = {"text_encoder_2": base.text_encoder_2, "tokenizer_2": base.tokenizer_2, "vae": base.vae}
@@ -78,13 +79,13 @@ class Pipelines:
         for pipe in (base, refiner):
             pipe.set_progress_bar_config(disable=True)
         config = json.loads((folder / "base" / "scheduler" / "scheduler_config.json").read_text())
-        return cls(base, refiner, config)
+        return cls(base, refiner, config, predicts)
 
-    def scheduler(self, request: ImageRequest) -> diffusers.SchedulerMixin:
+    def scheduler(self, request: ImageRequest, **more: Any) -> diffusers.SchedulerMixin:
         name, options = DIFFUSERS[request.config.scheduler]
         if name == "DPMSolverSDEScheduler":
             options = {"noise_sampler_seed": request.seed}
-        return getattr(diffusers, name).from_config(self.scheduler_config, **options)
+        return getattr(diffusers, name).from_config({**self.scheduler_config, **more}, **options)
 
     def draw(self, request: ImageRequest) -> np.ndarray:
         """The image, float32 (height, width, 3) in [0, 1]."""
@@ -106,7 +107,8 @@ class Pipelines:
             "negative_aesthetic_score": scores.negative_aesthetic_score,
             "output_type": "np",
         }
-        self.base.scheduler, self.refiner.scheduler = self.scheduler(request), self.scheduler(request)
+        self.base.scheduler = self.scheduler(request, **self.predicts)
+        self.refiner.scheduler = self.scheduler(request)
         if request.source is not None:
             return self.refiner(image=request.source.image, strength=request.source.strength, **refining).images[0]
         settings |= {"width": config.width, "height": config.height}
