@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -167,6 +167,17 @@ def refiner(model: Path) -> dict[str, torch.Tensor]:
 
 
 def written(weights: Weights, path: Path, **words: str) -> Path:
-    """The weights as one file, with `words` for its metadata."""
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, path, metadata=words)
+    """The weights as one file, with `words` for its metadata. Tensor after tensor: the true model's fill the memory."""
+    header: dict[str, object] = {"__metadata__": words} if words else {}
+    end = 0
+    for name, weight in weights.items():
+        begin, end = end, end + weight.numel() * weight.element_size()
+        dtype = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[weight.dtype]
+        header[name] = {"dtype": dtype, "shape": list(weight.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for weight in weights.values():
+            file.write(weight.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return path
