@@ -7,7 +7,7 @@ UNet's answer; who else shares that call it does not know. Step by step it does 
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,8 +15,9 @@ from diffusers import SchedulerMixin
 
 from sdxl_lab.config import ConfigError, RefinerConfig
 from sdxl_lab.diffusion import guiders, schedulers
-from sdxl_lab.diffusion.attention import PLACES, perturbs
+from sdxl_lab.diffusion.attention import PERTURBED, PLACES, perturbs
 from sdxl_lab.diffusion.batching import Part
+from sdxl_lab.diffusion.freeu import SCALED, scalable, scales
 from sdxl_lab.diffusion.latency import Group
 from sdxl_lab.diffusion.models import Denoiser, Models
 from sdxl_lab.diffusion.prompts import Embedding, Prompt
@@ -32,8 +33,8 @@ LARGEST = 1000.0  # the largest noise level that a guidance interval can name: i
 class Rows(NamedTuple):
     """UNet inputs, one row to three (unguided, guided, perturbed): latents (n, 4, h, w), timesteps (n,), for each row
     its text (1, 77 x chunks, width), pooled text (n, projection), micro-conditioning (n, 5 or 6), on the CPU the codes
-    (n,) of the blocks in which a row is perturbed, 0 for none, and what tells a distilled UNet the guidance scale (n,
-    its width), which has no columns for others."""
+    (n,) of the blocks in which a row is perturbed, 0 for none, and FreeU's scales (n, 4), 1 for none; and what tells a
+    distilled UNet the guidance scale (n, its width), which has no columns for others."""
 
     latents: torch.Tensor
     timesteps: torch.Tensor
@@ -41,7 +42,18 @@ class Rows(NamedTuple):
     pooled: torch.Tensor
     time_ids: torch.Tensor
     perturbed: torch.Tensor
+    scaled: torch.Tensor
     timestep_cond: torch.Tensor
+
+    def asked(self, device: torch.device) -> dict[str, Mapping[str, torch.Tensor]]:
+        """What rows ask of the UNet's insides, as its call takes it: nothing where none asks for anything. To look does
+        not wait for a GPU."""
+        found = {}
+        if self.perturbed.any():
+            found[PERTURBED] = self.perturbed.to(device)
+        if (self.scaled != 1).any():
+            found[SCALED] = self.scaled.to(device)
+        return {"cross_attention_kwargs": found} if found else {}
 
     @classmethod
     def joined(cls, parts: Sequence["Rows"]) -> "Rows":
@@ -196,6 +208,7 @@ class Stage:
         self.guidance = [self._guidance(guided, index) for index in range(len(self.timesteps))]
         self.guider = guiders.guider_of(config)
         self.place = 0 if config.pag is None else self._place(config.pag.layers)
+        self.scales = self._scales()
         self._embed = embed
         self._embedded: dict[Prompt, Embedding] = {}
         self._steps = _steps(len(self.scheduler.timesteps), config.steps)[part]
@@ -262,6 +275,13 @@ class Stage:
             raise ConfigError("pag.layers", layers, rule, "mid")
         return PLACES[layers]
 
+    def _scales(self) -> tuple[float, ...]:
+        """FreeU's, of every row."""
+        if self.config.freeu is not None and not scalable(self.denoiser.unet):
+            rule = f"left out, since the blocks of the {self.name}'s UNet are not those of SDXL"
+            raise ConfigError("freeu", self.config.freeu.to_dict(), rule, "none")
+        return scales(self.config.freeu)
+
     def denoised(self) -> torch.Tensor | None:
         """The clean latents (1, 4, h, w) that the last prediction points to; None before the first."""
         if self.seen is None:
@@ -301,6 +321,7 @@ class Stage:
             torch.cat([embedding.pooled for embedding, _, _ in rows]),
             torch.cat([self.time_ids[index : index + 1] for _, index, _ in rows]),
             torch.tensor([code for _, _, code in rows]),
+            torch.tensor([self.scales] * len(rows)),
             self.timestep_cond.expand(len(rows), -1),
         )
 

@@ -27,7 +27,6 @@ from PIL import Image
 from sdxl_lab.config import GenerationConfig, LoraRef, RuntimeProfile
 from sdxl_lab.diffusion import adapters, inversions
 from sdxl_lab.diffusion.adapters import Applied, Loras
-from sdxl_lab.diffusion.attention import asked
 from sdxl_lab.diffusion.batching import Batcher, Part
 from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
 from sdxl_lab.diffusion.inventory import differing, identity
@@ -576,7 +575,7 @@ class Engine:
             encoder_hidden_states=rows.text().to(dtype),
             timestep_cond=rows.timestep_cond.to(dtype) if rows.timestep_cond.shape[1] else None,
             added_cond_kwargs={"text_embeds": rows.pooled.to(dtype), "time_ids": rows.time_ids},
-            **asked(rows.perturbed, self.models.device),
+            **rows.asked(self.models.device),
             return_dict=False,
         )[0]
         return answer[:count].float()

@@ -30,6 +30,7 @@ from PIL import Image
 from sdxl_lab.config import ModelRef, RuntimeProfile, is_file
 from sdxl_lab.diffusion import checkpoint, hub, processor, single_file
 from sdxl_lab.diffusion.attention import watch_rows
+from sdxl_lab.diffusion.freeu import watch_scales
 from sdxl_lab.diffusion.graphs import Graphed
 from sdxl_lab.diffusion.inventory import (
     SDXL,
@@ -226,6 +227,7 @@ def laid_out(unet: UNet2DConditionModel, profile: RuntimeProfile) -> Any:
     if profile.device == "cpu" and not profile.compile:
         lighten(unet)
     watch_rows(unet)
+    watch_scales(unet)
     if profile.compile:
         # Inductor's own default is a folder in /tmp: compiled code should outlive a restart.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))

@@ -193,13 +193,6 @@ def test_a_checkpoint_is_what_its_files_say(tiny_models):
     assert not base.unet.training
 
 
-def test_noise_levels_are_those_of_sdxl(tiny_models):
-    sigmas = tiny_models.base.sigmas
-    assert len(sigmas) == 1000
-    assert (sigmas[0], sigmas[-1]) == pytest.approx((0.0292, 14.6146), abs=1e-4)
-    assert (np.diff(sigmas) > 0).all()
-
-
 def test_without_a_negative_prompt_the_base_gets_zeros_and_the_refiner_the_empty_prompt(tiny_models):
     base, refiner = tiny_models.base, tiny_models.refiner
     assert not base.embed(Prompt(None)).hidden.any()
