@@ -1,5 +1,5 @@
-"""SDXL itself, in size: its base UNet with random weights takes two of the engine's steps, and the whole model comes from
-a single file, so that nothing here works for the miniature only."""
+"""SDXL itself, in size: its base UNet with random weights takes two of the engine's steps, and the whole model comes
+from a single file, so that nothing here works for the miniature only."""
 
 import gc
 import shutil
