@@ -75,6 +75,7 @@ def differing(own: ModelRef, asked: ModelRef) -> list[str]:
 def _identity(ref: ModelRef, role: str) -> str:
     name, revision = str(getattr(ref, role)), getattr(ref, PINS[role][0])
     others = SHARED if role == "refiner" else ("vae",) if role == "base" and ref.vae is not None else ()
+    check_no_pickle(name, role)
     if is_file(name):
         return f"sha256 {sha256_of(file_of(name, role))}"
     folder = folder_of(name, "base/vae" if role == "vae" else role)
@@ -178,6 +179,18 @@ def conversion(path: Path) -> str:
         "torch.is_tensor(v)}, sys.argv[2])"
     )
     return f'python -c "{program}" {path} {path.with_suffix(".safetensors")}'
+
+
+def check_no_pickle(name: str, role: str) -> None:
+    """`ModelError` for a file that would be unpickled, with the command that converts it."""
+    if not name.endswith(PICKLES):
+        return
+    path = Path(name)
+    raise ModelError(
+        f"the {role} model must be in safetensors, since loading a pickle runs whatever code it holds; received "
+        f"{name!r}. Convert it, without running any: {conversion(path)}. Example: "
+        f"{path.with_suffix('.safetensors').name}"
+    )
 
 
 def check_safe(folder: Path, role: str, name: str, parts: Collection[str]) -> None:
