@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sdxl_lab import cli
 from sdxl_lab.cli import STOPPED, main
@@ -143,6 +145,16 @@ def test_an_option_changes_its_setting(words, changes, monkeypatch, tmp_path):
     (tmp_path / "config.toml").write_text(start.to_toml())
     found = asked_for(["--config", str(tmp_path / "config.toml"), *words.split()], monkeypatch)
     assert found == start.with_(**changes)
+
+
+def test_the_a1111_text_of_another_program_goes_over_what_one_starts_from(monkeypatch, tmp_path, capsys):
+    info = PngInfo()
+    info.add_text("parameters", "a (red) cat\nSteps: 4, Sampler: Euler a, Schedule type: Karras, Seed: 3, Model: xl")
+    Image.new("RGB", (8, 8)).save(tmp_path / "theirs.png", pnginfo=info)
+    found = asked_for(["--parameters", str(tmp_path / "theirs.png"), "--steps", "6"], monkeypatch)
+    taken = {"scheduler": "euler_a", "sigma_schedule": "karras", "prompt_syntax": "a1111"}
+    assert found == GenerationConfig(steps=6, **taken)
+    assert capsys.readouterr().err == "not taken: Model: xl\n"
 
 
 def test_generate_has_an_option_for_every_setting_with_its_help(capsys):
