@@ -50,6 +50,7 @@ __all__ = [
     "STRENGTH",
     "ConfigError",
     "EmbeddingRef",
+    "FreeU",
     "GenerationConfig",
     "HiresConfig",
     "LoraRef",
@@ -84,6 +85,7 @@ SHA256 = Text(pattern="^[0-9a-f]{64}$", meaning="64 hexadecimal digits")
 PODELL = "Podell et al. 2023 (arXiv 2307.01952)"
 SADAT = "Sadat et al. 2024 (arXiv 2410.02416)"
 FAN = "Fan et al. 2025 (arXiv 2503.18886)"
+SI = "Si et al. 2023 (arXiv 2309.11497)"
 AHN = "Ahn et al. 2024 (arXiv 2403.17377)"
 HU = "Hu et al. 2021 (arXiv 2106.09685)"
 
@@ -742,6 +744,62 @@ class PerturbedAttention(Declared):
     ] = "mid"
 
 
+class FreeU(Declared):
+    """FreeU: the first two blocks of the UNet's way up listen more to what came from below, and less to the lowest
+    frequencies of the skip connections. It costs no rows."""
+
+    EXAMPLE: ClassVar[str] = "b1"
+
+    b1: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 10, between=True),
+            label="First backbone",
+            help="the scale of half of the first block's backbone",
+            example=1.1,
+            source=f"{SI}; diffusers: enable_freeu",
+            step=0.1,
+            option="freeu-b1",
+        ),
+    ] = 1.1
+    b2: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 10, between=True),
+            label="Second backbone",
+            help="the scale of half of the second block's backbone",
+            example=1.2,
+            source=f"{SI}; diffusers: enable_freeu",
+            step=0.1,
+            option="freeu-b2",
+        ),
+    ] = 1.2
+    s1: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 10, between=True),
+            label="First skips",
+            help="the scale of the lowest frequencies of the first block's skip connections",
+            example=0.6,
+            source=f"{SI}; diffusers: enable_freeu",
+            step=0.1,
+            option="freeu-s1",
+        ),
+    ] = 0.6
+    s2: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 10, between=True),
+            label="Second skips",
+            help="the scale of the lowest frequencies of the second block's skip connections",
+            example=0.4,
+            source=f"{SI}; diffusers: enable_freeu",
+            step=0.1,
+            option="freeu-s2",
+        ),
+    ] = 0.4
+
+
 class GenerationConfig(Declared):
     """All that decides an image besides its prompt, its seed and a source image.
 
@@ -903,6 +961,16 @@ class GenerationConfig(Declared):
             help="whether a third row without self-attention guides, too (PAG)",
             example={"scale": 3.0},
             source=AHN,
+        ),
+    ] = None
+    freeu: Annotated[
+        FreeU | None,
+        Setting(
+            kind=Table(FreeU),
+            label="FreeU",
+            help="whether the UNet's skip connections are damped (FreeU)",
+            example={"b1": 1.1, "b2": 1.2, "s1": 0.6, "s2": 0.4},
+            source=SI,
         ),
     ] = None
     width: Annotated[
@@ -1256,7 +1324,7 @@ class ServingLimits(Declared):
     @classmethod
     def for_model(cls, model: ModelRef) -> "ServingLimits":
         """Sound limits for a model: nano's, or those of the real SDXL."""
-        return cls() if model.base == "nano" else cls(side=(512, 1536))
+        return cls() if "nano" in (model.base, model.config) else cls(side=(512, 1536))
 
     def narrowed(self, setting: Setting) -> Setting:
         """A setting of the configuration with these limits in its rule."""

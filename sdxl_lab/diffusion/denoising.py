@@ -9,7 +9,7 @@ draw for draw.
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -22,13 +22,15 @@ from torch.nn import functional
 
 from sdxl_lab.config import ConfigError, RefinerConfig
 from sdxl_lab.diffusion import guiders, schedulers
-from sdxl_lab.diffusion.attention import PLACES, perturbs
+from sdxl_lab.diffusion.attention import PERTURBED, PLACES, perturbs
 from sdxl_lab.diffusion.batching import Part
+from sdxl_lab.diffusion.freeu import SCALED, scalable, scales
 from sdxl_lab.diffusion.latency import Group
 from sdxl_lab.diffusion.models import Denoiser, Models, to_tensor
 from sdxl_lab.diffusion.prompts import Embedding, Prompt
 from sdxl_lab.images import finish
 from sdxl_lab.job import ImageRequest
+from sdxl_lab.schedules import sampler
 from sdxl_lab.source import SourceImage
 from sdxl_lab.syntax import texts
 
@@ -40,9 +42,9 @@ LARGEST = 1000.0  # the largest noise level that a guidance interval can name: i
 
 class Rows(NamedTuple):
     """UNet inputs, one row to three (unguided, guided, perturbed): latents (n, 4 or 9, h, w), timesteps (n,), for each
-    row its text (1, 77 x chunks, width), pooled text (n, projection), micro-conditioning (n, 5 or 6), on the CPU the codes
-    (n,) of the blocks in which a row is perturbed, 0 for none, and what tells a distilled UNet the guidance scale (n,
-    its width), which has no columns for others."""
+    row its text (1, 77 x chunks, width), pooled text (n, projection), micro-conditioning (n, 5 or 6), on the CPU the
+    codes (n,) of the blocks in which a row is perturbed, 0 for none, and FreeU's scales (n, 4), 1 for none; and what
+    tells a distilled UNet the guidance scale (n, its width), which has no columns for others."""
 
     latents: torch.Tensor
     timesteps: torch.Tensor
@@ -50,7 +52,18 @@ class Rows(NamedTuple):
     pooled: torch.Tensor
     time_ids: torch.Tensor
     perturbed: torch.Tensor
+    scaled: torch.Tensor
     timestep_cond: torch.Tensor
+
+    def asked(self, device: torch.device) -> dict[str, Mapping[str, torch.Tensor]]:
+        """What rows ask of the UNet's insides, as its call takes it: nothing where none asks for anything. To look does
+        not wait for a GPU."""
+        found = {}
+        if self.perturbed.any():
+            found[PERTURBED] = self.perturbed.to(device)
+        if (self.scaled != 1).any():
+            found[SCALED] = self.scaled.to(device)
+        return {"cross_attention_kwargs": found} if found else {}
 
     @classmethod
     def joined(cls, parts: Sequence["Rows"]) -> "Rows":
@@ -239,6 +252,7 @@ class Stage:
         self.guidance = [self._guidance(guided, index) for index in range(len(self.timesteps))]
         self.guider = guiders.guider_of(config)
         self.place = 0 if config.pag is None else self._place(config.pag.layers)
+        self.scales = self._scales()
         self._embed = embed
         self._embedded: dict[Prompt, Embedding] = {}
         self._steps = _steps(len(self.scheduler.timesteps), config.steps)[part]
@@ -305,6 +319,13 @@ class Stage:
             raise ConfigError("pag.layers", layers, rule, "mid")
         return PLACES[layers]
 
+    def _scales(self) -> tuple[float, ...]:
+        """FreeU's, of every row."""
+        if self.config.freeu is not None and not scalable(self.denoiser.unet):
+            rule = f"left out, since the blocks of the {self.name}'s UNet are not those of SDXL"
+            raise ConfigError("freeu", self.config.freeu.to_dict(), rule, "none")
+        return scales(self.config.freeu)
+
     def denoised(self) -> torch.Tensor | None:
         """The clean latents (1, 4, h, w) that the last prediction points to; None before the first."""
         if self.seen is None:
@@ -345,6 +366,7 @@ class Stage:
             torch.cat([embedding.pooled for embedding, _, _ in rows]),
             torch.cat([self.time_ids[index : index + 1] for _, index, _ in rows]),
             torch.tensor([code for _, _, code in rows]),
+            torch.tensor([self.scales] * len(rows)),
             self.timestep_cond.expand(len(rows), -1),
         )
 
@@ -594,7 +616,7 @@ class Trajectory:
     def outcome(self) -> StageOutcome:
         """What the scheduler made of the settings, and what that cost."""
         return StageOutcome(
-            sampler=schedulers.TABLE[self.request.config.scheduler].a1111,
+            sampler=sampler(self.request.config.scheduler),
             scheduler=schedulers.effective(self.stages[-1].scheduler),
             unet_calls=_by_stage((stage.name, len(stage.timesteps)) for stage in self.stages),
             unet_rows=_by_stage((stage.name, stage.total_rows) for stage in self.stages),

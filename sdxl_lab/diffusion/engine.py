@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Self, overload
 
 import diffusers
@@ -27,7 +27,6 @@ from PIL import Image
 from sdxl_lab.config import GenerationConfig, LoraRef, RuntimeProfile
 from sdxl_lab.diffusion import adapters, inversions
 from sdxl_lab.diffusion.adapters import Applied, Loras
-from sdxl_lab.diffusion.attention import asked
 from sdxl_lab.diffusion.batching import Batcher, Part
 from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
 from sdxl_lab.diffusion.inventory import differing, identity
@@ -80,7 +79,8 @@ class EngineStats:
 
 
 class Engine:
-    """Draws images. Use it as a context manager, or call `close`."""
+    """Draws images. Use it as a context manager, or call `close`. `tokens` says how much is read of a request's texts,
+    before it is drawn."""
 
     def __init__(
         self,
@@ -93,6 +93,7 @@ class Engine:
         self.models, self.profile, self.weights = models, profile, weights
         self.processor = processor_of(models.device)
         self.max_queue = max_queue
+        self.tokens = TokenCounter(models.base.tokenizers)
         self.failure: str | None = None
         self._latency = LatencyModel() if latency is None else latency
         self._batcher = Batcher(self._latency, profile.rows, profile.active, profile.order)
@@ -287,11 +288,6 @@ class Engine:
                     self._latency.took(group, count, time.monotonic() - began)
                     self._batcher.measured()
             warm = count  # a first call prepares what the later ones find
-
-    @cached_property
-    def tokens(self) -> TokenCounter:
-        """How many tokens a request's texts have, and which words are cut. Any thread may ask, before it is drawn."""
-        return TokenCounter(self.models.base.tokenizers)
 
     def stats(self) -> EngineStats:
         rows, seconds = self._last_call
@@ -576,7 +572,7 @@ class Engine:
             encoder_hidden_states=rows.text().to(dtype),
             timestep_cond=rows.timestep_cond.to(dtype) if rows.timestep_cond.shape[1] else None,
             added_cond_kwargs={"text_embeds": rows.pooled.to(dtype), "time_ids": rows.time_ids},
-            **asked(rows.perturbed, self.models.device),
+            **rows.asked(self.models.device),
             return_dict=False,
         )[0]
         return answer[:count].float()

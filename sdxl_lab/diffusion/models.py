@@ -30,12 +30,14 @@ from PIL import Image
 from sdxl_lab.config import ModelRef, RuntimeProfile, is_file
 from sdxl_lab.diffusion import checkpoint, hub, processor, single_file
 from sdxl_lab.diffusion.attention import watch_rows
+from sdxl_lab.diffusion.freeu import watch_scales
 from sdxl_lab.diffusion.graphs import Graphed
 from sdxl_lab.diffusion.inventory import (
     SDXL,
     SHARED,
     ModelError,
     check_folder,
+    check_no_pickle,
     check_pins,
     check_safe,
     file_of,
@@ -226,6 +228,7 @@ def laid_out(unet: UNet2DConditionModel, profile: RuntimeProfile) -> Any:
     if profile.device == "cpu" and not profile.compile:
         lighten(unet)
     watch_rows(unet)
+    watch_scales(unet)
     if profile.compile:
         # Inductor's own default is a folder in /tmp: compiled code should outlive a restart.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
@@ -340,7 +343,7 @@ def _pipeline(cls: Any, ref: ModelRef, role: str, dtype: Dtypes, **shared: Any) 
         configs = _configs(ref, role)
         with _refused(cls, role, name):
             return single_file.pipeline(cls, path, configs, dtype, **shared)
-    checkpoint.check_no_pickle(name, role)
+    check_no_pickle(name, role)
     folder = folder_of(name, role)
     if folder is None:
         hub.check_pinned(role, name, revision)
@@ -403,7 +406,7 @@ def _reason(error: Exception) -> str:
 
 def _vae(ref: ModelRef, dtype: torch.dtype) -> AutoencoderKL:
     name, revision = str(ref.vae), ref.vae_revision
-    checkpoint.check_no_pickle(name, "vae")
+    check_no_pickle(name, "vae")
     try:
         if is_file(name):
             loaded = single_file.vae(file_of(name, "vae"), _configs(ref, "base"), dtype)
