@@ -103,16 +103,17 @@ class SourceImage:
             mask_blur=None if self.mask is None else float(self.mask_blur),
         )
 
-    def check_is(self, expected: SourceRecord) -> None:
-        """`ConfigError` where this is not the source, or not the mask, that a record names."""
+    def differs(self, recorded: SourceRecord) -> list[str]:
+        """Which of source and mask are other ones than those that a record names."""
         own = self.to_record()
-        for name, found, wanted in (
-            ("source", own.sha256, expected.sha256),
-            ("mask", own.mask_sha256, expected.mask_sha256),
-        ):
-            if found != wanted:
-                rule = f"the one whose pixels have the sha256 {wanted}" if wanted else "left out, as it was"
-                raise ConfigError(name, found, rule, f"--{name}=cat.png" if wanted else f"a command without --{name}=")
+        return [
+            name
+            for name, found, known in (
+                ("source", own.sha256, recorded.sha256),
+                ("mask", own.mask_sha256, recorded.mask_sha256),
+            )
+            if found != known
+        ]
 
 
 LANCZOS = Image.Resampling.LANCZOS

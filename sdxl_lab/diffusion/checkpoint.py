@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdxl_lab.diffusion.inventory import ModelError
+from sdxl_lab.diffusion.support import INPAINTING
 
 LONGEST = 100_000_000  # bytes: what safetensors allows a header
 
@@ -117,9 +118,11 @@ def check(path: Path, role: str, found: Header, elsewhere: frozenset[str] = froz
             "Example: sd_xl_base_1.0.safetensors"
         )
     channels = found.shapes[LATENTS][1] if LATENTS in found.shapes else None
-    if channels != 4:
+    drawn = (4,) if role == "refiner" else (4, INPAINTING)
+    if channels not in drawn:
         meaning = CHANNELS.get(channels or 0, "another family")
         raise ModelError(
-            f"{rule}, whose unet takes 4 channels, which the engine draws; {received} with {channels}: {meaning}. "
+            f"{rule}, whose unet takes {' or '.join(map(str, drawn))} channels, which the engine draws; {received} "
+            f"with {channels}: {meaning}. "
             "Example: sd_xl_base_1.0.safetensors"
         )

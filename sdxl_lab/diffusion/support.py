@@ -45,7 +45,7 @@ DRAWN: Mapping[str, Mapping[str, Collection[Any]]] = {
     },
     "unet": {
         "_class_name": ("UNet2DConditionModel",),
-        "in_channels": (4,),
+        "in_channels": (4, 9),  # 9 for a base that inpaints
         "out_channels": (4,),
         "addition_embed_type": ("text_time",),
         "class_embed_type": (None,),
@@ -55,6 +55,7 @@ DRAWN: Mapping[str, Mapping[str, Collection[Any]]] = {
     "text_encoder": {"architectures": (["CLIPTextModel"], ["CLIPTextModelWithProjection"])},
     "text_encoder_2": {"architectures": (["CLIPTextModelWithProjection"],)},
 }
+INPAINTING = 9  # channels of a UNet that sees a mask and the masked image's latents beside its own
 FILES = {"scheduler": "scheduler_config.json"}
 # What a word that is not drawn stands for, by a piece of it.
 MEANS = {
@@ -78,6 +79,8 @@ def check_folder_is_drawn(folder: Path, role: str, parts: Collection[str]) -> No
 def check_is_drawn(config: Mapping[str, Any], part: str, role: str, name: str) -> None:
     """`ModelError` for a part's configuration with a value that the engine does not draw."""
     for key, drawn in DRAWN[part].items():
+        if (part, key, role) == ("unet", "in_channels", "refiner"):
+            drawn = (4,)
         if key in config and config[key] not in drawn:
             value = config[key]
             means = {value: CHANNELS.get(value)} if key == "in_channels" else MEANS
