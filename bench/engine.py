@@ -179,6 +179,7 @@ RUNTIMES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "bfloat16, channels_last": {"dtype": "bfloat16", "channels_last": True},
     "bfloat16, compile": {"dtype": "bfloat16", "compile": True},
+    "float8 storage": {"storage": "float8"},
 }
 
 

@@ -15,6 +15,7 @@ from sdxl_lab.config import (
     ConfigError,
     FreeU,
     GenerationConfig,
+    HiresConfig,
     ModelRef,
     PerturbedAttention,
     ProjectedGuidance,
@@ -683,3 +684,51 @@ def test_a_prompt_out_of_range_is_refused(prompt):
         ConfigError, match=r'prompt must be text of 1 to 2000 characters(?s:.*)prompt = "A cat in a hat"'
     ):
         checked_prompt(prompt)
+
+
+# --- two passes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_pass_changes_no_digest_where_there_is_none():
+    assert "hires" not in GenerationConfig().distinct()
+    assert GenerationConfig(hires=HiresConfig()).digest != GenerationConfig().digest
+    scaled = GenerationConfig(hires=HiresConfig(scale=1.5))
+    assert scaled.distinct() == {"hires": {"scale": 1.5}}
+    assert GenerationConfig.from_dict(scaled.to_dict()) == scaled
+
+
+@pytest.mark.parametrize(("scale", "size"), [(1.0, (136, 64)), (1.5, (200, 96)), (1.99, (264, 120)), (2.0, (272, 128))])
+def test_the_drawn_size_is_a1111s_whole_number_of_latents(scale, size):
+    assert GenerationConfig(width=136, height=64, hires=HiresConfig(scale=scale)).drawn_size == size
+    assert GenerationConfig(width=136, height=64).drawn_size == (136, 64)
+
+
+BAD_PASSES = [
+    ({"width": 2048, "hires": HiresConfig(scale=4)}, "hires.scale must be one that makes no side longer than 4096"),
+    ({"hires": HiresConfig(strength=0.02)}, "hires.strength must be at least 1/steps, here 0.04"),
+    ({"steps": 4, "hires": HiresConfig(strength=0.24)}, "or no step is left; received 0.24"),
+    (
+        {"steps": 2, "sigmas": (5.0, 1.0), "hires": HiresConfig(steps=4)},
+        "hires.steps must be left out, or 2, where sigmas are given for 2 steps; received 4",
+    ),
+    ({"scheduler": "lcm", "hires": HiresConfig(steps=51)}, "steps must be at most 50 with the scheduler lcm"),
+]
+
+
+@pytest.mark.parametrize(("settings", "said"), BAD_PASSES, ids=[said[:30] for _, said in BAD_PASSES])
+def test_a_second_pass_that_cannot_be_made_is_refused(settings, said):
+    with pytest.raises(ConfigError) as caught:
+        GenerationConfig(**settings)
+    assert said in str(caught.value)
+
+
+def test_a_watermark_needs_room_in_the_image_that_is_drawn():
+    GenerationConfig(width=128, height=128, watermark=True, hires=HiresConfig())
+    with pytest.raises(ConfigError, match="true at 192x192"):
+        GenerationConfig(width=128, height=128, watermark=True, hires=HiresConfig(scale=1.5))
+
+
+@pytest.mark.parametrize("name", ["compile", "graphs"])
+def test_weights_in_eight_bits_are_not_compiled_or_recorded(name):
+    with pytest.raises(ConfigError, match=f"storage must be own with {name}"):
+        RuntimeProfile(storage="float8", **{name: True})

@@ -797,7 +797,9 @@ OTHER_REFINERS = {
 
 
 def refined(config):
-    return ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, image_record()))
+    return ImageRequest(
+        config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, image_record(), stage="refiner")
+    )
 
 
 def test_the_record_names_what_the_processor_can_do(engine, config):
