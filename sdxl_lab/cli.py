@@ -327,7 +327,7 @@ def _source(engine: Any, record: Any, mask: Any = None) -> Any:
     above = _source(engine, parent) if parent.source is not None else None
     request = ImageRequest(parent.config, parent.prompt, parent.seed, above, parent.prompt_2)
     if known is None:  # 0.1.0 had nothing but the refiner
-        return SourceImage(engine.draw(request).image, record.strength, parent, stage="refiner")
+        return SourceImage(engine.draw(request).image, record.strength, parent, mask, stage="refiner")
     if known.mask_sha256 is not None and mask is None:
         rule = f"the file with the image's mask, whose pixels have the sha256 {known.mask_sha256}"
         raise ConfigError("mask", None, rule, "--mask=mask.png")

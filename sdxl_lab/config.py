@@ -1168,7 +1168,12 @@ class GenerationConfig(Declared):
         if int(steps * hires.strength) < 1:
             rule = f"at least 1/steps, here {1 / steps:.3g}, or no step is left"
             raise ConfigError("hires.strength", hires.strength, rule, 0.6)
-        self.second_pass()  # so many steps may break a rule of the scheduler
+        try:
+            self.second_pass()
+        except ConfigError as error:  # so many steps may break a rule of the scheduler
+            if error.field != "steps":
+                raise
+            raise ConfigError("hires.steps", error.received, error.rule, error.example) from None
 
     @property
     def drawn_size(self) -> tuple[int, int]:

@@ -711,7 +711,7 @@ BAD_PASSES = [
         {"steps": 2, "sigmas": (5.0, 1.0), "hires": HiresConfig(steps=4)},
         "hires.steps must be left out, or 2, where sigmas are given for 2 steps; received 4",
     ),
-    ({"scheduler": "lcm", "hires": HiresConfig(steps=51)}, "steps must be at most 50 with the scheduler lcm"),
+    ({"scheduler": "lcm", "hires": HiresConfig(steps=51)}, "hires.steps must be at most 50 with the scheduler lcm"),
 ]
 
 

@@ -14,7 +14,7 @@ from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError
 from sdxl_lab.diffusion.models import Models, load
 from sdxl_lab.images import max_difference
-from sdxl_lab.job import ImageRequest
+from sdxl_lab.job import Change, ImageRequest, Job, Stepped
 from tests.lab.diffusion.test_denoising import PROMPTS, TOLERANCE, Bench, Pipelines, difference
 
 CPU = RuntimeProfile(device="cpu", dtype="float32", rows=256)
@@ -87,13 +87,14 @@ def test_a_small_decoder_makes_the_previews_and_moves_no_image(tiny_decoder, tin
     request = ImageRequest(config, "a cat", 1)
     threads = torch.get_num_threads()
     with Engine(models, profile, {}) as engine:
-        job = engine.submit(request, on_step=lambda *_: seen.append((job_of.preview(), latents_of())))
+        job = Job(request)
 
-        def latents_of() -> torch.Tensor:
-            return engine._works[job].trajectory.denoised()
+        def look(change: Change) -> None:
+            if isinstance(change, Stepped):
+                seen.append((job.preview(), engine._works[job].trajectory.denoised()))
 
-        job_of = job
-        image = job.result(60)
+        job.watch(look)
+        image = engine.submit(job).result(60)
     assert torch.get_num_threads() == threads
     preview, latents = seen[-1]
     assert preview.size == (64, 72)
