@@ -281,7 +281,8 @@ def _predicts(scheduler: Any, ref: ModelRef) -> None:
         changes["rescale_betas_zero_snr"] = zero
     if zero:
         changes["timestep_spacing"] = "trailing"
-    scheduler.register_to_config(**changes)
+    defaults = [name for name in scheduler.config.get("_use_default_values", []) if name not in changes]
+    scheduler.register_to_config(**changes, _use_default_values=defaults)  # what stands there is not read again
 
 
 @contextmanager
