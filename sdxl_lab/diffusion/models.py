@@ -261,6 +261,11 @@ def _latent_rgb(ref: ModelRef) -> np.ndarray:
 
 def _load_parts(ref: ModelRef, dtype: Dtypes) -> tuple[Any, Any]:
     """The base's pipeline, and the refiner's or None, which shares its second text encoder and its VAE."""
+    if ref.config is not None and not any(is_file(name) for name in (ref.base, ref.refiner, ref.vae)):
+        raise ModelError(
+            f"config must be left out where neither base, refiner nor vae is a single .safetensors file; received "
+            f"{ref.config!r} beside {ref.base!r}. Example: --model FILE.safetensors --model-config FOLDER"
+        )
     other = {} if ref.vae is None else {"vae": _vae(ref, dtype["default"])}
     base = _pipeline(StableDiffusionXLPipeline, ref, "base", dtype, **other)
     _predicts(base.scheduler, ref)

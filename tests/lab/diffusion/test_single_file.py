@@ -349,6 +349,11 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(files, lively_mod
     load(ref(files, lively_model, base=str(path.with_suffix(".safetensors"))), CPU)
 
 
+def test_configurations_without_a_file_are_refused_since_nobody_would_read_them(lively_model):
+    with pytest.raises(ModelError, match="config must be left out where neither base, refiner nor vae is a single"):
+        load(ModelRef(base=str(lively_model), config="nano"), CPU)
+
+
 # --- what is SDXL's own ----------------------------------------------------------------------------------------------
 
 
