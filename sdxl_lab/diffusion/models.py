@@ -413,20 +413,23 @@ def _reason(error: Exception) -> str:
 def _vae(ref: ModelRef, dtype: torch.dtype) -> AutoencoderKL:
     name, revision = str(ref.vae), ref.vae_revision
     check_no_pickle(name, "vae")
+    folder = None if is_file(name) else folder_of(name, "base/vae")
+    if folder is not None and (folder / "config.json").is_file():
+        check_is_drawn(json.loads((folder / "config.json").read_text()), "vae", "vae", name)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     try:
         if is_file(name):
             loaded = single_file.vae(file_of(name, "vae"), _configs(ref, "base"), dtype)
+        elif folder is not None:
+            variant = variant_of(folder, ["."])
+            loaded = AutoencoderKL.from_pretrained(str(folder), variant=variant, local_files_only=True, **options)
         else:
-            folder = folder_of(name, "base/vae")
-            if folder is None:
-                hub.check_pinned("vae", name, revision)
-            options = {"revision": revision} if folder is None else {"local_files_only": True}
-            variant = None if folder is None else variant_of(folder, ["."])
-            loaded = AutoencoderKL.from_pretrained(
-                str(folder or name), dtype=dtype, use_safetensors=True, variant=variant, **options
-            )
-            if folder is None:
-                hub.check_downloaded("vae", name, str(revision))
+            hub.check_pinned("vae", name, revision)
+            try:
+                loaded = AutoencoderKL.from_pretrained(name, revision=revision, **options)
+            except OSError:  # the hub's client, and diffusers where no file has the plain name
+                loaded = AutoencoderKL.from_pretrained(name, revision=revision, variant="fp16", **options)
+            hub.check_downloaded("vae", name, str(revision))
     except ModelError:
         raise
     except Exception as error:  # as in _refused
