@@ -164,6 +164,8 @@ class Pipelines:
         config, scores = request.config, request.config.refiner or RefinerConfig()
         settings = {
             "prompt": request.prompt,
+            "prompt_2": request.prompt_2,
+            "negative_prompt_2": config.negative_prompt_2,
             "negative_prompt": config.negative_prompt,
             "num_inference_steps": config.steps,
             "guidance_scale": config.guidance_scale,
@@ -448,10 +450,11 @@ MUTATIONS: dict[str, dict[str, Any]] = {
 }
 REFINER_MUTATIONS = {"handover": 0.7, "aesthetic_score": 4.0, "negative_aesthetic_score": 6.0}
 MOVES_NO_LATENTS = {"model", "watermark"}  # what they do is tested in test_models.py and test_engine.py
+IN_PROMPTS = {"prompt_syntax", "negative_prompt_2", "embeddings"}  # these are changed in test_denoising_prompts.py
 
 
 def test_the_mutations_reach_every_field():
-    assert set(GenerationConfig.model_fields) == set(MUTATIONS) | MOVES_NO_LATENTS
+    assert set(GenerationConfig.model_fields) == set(MUTATIONS) | MOVES_NO_LATENTS | IN_PROMPTS
     assert set(RefinerConfig.model_fields) == set(REFINER_MUTATIONS)
 
 
