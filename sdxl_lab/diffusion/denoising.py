@@ -447,10 +447,17 @@ class Trajectory:
             self.stages += more
         for stage in self.stages:
             if not len(stage.timesteps):
-                steps, rule = request.config.steps, "enough that both base and refiner get one"
-                raise ConfigError("steps", steps, f"{rule} ({stage.name} has none)", 25)
+                raise self._without_a_step(stage)
         self.total = sum(len(stage.timesteps) for stage in self.stages)
         self.latents = self._begun(self.stages[0], request.source)
+
+    def _without_a_step(self, stage: Stage) -> ConfigError:
+        hires, source = self.request.config.hires, self.request.source
+        if stage.name == "base" and (source is not None or stage is self._second):
+            name, strength = ("strength", source.strength) if source else ("hires.strength", hires and hires.strength)
+            return ConfigError(name, strength, "large enough that the base gets a step before the refiner goes on", 0.8)
+        rule = f"enough that both base and refiner get one ({stage.name} has none)"
+        return ConfigError("steps", self.request.config.steps, rule, 25)
 
     def _check_refiner(self) -> None:
         """An inpainting UNet of nine channels leaves what is outside of the mask noisy: no refiner can go on there."""
@@ -543,11 +550,10 @@ class Trajectory:
         else:
             image = finish(self.models.decode(self.latents)[0], watermark=False)
             clean = self.models.encode(image.resize((width, height), Image.Resampling.LANCZOS), self.generator)
-        if not stage.denoiser.inpaints:
-            return self._noised(clean, stage)
         noised = self._noised(clean, stage)
-        mask = torch.ones(1, 1, height, width, device=self.models.device)
-        stage.beside = self._beside(None, mask, functional.interpolate(mask, size=clean.shape[-2:]))
+        if stage.denoiser.inpaints:
+            mask = torch.ones(1, 1, height, width, device=self.models.device)
+            stage.beside = self._beside(None, mask, functional.interpolate(mask, size=clean.shape[-2:]))
         return noised
 
     def _noise(self, stage: Stage) -> torch.Tensor:

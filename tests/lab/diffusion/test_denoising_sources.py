@@ -174,6 +174,14 @@ def test_the_refiner_goes_on_where_the_base_leaves_a_source(bench, masked):
     checked(bench, requests)
 
 
+def test_a_strength_that_leaves_the_base_no_step_is_refused(bench):
+    config = bench.config.with_(steps=10, refiner=RefinerConfig(handover=0.5))
+    with pytest.raises(ConfigError, match=r"^strength must be large enough that the base gets a step .* received 0\.3"):
+        bench.engine.draw(ImageRequest(config, "a cat", 1, SourceImage(noise(64, 64), 0.3)))
+    with pytest.raises(ConfigError, match=r"^hires.strength must be large enough that the base .* received 0\.4"):
+        bench.engine.draw(ImageRequest(config.with_(hires=HiresConfig(strength=0.4)), "a cat", 1))
+
+
 def test_the_refiner_alone_goes_over_a_source_with_a_mask(bench):
     given = sources(bench.config)[1]
     requests = [
