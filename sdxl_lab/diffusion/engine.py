@@ -242,10 +242,11 @@ class Engine:
 
     def calibrate(self, config: GenerationConfig, seconds: float = 3.0) -> None:
         """Measure what calls of a few row counts take, before anybody waits for an image: a new engine learns it from
-        its first images else. Ends after so many seconds, at once where the configuration's size is known from an
+        its first images else. Ends after so many seconds for each size, at once for one that is known from an
         earlier start; a compiled UNet is called until all its row counts are compiled. Raises `EngineStopped`."""
         limit = math.inf if self.profile.compile else seconds
-        self._do(lambda: self._calibrate(ImageRequest(config, "a calibration", 0), limit))
+        for each in (config, *((config.second_pass(),) if config.hires else ())):
+            self._do(partial(self._calibrate, ImageRequest(each, "a calibration", 0), limit))
 
     def _do(self, chore: Callable[[], object]) -> None:
         """Have the engine's thread do it between two calls, and wait. Raises what it raises, or `EngineStopped`."""
