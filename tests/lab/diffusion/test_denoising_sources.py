@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
+from diffusers import (
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -69,7 +73,8 @@ class Reference:
     def pipe(self, cls: Any, request: ImageRequest, stage: str = "base") -> Any:
         known = getattr(self.pipelines, stage)
         parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet")
-        names = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
+        names = ["force_zeros_for_empty_prompt"]
+        names += [] if cls is StableDiffusionXLPipeline else ["requires_aesthetics_score"]
         made = cls(
             **{name: getattr(known, name, None) for name in parts},
             **{name: known.config.get(name, False) for name in names},
@@ -80,49 +85,59 @@ class Reference:
         return made
 
     def draw(self, request: ImageRequest) -> np.ndarray:
+        """The image, float32 (height, width, 3) in [0, 1]."""
         config, source = request.config, request.source
-        settings = self.pipelines.settings(request)
         if config.hires is not None:
-            return self.twice(request, settings)
+            return self.twice(request)
         masked = source.mask is not None or config.model.base.endswith("nine")
         cls = StableDiffusionXLInpaintPipeline if masked else StableDiffusionXLImg2ImgPipeline
         given = {"image": source.image, "strength": source.strength}
         if masked:
-            found = Image.new("L", source.image.size, 255) if source.mask is None else source.mask
-            pipe = self.pipe(cls, request)
-            blurred = pipe.mask_processor.blur(found, source.mask_blur) if source.mask_blur else found
-            given |= {"mask_image": blurred, "height": config.height, "width": config.width}
-        scores = config.refiner or RefinerConfig()
+            mask = Image.new("L", source.image.size, 255) if source.mask is None else source.mask
+            if source.mask_blur:
+                mask = self.pipe(cls, request).mask_processor.blur(mask, source.mask_blur)
+            given |= {"mask_image": mask, "height": config.height, "width": config.width}
+        return self.through(request, cls, given, "np")
+
+    def twice(self, request: ImageRequest) -> np.ndarray:
+        config, hires = request.config, request.config.hires
+        width, height = (int(side * hires.scale) // 8 * 8 for side in (config.width, config.height))
+        settings = self.pipelines.settings(request)
+        small = {"width": config.width, "height": config.height}
+        if hires.upscaler == "latent":
+            latents = self.through(request, StableDiffusionXLPipeline, small, "latent", settings)
+            image = functional.interpolate(
+                latents[None], size=(height // 8, width // 8), mode="bilinear", antialias=False
+            )
+        else:
+            image = self.through(request, StableDiffusionXLPipeline, small, "pil", settings)
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        settings |= {"num_inference_steps": hires.steps or config.steps}
+        given = {"image": image, "strength": hires.strength}
+        return self.through(request, StableDiffusionXLImg2ImgPipeline, given, "np", settings)
+
+    def through(
+        self, request: ImageRequest, cls: Any, given: dict[str, Any], output_type: str, settings: Any = None
+    ) -> Any:
+        """Once through the schedule: the base, and the refiner where there is one."""
+        config, scores = request.config, request.config.refiner or RefinerConfig()
+        settings = settings or self.pipelines.settings(request)
         refining = {
             "aesthetic_score": scores.aesthetic_score,
             "negative_aesthetic_score": scores.negative_aesthetic_score,
-            "output_type": "np",
+            "output_type": output_type,
         }
-        if source.stage == "refiner":
+        if request.source is not None and request.source.stage == "refiner":
             return self.pipe(cls, request, "refiner")(**settings, **given, **refining).images[0]
         pipe = self.pipe(cls, request)
         if config.refiner is None:
-            return pipe(**settings, **given, output_type="np").images[0]
-        latents = pipe(**settings, **given, denoising_end=config.refiner.handover, output_type="latent").images
-        del given["strength"]
-        given |= {"image": latents, "denoising_start": config.refiner.handover}
-        return self.pipe(cls, request, "refiner")(**settings, **given, **refining).images[0]
-
-    def twice(self, request: ImageRequest, settings: dict[str, Any]) -> np.ndarray:
-        config, hires = request.config, request.config.hires
-        first = self.pipelines.base
-        first.scheduler = self.pipelines.scheduler(request)
-        small = {"width": config.width, "height": config.height}
-        width, height = (int(side * hires.scale) // 8 * 8 for side in (config.width, config.height))
-        if hires.upscaler == "latent":
-            latents = first(**settings, **small, output_type="latent").images
-            image = functional.interpolate(latents, size=(height // 8, width // 8), mode="bilinear", antialias=False)
-        else:
-            drawn = first(**settings, **small, output_type="pil").images[0]
-            image = drawn.resize((width, height), Image.Resampling.LANCZOS)
-        second = self.pipe(StableDiffusionXLImg2ImgPipeline, request)
-        settings |= {"num_inference_steps": hires.steps or config.steps}
-        return second(**settings, image=image, strength=hires.strength, output_type="np").images[0]
+            return pipe(**settings, **given, output_type=output_type).images[0]
+        handover = config.refiner.handover
+        latents = pipe(**settings, **given, denoising_end=handover, output_type="latent").images
+        given = {name: value for name, value in given.items() if name != "strength"} | {"image": latents}
+        if cls is StableDiffusionXLPipeline:
+            cls, given = StableDiffusionXLImg2ImgPipeline, {"image": latents}
+        return self.pipe(cls, request, "refiner")(**settings, **given, denoising_start=handover, **refining).images[0]
 
 
 def checked(bench: Bench, requests: list[ImageRequest]) -> None:
@@ -296,6 +311,8 @@ TWICE = [
     {"hires": HiresConfig(steps=7), "scheduler": "kdpm2_a", "width": 96},
     {"hires": HiresConfig(), "scheduler": "dpmpp_sde", "steps": 5},
     {"hires": HiresConfig(), "original_size": (100, 50), "crop": (3, 4), "clip_skip": 1},
+    {"hires": HiresConfig(strength=0.9), "refiner": RefinerConfig(handover=0.6), "steps": 8},
+    {"hires": HiresConfig(upscaler="lanczos", steps=9), "refiner": RefinerConfig(handover=0.7), "scheduler": "heun"},
 ]
 
 
