@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdxl_lab.diffusion.inventory import ModelError
-from sdxl_lab.diffusion.support import INPAINTING
 
 LONGEST = 100_000_000  # bytes: what safetensors allows a header
 
@@ -38,7 +37,8 @@ FOREIGN = {
     "clip_l": "an embedding",
     "emb_params": "an embedding",
 }
-CHANNELS = {8: "a model that edits images by instruction", 9: "an inpainting model"}
+INPAINTING = 9  # channels of a UNet that sees a mask and the masked image's latents beside its own
+CHANNELS = {8: "a model that edits images by instruction", INPAINTING: "an inpainting model"}
 
 
 class Header(NamedTuple):

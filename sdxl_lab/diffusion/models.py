@@ -50,7 +50,7 @@ from sdxl_lab.diffusion.inventory import (
 from sdxl_lab.diffusion.inversions import PARTS, vectors_of
 from sdxl_lab.diffusion.lean import lighten
 from sdxl_lab.diffusion.prompts import Chunk, Embedding, Prompt, chunks_of, encode
-from sdxl_lab.diffusion.support import INPAINTING, check_folder_is_drawn, check_is_drawn
+from sdxl_lab.diffusion.support import check_folder_is_drawn, check_is_drawn
 from sdxl_lab.diffusion.vae_memory import VaeMemory
 from sdxl_lab.environment import keep_allocations
 from sdxl_lab.files import cache_folder
@@ -79,7 +79,7 @@ class Denoiser:
     @property
     def inpaints(self) -> bool:
         """Whether the UNet sees a mask and the masked image beside the latents, in nine channels."""
-        return bool(self.unet.config.in_channels == INPAINTING)
+        return bool(self.unet.config.in_channels == checkpoint.INPAINTING)
 
     @torch.no_grad()
     def embed(self, prompt: Prompt) -> Embedding:

@@ -55,7 +55,6 @@ DRAWN: Mapping[str, Mapping[str, Collection[Any]]] = {
     "text_encoder": {"architectures": (["CLIPTextModel"], ["CLIPTextModelWithProjection"])},
     "text_encoder_2": {"architectures": (["CLIPTextModelWithProjection"],)},
 }
-INPAINTING = 9  # channels of a UNet that sees a mask and the masked image's latents beside its own
 FILES = {"scheduler": "scheduler_config.json"}
 # What a word that is not drawn stands for, by a piece of it.
 MEANS = {
