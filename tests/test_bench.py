@@ -134,7 +134,13 @@ def test_fleets_are_simulated(tiny_model, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_orders_are_compared(tmp_path, capsys, monkeypatch):
-    for name, value in {"EACH": 300, "RUNS": 2, "PATIENCES": (1e9,), "STRETCHES": (1.5,), "SLACKS": (0.1, 0.3)}.items():
+    for name, value in {
+        "EACH": 300,
+        "RUNS": 2,
+        "PATIENCES": (1e9,),
+        "STRETCHES": (1.5,),
+        "THRIFTS": (1.0, 1e9),
+    }.items():
         monkeypatch.setattr(queueing, name, value)
     bench.main(["queueing", "--folder", str(tmp_path), "--images", "1"])
     found = json.loads((tmp_path / "queueing.json").read_text())
@@ -144,7 +150,7 @@ def test_orders_are_compared(tmp_path, capsys, monkeypatch):
     assert max(found["values"]["compiled, 85%: mean / one at a time"]) < 1
     constants = found["constants"]
     assert constants["PATIENCE 10, STRETCH 1.5"] != constants["PATIENCE 1e+09, STRETCH 3"]  # they reach the batcher
-    rows = [next(iter(constants[f"SLACK {slack}"].values()))["rows of a call"] for slack in (0.1, 0.3)]
+    rows = [next(iter(constants[f"THRIFT {thrift:g}"].values()))["rows of a call"] for thrift in (1e9, 1.0)]
     assert rows[0] > rows[1] > 2
     with Image.open(tmp_path / "queueing.png") as plot:
         assert plot.width > 500

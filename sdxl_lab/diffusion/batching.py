@@ -16,10 +16,10 @@ from sdxl_lab.diffusion.latency import Forecast, Group, LatencyModel
 # An image's remaining time counts for half once it has waited this many times its own: between the two classics,
 # shortest remaining time first (no patience) and highest response ratio next (Hansen 1971).
 PATIENCE = 10.0
-# Nobody waits longer than this multiple of what first come, first served would have taken.
+# Who takes longer than this multiple of what first come, first served would have taken goes before everybody.
 STRETCH = 3.0
-# Rows that cost this much more than the cheapest are still cheap enough, where the call is smaller.
-SLACK = 0.1
+# What a cheaper row is worth to each row that waits for it, against what a longer call costs the rows that are in it.
+THRIFT = 4.0
 # So many calls of a row count are made before it is judged: the first one may be slow.
 TRIALS = 3
 # Larger calls are tried while one more doubling takes at least this share off the price of a row, ...
@@ -90,10 +90,11 @@ class Batcher:
     """Who is under way and who is in the next call.
 
     `max_active` bounds the images under way: memory. `max_rows` bounds the rows of one call; how many it takes is what
-    costs the least time a row, as `latency` measured it. While `exploring`, row counts of which too little is known
-    are tried first, where there is enough to fill them. With `order` "shortest" the image with the least remaining
-    time goes first, less so the longer it has waited, and none takes more than `STRETCH` times as long as first come,
-    first served would have taken; "fifo" is that order. A higher priority goes before, within the same bound.
+    `latency` measured to be cheap, and the more so the more rows are there. While `exploring`, row counts of which too
+    little is known are tried first, where there is enough to fill them. With `order` "shortest" the image with the
+    least remaining time goes first, less so the longer it has waited; one that would take more than `STRETCH` times as
+    long as first come, first served falls due, and goes before everybody (`bench.queueing.bound` says what that
+    guarantees). "fifo" is first come, first served. A higher priority goes before, but not before what is due.
     """
 
     latency: LatencyModel
@@ -238,13 +239,13 @@ class Batcher:
 
     def _limit(self, group: Group, room: int) -> int:
         """The rows of the next call: a count to be tried, if there are images to fill it, else the best known."""
+        sharing = [image for image in self._images.values() if image.group == group and not image.alone]
         untried = self._to_try(group)
         if untried is not None:
-            sharing = [image for image in self._images.values() if image.group == group and not image.alone]
             waiting = sorted((image.rows for image in sharing if not image.active), reverse=True)[:room]
             if sum(waiting) + sum(image.rows for image in sharing if image.active) >= untried:
                 return untried
-        return self.rows_of(group)
+        return self.rows_of(group, sum(image.rows for image in sharing))
 
     def _to_try(self, group: Group) -> int | None:
         return self.untried(group) if self.exploring else None
@@ -265,19 +266,31 @@ class Batcher:
     def _candidates(self) -> list[int]:
         return sorted({*(1 << power for power in range(1, self.max_rows.bit_length())), self.max_rows})
 
-    def rows_of(self, group: Group) -> int:
-        """The rows of a well filled call: the fewest whose price a row is within `SLACK` of the least."""
-        return self._choice(group)[0]
+    def rows_of(self, group: Group, there: int | None = None) -> int:
+        """The rows of a call where so many rows of the group are there; left out, of a well filled call.
+
+        A price of `p` seconds a row and a call of `r` rows make the `there` rows wait `p` each, and the call's own
+        `p r` for the call's end. The least of `p (THRIFT there + r)` is taken: with few rows there the call is small
+        and ends soon, with many it costs the least time a row, and a larger call must be cheaper to be worth it.
+        """
+        if there is None:
+            return self._choice(group)[0]
+        prices = self._prices(group)
+        if not prices:
+            return self.max_rows
+        return min(prices, key=lambda rows: (prices[rows] * (THRIFT * there + rows), rows))
+
+    def _prices(self, group: Group) -> dict[int, float]:
+        """Seconds a row by the row counts measured."""
+        return self.latency.prices(group, [rows for rows in self.latency.measured(group) if rows <= self.max_rows])
 
     def _choice(self, group: Group) -> tuple[int, float]:
-        """Rows of a well filled call, and seconds a row in it."""
+        """Rows of a well filled call, one with `max_rows` there, and seconds a row in it."""
         if group not in self._choices:
-            counts = [rows for rows in self.latency.measured(group) if rows <= self.max_rows]
-            prices = self.latency.prices(group, counts)
+            prices = self._prices(group)
             if not prices:
                 return self.max_rows, self.latency.seconds(group, self.max_rows) / self.max_rows
-            least = min(prices.values())
-            rows = min(rows for rows, price in prices.items() if price <= least * (1 + SLACK))
+            rows = self.rows_of(group, self.max_rows)
             self._choices[group] = rows, prices[rows]
         return self._choices[group]
 
