@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import statistics
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from sdxl_lab.environment import processor
 from sdxl_lab.research.plots import COLOURS, STYLE
 from sdxl_lab.research.sheet import INK
 
@@ -79,7 +79,7 @@ class Report:
         content = {
             "title": self.title,
             "conditions": self.conditions,
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+            "machine": f"{os.cpu_count()} cores, {processor()}",
             "aims": dict(self.aims),
             "values": {label: list(values) for label, values in self.lines.items()},
             "wrong": list(self.wrong[:100]),

@@ -614,14 +614,14 @@ class RuntimeProfile(Declared):
         ),
     ] = None
     channels_last: Annotated[
-        bool | None,
+        bool,
         Setting(
             kind=Switch(),
             label="Channels last",
-            help="lay out the UNet's weights with the channels last (left out: on a CPU, unless compiled)",
+            help="lay out the UNet's weights with the channels last",
             example=True,
         ),
-    ] = None
+    ] = False
     fuse_qkv: Annotated[
         bool,
         Setting(

@@ -51,6 +51,8 @@ def test_a_benchmark_of_the_engine_leaves_its_figures(name, tiny_model, tmp_path
 @pytest.mark.slow
 def test_an_image_is_timed_beside_processes_and_a_second_engine(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(neighbours, "STEPS", 2)
+    few = {name: neighbours.SUBJECTS[name] for name in (neighbours.OURS, "one thread")}
+    monkeypatch.setattr(neighbours, "SUBJECTS", few)
     values = run("neighbours", tiny_model, tmp_path)["neighbours"]
     assert all(len(each) == 1 and each[0] > 0 for each in values.values())
     for company in (neighbours.ALONE, neighbours.ONE, neighbours.TWO, neighbours.ENGINE):

@@ -307,12 +307,9 @@ def placement(profile: RuntimeProfile) -> tuple[torch.device, torch.dtype]:
 
 
 def settled(profile: RuntimeProfile) -> RuntimeProfile:
-    """A profile with what "auto" and what was left out stand for on this machine."""
+    """A profile with what "auto" stands for on this machine."""
     device, dtype = placement(profile)
-    layout = profile.channels_last
-    if layout is None:
-        layout = device.type == "cpu" and not profile.compile
-    return profile.with_(device=str(device), dtype=str(dtype).removeprefix("torch."), channels_last=layout)
+    return profile.with_(device=str(device), dtype=str(dtype).removeprefix("torch."))
 
 
 def _denoiser(pipe: Any, profile: RuntimeProfile) -> Denoiser:

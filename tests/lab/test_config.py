@@ -115,7 +115,7 @@ BAD = [
     (RuntimeProfile, {"order": "lifo"}, "order must be one of shortest, fifo; received 'lifo'"),
     (RuntimeProfile, {"exact": 1}, "exact must be true or false; received 1"),
     (RuntimeProfile, {"threads": 0}, "threads must be a whole number from 1 to 1024, or left out; received 0"),
-    (RuntimeProfile, {"channels_last": 1}, "channels_last must be true or false, or left out; received 1"),
+    (RuntimeProfile, {"channels_last": 1}, "channels_last must be true or false; received 1"),
     (RuntimeProfile, {"fuse_qkv": "yes"}, "fuse_qkv must be true or false; received 'yes'"),
     (RuntimeProfile, {"compile": "max-autotune"}, "compile must be true or false; received 'max-autotune'"),
     (RuntimeProfile, {"graphs": 2}, "graphs must be true or false; received 2"),

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from recipes.nano.fit import autocast
+from sdxl_lab.config import RuntimeProfile
 from sdxl_lab.diffusion import processor
+from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.processor import NEEDED, CallThreads, capability, multiplies, usable_cores
+from sdxl_lab.job import ImageRequest
 
 
 @pytest.fixture
@@ -183,3 +186,24 @@ def test_the_recipe_trains_in_bfloat16_where_the_processor_multiplies_it(monkeyp
     monkeypatch.setattr(processor.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: able)
     with autocast():
         assert torch.is_autocast_enabled("cpu") == able
+
+
+@pytest.mark.parametrize(("options", "adapts"), [({}, True), ({"threads": 1}, False), ({"compile": True}, False)])
+def test_the_engine_measures_threads_unless_they_are_fixed_or_compiled_for(tiny_models, options, adapts):
+    before = torch.get_num_threads()
+    try:
+        with Engine(tiny_models, RuntimeProfile(device="cpu", **options), {}) as engine:
+            pass
+        assert (engine._threads.choice is not None) == adapts
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_engines_calls_are_measured_by_group_and_rows(tiny_models, tiny_config):
+    with Engine(tiny_models, RuntimeProfile(device="cpu"), {}) as engine:
+        told = []
+        engine.draw(ImageRequest(tiny_config.with_(steps=1), "a cat", 0))
+        engine._threads.choice.took = lambda kind, *call: told.append(kind)
+        engine.draw(ImageRequest(tiny_config.with_(steps=2, guidance_scale=1), "a cat", 0))
+        engine.draw(ImageRequest(tiny_config.with_(steps=1, guidance_scale=3), "a cat", 0))
+    assert told == [(("base", 8, 8), 1), (("base", 8, 8), 1), (("base", 8, 8), 2)]

@@ -14,6 +14,7 @@ from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.job import ImageRequest
 from tests.lab.diffusion.conftest import trajectory_of
+from tests.made import SettledLatency
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,8 @@ def test_the_true_unet_takes_two_steps_in_the_engine(unet, tiny_models):
     base = TextlessDenoiser(unet, (), (), tiny_models.base.scheduler_config, zero_negative=True, aesthetic=False)
     models = replace(tiny_models, base=base, refiner=None, dtype=torch.bfloat16, ref=GenerationConfig().model)
     config = GenerationConfig(width=128, height=128, steps=2)
-    with Engine(models, RuntimeProfile(device="cpu", dtype="bfloat16"), {"base": "random"}) as engine:
+    profile = RuntimeProfile(device="cpu", dtype="bfloat16")
+    with Engine(models, profile, {"base": "random"}, latency=SettledLatency()) as engine:
         asked = [
             ImageRequest(config, "a cat", 1),
             ImageRequest(config.with_(scheduler="dpmpp_2m", guidance_scale=1.0), "a dog", 2),
