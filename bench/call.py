@@ -8,7 +8,6 @@ import copy
 import os
 import resource
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -122,7 +121,6 @@ TRIALS = (
     f"{LAST}, text's keys and values kept",
     f"{LAST}, denormals flushed",
     f"{LAST}, attention as plain products",
-    "traced and frozen",
 )
 
 
@@ -138,31 +136,8 @@ class Subject:
         torch.set_num_threads(1)
         variant = {"variant": "fp16", "dtype": torch.float32}
         plain = UNet2DConditionModel.from_pretrained(folder, **variant).eval().requires_grad_(False)
-        self.unets = {trial: made(plain, trial) for trial in (DIFFUSERS, *TRIALS) if "frozen" not in trial}
+        self.unets = {trial: made(plain, trial) for trial in (DIFFUSERS, *TRIALS)}
         self.inputs = {rows: inputs(plain, rows, self.side) for rows in ROWS}
-        self.frozen = {rows: self._frozen(plain, rows) for rows in ROWS}
-
-    def _frozen(self, unet: UNet2DConditionModel, rows: int) -> Any:
-        """TorchScript's: weights are constants, and what follows a product is computed with it where oneDNN can."""
-        given = self.inputs[rows]
-        added = given["added_cond_kwargs"]
-        tensors = [given["sample"], given["timestep"], given["encoder_hidden_states"], *added.values()]
-
-        class Plain(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.unet = unet
-
-            def forward(self, *parts: torch.Tensor) -> torch.Tensor:
-                added = dict(zip(("text_embeds", "time_ids"), parts[3:], strict=True))
-                answer: torch.Tensor = self.unet(*parts[:3], added_cond_kwargs=added, return_dict=False)[0]
-                return answer
-
-        with torch.no_grad():
-            traced = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(Plain().eval(), tensors)))
-            for _ in range(3):  # it compiles in its first calls
-                traced(*tensors)
-        return lambda: traced(*tensors)
 
     def call(self, trial: str, rows: int) -> float:
         """Milliseconds of CPU time."""
@@ -170,12 +145,11 @@ class Subject:
 
     def _call(self, trial: str, rows: int) -> float:
         given = self.inputs[rows]
-        run = self.frozen[rows] if "frozen" in trial else lambda: self.unets[trial](**given)
         torch.set_flush_denormal("denormals" in trial)
         kinds = [SDPBackend.MATH] if "attention" in trial else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
         with torch.inference_mode("inference" in trial), torch.no_grad(), sdpa_kernel(kinds):
             began = time.process_time()
-            run()
+            self.unets[trial](**given)
             return 1000 * (time.process_time() - began)
 
     def shares(self, rows: int, calls: int) -> dict[str, dict[str, float]]:
