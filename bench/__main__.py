@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import clip_truth, cost, engine, fleet, gpu, imports, queueing, scaling, serving, throughput, truesize
+from bench import call, clip_truth, cost, engine, fleet, gpu, imports, queueing, scaling, serving, throughput, truesize
 from bench.measure import RESULTS
 from bench.neighbours import neighbours
 from bench.replicas import replicas
@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, Callable[[Size], None]] = {
     "runtime": engine.runtime,
     "cancel": engine.cancel,
     "growth": engine.growth,
+    "call": call.main,
     "truesize": truesize.main,
     "clip-truth": clip_truth.main,
     "imports": imports.main,
