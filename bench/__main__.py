@@ -1,6 +1,8 @@
 """`python -m bench [NAME ...]`: run the benchmarks. Each prints a table and writes JSON and a plot."""
 
 import argparse
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,4 +56,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the servers it has started end with it
     main()
