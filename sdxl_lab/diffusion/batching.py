@@ -106,6 +106,7 @@ class Batcher:
     _count: int = 0
     _busy_until: float = -math.inf  # when first come, first served would be done with all that has arrived
     _choices: dict[Group, tuple[int, float]] = field(default_factory=dict)
+    _rows: dict[tuple[Group, int], int] = field(default_factory=dict)
 
     # --- who is there ------------------------------------------------------------------------------------------------
 
@@ -269,34 +270,36 @@ class Batcher:
     def rows_of(self, group: Group, there: int | None = None) -> int:
         """The rows of a call where so many rows of the group are there; left out, of a well filled call.
 
-        A price of `p` seconds a row and a call of `r` rows make the `there` rows wait `p` each, and the call's own
-        `p r` for the call's end. The least of `p (THRIFT there + r)` is taken: with few rows there the call is small
-        and ends soon, with many it costs the least time a row, and a larger call must be cheaper to be worth it.
+        The least of `THRIFT` times the seconds in which all of them have had a call of so many rows, the last one with
+        what is left, and the seconds of the first call. With few rows there it is small and soon over, with many it
+        costs the least time a row, and a larger call must be cheaper to be worth it.
         """
         if there is None:
             return self._choice(group)[0]
-        prices = self._prices(group)
-        if not prices:
-            return self.max_rows
-        return min(prices, key=lambda rows: (prices[rows] * (THRIFT * there + rows), rows))
+        if (group, there) not in self._rows:
+            self._rows[group, there] = min(self._measured(group), key=lambda rows: self._worth(group, there, rows))
+        return self._rows[group, there]
 
-    def _prices(self, group: Group) -> dict[int, float]:
-        """Seconds a row by the row counts measured."""
-        return self.latency.prices(group, [rows for rows in self.latency.measured(group) if rows <= self.max_rows])
+    def _worth(self, group: Group, there: int, rows: int) -> tuple[float, int]:
+        calls, left = divmod(there, rows)
+        seconds = calls * self.latency.seconds(group, rows) + (self.latency.seconds(group, left) if left else 0.0)
+        return THRIFT * seconds + self.latency.seconds(group, min(rows, there)), rows
+
+    def _measured(self, group: Group) -> list[int]:
+        """The row counts to choose from; all that is allowed where nothing was measured."""
+        return [rows for rows in self.latency.measured(group) if rows <= self.max_rows] or [self.max_rows]
 
     def _choice(self, group: Group) -> tuple[int, float]:
         """Rows of a well filled call, one with `max_rows` there, and seconds a row in it."""
         if group not in self._choices:
-            prices = self._prices(group)
-            if not prices:
-                return self.max_rows, self.latency.seconds(group, self.max_rows) / self.max_rows
             rows = self.rows_of(group, self.max_rows)
-            self._choices[group] = rows, prices[rows]
+            self._choices[group] = rows, self.latency.seconds(group, rows) / rows
         return self._choices[group]
 
     def measured(self) -> None:
         """The latency model has learnt: choose rows anew, and count everybody's time at the new price."""
         self._choices.clear()
+        self._rows.clear()
         for image in self._images.values():
             image.cost, image.left = self._cost(image.whole), self._cost(image.parts)
 
@@ -345,7 +348,7 @@ class Batcher:
     def twin(self) -> "Batcher":
         """The same images, to be played forward: it shares only the measurements, and tries nothing out."""
         images = {key: replace(image, parts=list(image.parts)) for key, image in self._images.items()}
-        return replace(self, exploring=False, _images=images, _choices=dict(self._choices))
+        return replace(self, exploring=False, _images=images, _choices=dict(self._choices), _rows=dict(self._rows))
 
 
 def _checked(work: Iterable[Part]) -> list[Part]:

@@ -217,7 +217,7 @@ def test_the_rows_of_a_call_are_chosen_by_measurement(name, seconds, expected):
         latency.took(BASE, rows, each)
     batcher = Batcher(latency, max_rows=64)
     assert batcher.rows_of(BASE) == expected
-    worth = {rows: each / rows * (THRIFT * 64 + rows) for rows, each in seconds.items()}
+    worth = {rows: THRIFT * each * 64 / rows + each for rows, each in seconds.items()}
     assert worth[expected] == min(worth.values())
 
 
@@ -228,12 +228,21 @@ def test_few_rows_share_a_small_call_and_many_a_cheap_one():
     batcher = Batcher(latency, max_rows=32)
     chosen = [batcher.rows_of(BASE, there) for there in (2, 4, 8, 16, 32, 64, 256)]
     assert chosen == sorted(chosen)
-    assert (chosen[0], chosen[-1]) == (4, 32)
+    assert (chosen[0], chosen[-1]) == (2, 32)
     for there in (16, 256):
         several = Batcher(latency, max_rows=32, exploring=False)
         for key in range(there // 2):
             several.add(key, [Part(BASE, 2, 10)], 0.0)
         assert several.plan(0.0).rows == several.rows_of(BASE, there) < there
+
+
+def test_what_a_call_leaves_behind_is_counted():
+    latency = LatencyModel()
+    for rows, each in ((8, 0.026), (16, 0.021), (24, 0.0170), (32, 0.0172)):  # seconds a row
+        latency.took(BASE, rows, rows * each)
+    batcher = Batcher(latency, max_rows=32)
+    assert batcher.rows_of(BASE, 32) == 32, "and not 24, after which 8 are left that cost half as much again"
+    assert batcher.rows_of(BASE, 24) == 24
 
 
 def test_the_forecast_of_a_long_queue_is_close_and_quick():
