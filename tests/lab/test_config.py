@@ -36,6 +36,7 @@ KINDS = (
     ZeroStar,
     PerturbedAttention,
     FreeU,
+    HiresConfig,
     ServingLimits,
     GenerationConfig,
     RuntimeProfile,
@@ -75,6 +76,7 @@ EVERYTHING = GenerationConfig(
     negative_prompt='blurry "é" \n日本',
     clip_skip=2,
     refiner=RefinerConfig(handover=0.7, aesthetic_score=6.5, negative_aesthetic_score=2.0),
+    hires=HiresConfig(scale=1.5, strength=0.8, upscaler="lanczos"),
     watermark=True,
 )
 
@@ -84,6 +86,7 @@ APART = [
         scheduler="heun", sigma_schedule="beta", timestep_spacing="trailing", cfg_zero=ZeroStar(zero_steps=1)
     ),
     GenerationConfig(sigmas=(14.615, 2.5, 0.125), steps=3),
+    GenerationConfig(hires=HiresConfig(steps=30)),
 ]
 
 BAD = [
@@ -159,6 +162,11 @@ BAD = [
     (FreeU, {"s1": "0.6"}, "s1 must be a number above 0 and below 10"),
     (FreeU, {"s2": None}, "s2 must be a number above 0 and below 10"),
     (GenerationConfig, {"freeu": 1}, "freeu must be a FreeU; received 1. Example: freeu.b1 = 1.1, freeu.b2 = 1.2, fr"),
+    (HiresConfig, {"scale": 0.5}, "scale must be a number from 1 to 8; received 0.5. Example: scale = 2.0"),
+    (HiresConfig, {"strength": 0}, "strength must be a number from 0.01 to 1"),
+    (HiresConfig, {"steps": 0}, "steps must be a whole number from 1 to 1000, or left out"),
+    (HiresConfig, {"upscaler": "Latent"}, "upscaler must be one of latent, lanczos"),
+    (GenerationConfig, {"hires": 2.0}, "hires must be a HiresConfig; received 2.0. Example: hires.scale = 2.0"),
     (PerturbedAttention, {"layers": "all"}, "layers must be one of mid, down, up"),
     (GenerationConfig, {"guidance_scale": -1}, "guidance_scale must be a number from 0 to 100; received -1"),
     (GenerationConfig, {"guidance_scale": math.inf}, "received inf"),
@@ -200,6 +208,9 @@ BAD = [
     (RuntimeProfile, {"fuse_qkv": "yes"}, "fuse_qkv must be true or false; received 'yes'"),
     (RuntimeProfile, {"compile": "max-autotune"}, "compile must be true or false; received 'max-autotune'"),
     (RuntimeProfile, {"graphs": 2}, "graphs must be true or false; received 2"),
+    (RuntimeProfile, {"storage": "int8"}, "storage must be one of own, float8; received 'int8'"),
+    (RuntimeProfile, {"tile_above": 8}, "tile_above must be a whole number from 64 to 65536 (pixels); received 8"),
+    (RuntimeProfile, {"preview_decoder": ""}, "preview_decoder must be text of 1 to 500 characters"),
 ]
 
 
@@ -452,6 +463,11 @@ DEFAULTS = {
         "freeu.b2": 1.2,
         "freeu.s1": 0.6,
         "freeu.s2": 0.4,
+        "hires": None,
+        "hires.scale": 2.0,
+        "hires.strength": 0.6,
+        "hires.steps": None,
+        "hires.upscaler": "latent",
     }
 }
 
@@ -531,6 +547,11 @@ DIGESTS = [
     (
         {"freeu": {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}},
         "e67b05508ff049e6f95a99fc94ab83b6f6b6f05a8ded43cf692351ee3003da66",
+    ),
+    ({"hires": {}}, "562b41968e7f541e3aff51631c5a8d90f031b99372f2caaee4ebba001108a00c"),
+    (
+        {"hires": {"scale": 1.5, "strength": 0.8, "steps": 30, "upscaler": "lanczos"}},
+        "8df07febb90caf61e9a56a09a35e12fb18d0e751644768565e598fafa52b5aea",
     ),
     ({"clip_skip": 2, "steps": 12}, "788e82b165205c32cfcde171d40625f621ad8a78ec8a67a53fb37fa7eecdd3ea"),
 ]

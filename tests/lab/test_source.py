@@ -47,7 +47,7 @@ def test_what_is_transparent_in_a_source_lies_on_white(form):
 
 
 def test_half_transparent_red_on_white_is_pink():
-    (pixel,) = SourceImage(Image.new("RGBA", (1, 1), (255, 0, 0, 128))).image.getdata()
+    pixel = SourceImage(Image.new("RGBA", (1, 1), (255, 0, 0, 128))).image.getpixel((0, 0))
     assert pixel == (255, 127, 127)
 
 
