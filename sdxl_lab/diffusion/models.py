@@ -280,7 +280,7 @@ def preview_decoder(name: str, dtype: torch.dtype) -> AutoencoderTiny:
     """A small decoder of SDXL's latents, from a folder or a hub id at a commit. Raises `ModelError`."""
     place, _, revision = name.partition("@")
     path = Path(name).expanduser()
-    checkpoint.check_no_pickle(name, "preview decoder")
+    check_no_pickle(name, "preview decoder")
     if path.is_dir():
         options = {"local_files_only": True}
     else:

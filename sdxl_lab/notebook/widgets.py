@@ -106,6 +106,8 @@ class Panel:
         self.save = _button("Save as candidate", "Write the configuration of the image shown to a file")
         self.name = ipy.Text("candidate", description="Candidate's name", **TYPED)
         self.taken: dict[str, Any] = {s.name: _control(Control(s.name, s.label, s.kind, s)) for s in SOURCE}
+        for setting in SOURCE:
+            self.taken[setting.name].value = setting.default
         self.start = _button("Start from the image shown", "The next images start from it instead of noise")
         self.anew = _button("Start from noise", "The next images start from noise again")
         self.source = ipy.FileUpload(accept="image/*", description="Source", layout={"width": "auto"})
