@@ -150,7 +150,7 @@ def _cutoff(scheduler: SchedulerMixin, handover: float) -> int:
     return round(train - handover * train)
 
 
-KEPT = 8  # embeddings of one stage
+KEPT = 8  # chunks of embeddings that a stage keeps, beside those of its present step
 
 
 class Guidance(NamedTuple):
@@ -239,11 +239,11 @@ class Stage:
 
     def _embedding(self, prompt: Prompt) -> Embedding:
         """A prompt's embedding. The last ones are kept here: the engine may forget them before the next step."""
-        if prompt not in self._embedded:
-            if len(self._embedded) == KEPT:
-                del self._embedded[next(iter(self._embedded))]
-            self._embedded[prompt] = self._embed(self.name, prompt)
-        return self._embedded[prompt]
+        found = self._embedded.pop(prompt, None) or self._embed(self.name, prompt)
+        self._embedded[prompt] = found  # now the last to go
+        while len(self._embedded) > 2 and sum(each.chunks for each in self._embedded.values()) > KEPT:
+            del self._embedded[next(iter(self._embedded))]
+        return found
 
     def _time_ids(self, size: tuple[int, int], device: torch.device) -> torch.Tensor:
         """The micro-conditioning (2, 5 or 6) of the unguided and the guided row."""
