@@ -470,10 +470,8 @@ def test_what_is_cut_is_told(config_file, tmp_path, capsys):
     told = capsys.readouterr()
     assert told.err.startswith("warning: prompt: the text encoders read 75 of its 77 tokens and cut 'red hat'")
     assert told.out.strip().endswith("77 of 75 tokens")
-    assert (
-        main(["generate", "cat " * 80, "--prompt-syntax", "a1111", "--config", str(config_file), "--out", str(out)])
-        == 0
-    )
+    options = ["--prompt-syntax", "a1111", "--config", str(config_file), "--out", str(out)]
+    assert main(["generate", "cat " * 80, *options]) == 0
     told = capsys.readouterr()
     assert not told.err
     assert told.out.strip().endswith("80 tokens")

@@ -139,10 +139,8 @@ def test_prompts_are_written_in_a1111s_notation(said, settings, expected):
 
 
 def test_embeddings_are_written_as_a1111_writes_them():
-    refs = [
-        {"token": "ink", "source": "a.safetensors", "sha256": "ab" * 32},
-        {"token": "oil", "source": "b.safetensors"},
-    ]
+    known = {"token": "ink", "source": "a.safetensors", "sha256": "ab" * 32}
+    refs = [known, {"token": "oil", "source": "b.safetensors"}]
     assert 'TI hashes: "ink: abababababab, oil: unknown"' in a1111_parameters(record(GenerationConfig(embeddings=refs)))
 
 
