@@ -216,6 +216,10 @@ class Stage:
         self.positives = self._prompts(request.words, request.words_2, config.clip_skip)
         # The pipelines skip layers for the positive prompt alone.
         self.negatives = self._prompts(config.negative_prompt, config.negative_prompt_2) if guided else self.positives
+        if guided and not (config.negative_prompt or config.negative_prompt_2):
+            # Empty chunks are all alike: with as many as the prompt has, both rows fit into one call.
+            chunks = (prompt.chunks for prompt in self.positives)
+            self.negatives = [each._replace(chunks=k) for each, k in zip(self.negatives, chunks, strict=True)]
         for prompts in (self.positives, self.negatives):
             if prompts:  # what cannot be embedded is refused before the first call
                 self._embedding(prompts[0])
