@@ -46,7 +46,7 @@ TEXTS = st.text() | st.lists(st.sampled_from([*"()[]:,.", "cat", "red", " ", "é
 
 
 @given(TEXTS)
-@settings(max_examples=60)
+@settings(deadline=None, max_examples=30)
 @example(text=LONG * 30)
 def test_a_plain_text_is_read_as_its_tokenizer_cuts_it(tiny_models, text):
     for tokenizer in tiny_models.base.tokenizers:
@@ -56,7 +56,7 @@ def test_a_plain_text_is_read_as_its_tokenizer_cuts_it(tiny_models, text):
 
 
 @given(TEXTS)
-@settings(max_examples=60)
+@settings(deadline=None, max_examples=30)
 @example(text=LONG * 60)
 def test_no_token_is_lost_in_chunks(tiny_models, text):
     text = "".join(letter for letter in text if letter not in "()[]:\\").replace("BREAK", "")
