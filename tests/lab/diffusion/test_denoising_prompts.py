@@ -90,8 +90,8 @@ CASES: dict[str, tuple[str, Chunks, str | None, Chunks | None]] = {
     "fewer chunks than the negative prompt": (
         "black star",
         [[("black star", 1)]],
-        "yellow " * 400,
-        [[("yellow " * 75, 1)]] * 5 + [[("yellow " * 25, 1)]],
+        "red " * 400,
+        [[("red " * 75, 1)]] * 5 + [[("red " * 25, 1)]],
     ),
     "an empty negative prompt": ("a (red) cat", [[("a", 1), ("red", 1.1), ("cat", 1)]], "", [[]]),
 }
