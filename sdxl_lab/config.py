@@ -1028,9 +1028,6 @@ class GenerationConfig(Declared):
         if self.apg is not None and self.cfg_zero is not None:
             rule = "left out where apg is not, since either takes the place of plain guidance"
             raise ConfigError("cfg_zero", self.cfg_zero.to_dict(), rule, "apg.momentum = -0.5")
-        if self.negative_prompt_2 is not None and self.negative_prompt is None:
-            rule = "left out where negative_prompt is"
-            raise ConfigError("negative_prompt_2", self.negative_prompt_2, rule, 'negative_prompt = "blurry"')
         tokens = [ref.token.casefold() for ref in self.embeddings]
         for place, token in enumerate(tokens):
             if token in tokens[:place]:

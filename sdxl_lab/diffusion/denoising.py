@@ -215,8 +215,11 @@ class Stage:
         self._steps = _steps(len(self.scheduler.timesteps), config.steps)[part]
         self.positives = self._prompts(request.words, request.words_2, config.clip_skip)
         # The pipelines skip layers for the positive prompt alone.
-        self.negatives = self._prompts(config.negative_prompt, config.negative_prompt_2) if guided else self.positives
-        if guided and not (config.negative_prompt or config.negative_prompt_2):
+        negative, second = config.negative_prompt, config.negative_prompt_2
+        if negative is None and second is not None:
+            negative = ""  # the first encoder has nothing to read
+        self.negatives = self._prompts(negative, second) if guided else self.positives
+        if guided and not (negative or second):
             # Empty chunks are all alike: with as many as the prompt has, both rows fit into one call.
             chunks = (prompt.chunks for prompt in self.positives)
             self.negatives = [each._replace(chunks=k) for each, k in zip(self.negatives, chunks, strict=True)]

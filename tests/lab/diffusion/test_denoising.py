@@ -166,7 +166,10 @@ class Pipelines:
             "prompt": request.prompt,
             "prompt_2": request.prompt_2,
             "negative_prompt_2": config.negative_prompt_2,
-            "negative_prompt": config.negative_prompt,
+            # diffusers asks for the first one where there is a second one.
+            "negative_prompt": config.negative_prompt
+            if config.negative_prompt_2 is None
+            else config.negative_prompt or "",
             "num_inference_steps": config.steps,
             "guidance_scale": config.guidance_scale,
             "guidance_rescale": config.guidance_rescale,

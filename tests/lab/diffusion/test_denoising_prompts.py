@@ -278,6 +278,7 @@ SECOND: list[tuple[str | None, dict[str, Any]]] = [
     ("black star", {"negative_prompt": "blurry", "negative_prompt_2": "a yellow dog"}),
     (None, {"negative_prompt": "blurry", "negative_prompt_2": "a yellow dog", "clip_skip": 1}),
     ("a green house", {"refiner": RefinerConfig(handover=0.5)}),
+    (None, {"negative_prompt_2": "a yellow dog"}),
     ("house", {"refiner": RefinerConfig(handover=0.5), "negative_prompt": "a", "negative_prompt_2": "red"}),
 ]
 

@@ -72,9 +72,12 @@ def test_what_no_control_shows_comes_from_the_start() -> None:
     )
 
 
+OURS = {"prompt", "prompt_2", "seed"}
+
+
 def test_every_setting_but_the_model_has_its_controls() -> None:
     shown = {control.setting.name for control in controls().values()}
-    assert shown == {name for name in GenerationConfig.settings() if not name.startswith("model")} | {"prompt", "seed"}
+    assert shown == {name for name in GenerationConfig.settings() if not name.startswith("model")} | OURS
     names = [name for name in controls() if name.startswith(("guidance_interval", "crop", "refiner"))]
     assert names == [
         "guidance_interval",
