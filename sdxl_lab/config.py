@@ -96,7 +96,7 @@ PROMPT = Setting(
 PROMPT_2 = Setting(
     kind=Text(1, MAX_PROMPT),
     label="Prompt 2",
-    help="what the second text encoder reads (left out: the prompt)",
+    help="what the base's second text encoder reads (left out: the prompt)",
     example="in the style of a woodcut",
     source="diffusers: prompt_2",
     client=True,
@@ -959,7 +959,7 @@ class GenerationConfig(Declared):
         Setting(
             kind=Text(1, MAX_PROMPT),
             label="Negative prompt 2",
-            help="what the second text encoder reads of it (left out: the negative prompt)",
+            help="what the base's second text encoder reads (left out: the negative prompt)",
             example="blurry",
             source="diffusers: negative_prompt_2",
             client=True,

@@ -169,8 +169,6 @@ class Pipelines:
             "prompt_2": request.prompt_2,
             "negative_prompt_2": config.negative_prompt_2,
             "negative_prompt": negative,
-            if config.negative_prompt_2 is None
-            else config.negative_prompt or "",
             "num_inference_steps": config.steps,
             "guidance_scale": config.guidance_scale,
             "guidance_rescale": config.guidance_rescale,
