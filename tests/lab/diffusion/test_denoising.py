@@ -163,11 +163,13 @@ class Pipelines:
     def settings(self, request: ImageRequest) -> dict[str, Any]:
         """What every pipeline is told of a request."""
         config = request.config
+        # The pipelines pass over the second one where there is no first one.
+        negative = config.negative_prompt if config.negative_prompt_2 is None else config.negative_prompt or ""
         settings = {
             "prompt": request.prompt,
             "prompt_2": request.prompt_2,
             "negative_prompt_2": config.negative_prompt_2,
-            "negative_prompt": config.negative_prompt,
+            "negative_prompt": negative,
             "num_inference_steps": config.steps,
             "guidance_scale": config.guidance_scale,
             "guidance_rescale": config.guidance_rescale,
