@@ -6,6 +6,7 @@ that asks diffusers' own guider; PAG by its own pipelines.
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -164,7 +165,7 @@ def test_guided_images_in_a_mixed_batch_are_those_of_diffusers_guiders_alone(ben
 
 def drawn_with_pag(pipelines: Pipelines, request: ImageRequest) -> np.ndarray:
     """The image of diffusers' PAG pipelines."""
-    config, pag = request.config, request.config.pag
+    pag = request.config.pag
     layers = {"pag_applied_layers": pag.layers}
     base = StableDiffusionXLPAGPipeline(**pipelines.base.components, add_watermarker=False, **layers)
     refiner = StableDiffusionXLPAGImg2ImgPipeline(
@@ -176,13 +177,8 @@ def drawn_with_pag(pipelines: Pipelines, request: ImageRequest) -> np.ndarray:
     )
     for pipe in (base, refiner):
         pipe.set_progress_bar_config(disable=True)
-    before, perturbing = (pipelines.base, pipelines.refiner), {"pag_scale": pag.scale}
-    perturbing["pag_adaptive_scale"] = pag.adaptive
-    both = Pipelines(_with(base, perturbing), _with(refiner, perturbing), pipelines.scheduler_config)
-    image = both.draw(request)
-    assert before == (pipelines.base, pipelines.refiner)
-    assert config == request.config
-    return image
+    more = {"pag_scale": pag.scale, "pag_adaptive_scale": pag.adaptive}
+    return replace(pipelines, base=_with(base, more), refiner=_with(refiner, more)).draw(request)
 
 
 def _with(pipe: Any, more: dict[str, Any]) -> Any:
