@@ -74,6 +74,7 @@ def test_generate_draws_the_image_that_its_options_say(tiny_model, out, capsys):
     assert capsys.readouterr().out.startswith(f"{out}  seed 7  config {record.config.short_digest}  ")
 
 
+COMMIT, SHA256 = "c0ffee" * 6 + "abcd", "5" * 64
 OPTIONS = [
     ("--scheduler heun", {"scheduler": "heun"}),
     ("--steps 4", {"steps": 4}),
@@ -113,12 +114,29 @@ OPTIONS = [
         "--freeu --freeu-b1 1.3 --freeu-b2 1.4 --freeu-s1 0.9 --freeu-s2 0.2",
         {"freeu": FreeU(b1=1.3, b2=1.4, s1=0.9, s2=0.2)},
     ),
-    ("--vae a/vae --vae-revision v1", {"model": ModelRef(refiner="nano", vae="a/vae", vae_revision="v1")}),
+    (f"--vae a/vae --vae-revision {COMMIT}", {"model": ModelRef(refiner="nano", vae="a/vae", vae_revision=COMMIT)}),
     ("--revision abc", {"model": ModelRef(refiner="nano", revision="abc")}),
     (
-        "--refiner-model a/refiner --refiner-revision abc",
-        {"model": ModelRef(refiner="a/refiner", refiner_revision="abc")},
+        f"--refiner-model a/refiner --refiner-revision {COMMIT}",
+        {"model": ModelRef(refiner="a/refiner", refiner_revision=COMMIT)},
     ),
+    (
+        f"--sha256 {SHA256} --refiner-sha256 {SHA256} --vae ./vae --vae-sha256 {SHA256}",
+        {
+            "model": ModelRef(
+                refiner="nano", vae="./vae", **dict.fromkeys(("sha256", "refiner_sha256", "vae_sha256"), SHA256)
+            )
+        },
+    ),
+    (
+        f"--model-config a/config --config-revision {COMMIT}",
+        {"model": ModelRef(refiner="nano", config="a/config", config_revision=COMMIT)},
+    ),
+    (
+        "--prediction-type v_prediction --zero-snr",
+        {"model": ModelRef(refiner="nano", prediction_type="v_prediction", zero_snr=True)},
+    ),
+    ("--no-zero-snr", {"model": ModelRef(refiner="nano", zero_snr=False)}),
     ("--without refiner-model", {"model": ModelRef()}),
 ]
 
@@ -145,6 +163,21 @@ def test_an_option_changes_its_setting(words, changes, monkeypatch, tmp_path):
     (tmp_path / "config.toml").write_text(start.to_toml())
     found = asked_for(["--config", str(tmp_path / "config.toml"), *words.split()], monkeypatch)
     assert found == start.with_(**changes)
+
+
+def test_the_commit_that_the_hub_names_is_shown_taken_and_recorded(monkeypatch, capsys):
+    """Case 6: a hub id without a commit."""
+    from sdxl_lab.diffusion import hub
+
+    asked = []
+    monkeypatch.setattr(hub, "commit_of", lambda *named: (asked.append(named), COMMIT)[1])
+    found = asked_for(["--model", "org/model"], monkeypatch)
+    assert (found.model.base, found.model.revision) == ("org/model", COMMIT)
+    assert f"org/model: the commit is {COMMIT}" in capsys.readouterr().err
+    asked_for(["--model", "org/model", "--revision", "v2"], monkeypatch)
+    assert asked == [("org/model", "main"), ("org/model", "v2")]
+    assert asked_for(["--model", "org/model", "--revision", COMMIT], monkeypatch) == found
+    assert len(asked) == 2, "a commit is not asked for"
 
 
 def test_the_a1111_text_of_another_program_goes_over_what_one_starts_from(monkeypatch, tmp_path, capsys):
