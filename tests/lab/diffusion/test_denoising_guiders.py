@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPAGImg2ImgPipeline, StableDiffusionXLPAGPipeline
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeZeroStarGuidance, PerturbedAttentionGuidance
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
 
 from sdxl_lab.config import (
     ConfigError,
@@ -81,19 +82,12 @@ def theirs(config: GenerationConfig) -> Callable[[int, int, torch.Tensor, torch.
 
     def guide(index: int, steps: int, guided: torch.Tensor, unguided: torch.Tensor) -> torch.Tensor:
         guider.set_state(index, steps, None)
-        if name == "apg" and index == 0:
-            guider.prepare_inputs({})  # which makes the buffer of its momentum
-        return guider(_states(guider, guided, unguided)).pred
+        if name == "apg" and index == 0:  # as its `prepare_inputs` does
+            guider.momentum_buffer = MomentumBuffer(config.apg.momentum)
+        both = {"pred_cond": guided, "pred_uncond": unguided}
+        return guider.forward(**dict(list(both.items())[: guider.num_conditions])).pred
 
     return guide
-
-
-def _states(guider: Any, guided: torch.Tensor, unguided: torch.Tensor) -> list[Any]:
-    from diffusers.modular_pipelines.modular_pipeline import BlockState
-
-    both = {"pred_cond": guided, "pred_uncond": unguided}
-    names = list(both)[: guider.num_conditions]
-    return [BlockState(noise_pred=both[name], **{guider._identifier_key: name}) for name in names]
 
 
 GUIDED: list[dict[str, Any]] = [
