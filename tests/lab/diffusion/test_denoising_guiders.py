@@ -259,7 +259,7 @@ MUTATIONS = [
     ("pag", {"layers": "up"}),
 ]
 STARTS = {
-    "apg": ProjectedGuidance(threshold=3.0),
+    "apg": ProjectedGuidance(threshold=0.3),
     "cfg_zero": ZeroStar(),
     "pag": PerturbedAttention(),
     "freeu": FreeU(),
