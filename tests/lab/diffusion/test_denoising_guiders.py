@@ -93,7 +93,7 @@ def theirs(config: GenerationConfig) -> Callable[[int, int, torch.Tensor, torch.
 GUIDED: list[dict[str, Any]] = [
     {"apg": ProjectedGuidance()},
     {"apg": ProjectedGuidance(eta=1.0, threshold=0.0, momentum=0.0)},
-    {"apg": ProjectedGuidance(eta=0.3, threshold=2.0, momentum=0.6), "guidance_rescale": 0.7},
+    {"apg": ProjectedGuidance(eta=0.3, threshold=0.2, momentum=0.6), "guidance_rescale": 0.7},
     {"cfg_zero": ZeroStar()},
     {"cfg_zero": ZeroStar(), "guidance_rescale": 0.4},
     {"cfg_zero": ZeroStar(zero_steps=2)},
