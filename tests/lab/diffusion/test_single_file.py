@@ -90,7 +90,7 @@ def test_a_file_has_the_parts_of_the_folders_that_it_was_made_of(files, lively_m
     assert (single.base.zero_negative, single.refiner.aesthetic) == (True, True)
 
 
-def test_images_of_a_file_in_a_mixed_batch_are_those_of_the_pipeline_alone(files, lively_model, request):
+def test_images_of_a_file_in_a_mixed_batch_are_those_of_the_pipeline_alone(files, lively_model):
     model = ref(files, lively_model)
     config = GenerationConfig(model=model, steps=4, width=64, height=64)
     asked = [
