@@ -29,8 +29,11 @@ def pipeline(cls: Any, path: Path, configs: Path, dtype: Mapping[str, torch.dtyp
     """
     weights = load_file(path)  # mapped: read when a part takes them
     options = {"config": str(configs), "local_files_only": True}
+    channels = weights[checkpoint.LATENTS].shape[1]  # 9 where the file inpaints, whatever the configurations say
     parts = {
-        "unet": UNet2DConditionModel.from_single_file(weights, subfolder="unet", dtype=dtype["unet"], **options),
+        "unet": UNet2DConditionModel.from_single_file(
+            weights, subfolder="unet", dtype=dtype["unet"], in_channels=channels, **options
+        ),
         **_text_parts(weights, configs, dtype["default"], given),
     }
     loaded = cls.from_single_file(str(path), dtype=dtype["default"], add_watermarker=False, **options, **parts, **given)
