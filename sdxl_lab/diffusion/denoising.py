@@ -246,9 +246,7 @@ class Stage:
         self.seen: Seen | None = None
         guided = config.guidance_scale > 1 and denoiser.unet.config.time_cond_proj_dim is None
         zeros = config.cfg_zero.zero_steps if config.cfg_zero else 0
-        self.zeros = max(
-            0, zeros - part.start
-        )  # of this stage's calls: they are counted from the first of the schedule
+        self.zeros = max(0, zeros - part.start)  # they are counted from the schedule's first call, not the stage's
         self.guidance = [self._guidance(guided, index) for index in range(len(self.timesteps))]
         self.guider = guiders.guider_of(config)
         self.place = 0 if config.pag is None else self._place(config.pag.layers)

@@ -80,8 +80,9 @@ PROMPTS = ["a red cat on a blue background", "a small green house", "An unheard-
 WEIGHTS = ["lively", pytest.param("nano", marks=pytest.mark.slow)]
 
 
-TRAINED = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # SDXL's betas, scaled linear
-LEVELS = np.asarray(((1 - torch.cumprod(1 - TRAINED, 0)) / torch.cumprod(1 - TRAINED, 0)).sqrt())
+TRAINED = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2  # SDXL's betas, scaled linear, as exact as diffusers'
+ALPHAS = torch.cumprod(1 - TRAINED, 0).double()
+LEVELS = np.asarray(((1 - ALPHAS) / ALPHAS).sqrt())
 
 
 def noise_levels(config: GenerationConfig) -> list[float] | None:
