@@ -42,6 +42,7 @@ from sdxl_lab.diffusion.lora_files import PEFT_CONFIG, identities, identity_of, 
 log = logging.getLogger(__name__)
 
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration in a file's header
+KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 PEFT_PREFIX = "base_model.model."  # of what PEFT itself saves, which is a UNet's here
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 # Parts of keys that other kinds of adapters have. Their change of a layer is no B A, or not only that.
@@ -151,6 +152,9 @@ def read(path: Path, unet_config: Any) -> Read:
         for mark, kind in FOREIGN.items():
             if mark in key:
                 raise _refused(path, key, f"of a LoRA's A, B or alpha, not of {kind}")
+    kohya = [key.startswith(KOHYA) for key in tensors]
+    if any(kohya) and not all(kohya):
+        raise _refused(path, next(key for key in tensors if not key.startswith(KOHYA)), f"of {', '.join(KOHYA)}")
     if any(key.startswith(PEFT_PREFIX) for key in tensors):
         tensors = {key.replace(PEFT_PREFIX, "unet.", 1): tensor for key, tensor in tensors.items()}
         metadata = {"unet": _beside(path)}

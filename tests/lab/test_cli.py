@@ -18,6 +18,7 @@ from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig, RuntimePr
 from sdxl_lab.diffusion import engine
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError
+from sdxl_lab.diffusion.lora_files import pinned
 from sdxl_lab.evaluation import comparison
 from sdxl_lab.images import max_difference, open_image, read_record
 from sdxl_lab.job import ImageRequest, SourceImage
@@ -63,6 +64,7 @@ def test_generate_draws_the_image_that_its_options_say(tiny_model, out, capsys):
     assert capsys.readouterr().out.startswith(f"{out}  seed 7  config {record.config.short_digest}  ")
 
 
+NEON = pinned(GenerationConfig(loras=["nano/neon:0.5", "nano/neon:1:0"])).loras
 OPTIONS = [
     ("--scheduler heun", {"scheduler": "heun"}),
     ("--steps 4", {"steps": 4}),
@@ -75,6 +77,8 @@ OPTIONS = [
     ("--negative-prompt none", {"negative_prompt": "none"}),  # a word like others; --without leaves it out
     ("--without negative-prompt --without guidance-interval", {"negative_prompt": None, "guidance_interval": None}),
     ("--clip-skip 2", {"clip_skip": 2}),
+    ("--lora nano/neon:0.5 --lora nano/neon:1:0", {"loras": NEON}),
+    ("--without lora", {"loras": ()}),
     ("--refiner", {"refiner": RefinerConfig()}),
     ("--refiner --handover 0.5", {"refiner": RefinerConfig(handover=0.5)}),
     ("--handover 0.5", {"refiner": RefinerConfig(handover=0.5)}),
