@@ -1,6 +1,7 @@
 # The public names. A type checker reads them here, and so does `__init__.py`, which imports each when it is first used.
 
 from .config import GenerationConfig as GenerationConfig
+from .config import LoraRef as LoraRef
 from .config import ModelRef as ModelRef
 from .config import RefinerConfig as RefinerConfig
 from .config import RuntimeProfile as RuntimeProfile
