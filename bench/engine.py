@@ -18,7 +18,8 @@ from bench.measure import Report, alternate, ratios
 from bench.settings import FLOAT32, PROMPTS, Size, config_of
 from sdxl_lab.config import SCHEDULERS, GenerationConfig
 from sdxl_lab.diffusion.engine import Engine, Work
-from sdxl_lab.diffusion.models import Models, Prompt, load
+from sdxl_lab.diffusion.models import Models, load
+from sdxl_lab.diffusion.prompts import Prompt
 from sdxl_lab.errors import Cancelled
 from sdxl_lab.images import max_difference
 from sdxl_lab.job import ImageRequest, Job

@@ -24,7 +24,8 @@ from bench.settings import Size, body, config_of
 from bench.simulate import SINGLE, Cost, Policy, Work, capacity, fleet, poisson
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.denoising import DenoiserName, Trajectory
-from sdxl_lab.diffusion.models import Denoiser, Embedding, Prompt, load
+from sdxl_lab.diffusion.models import Denoiser, load
+from sdxl_lab.diffusion.prompts import Embedding, Prompt
 from sdxl_lab.job import ImageRequest
 
 OURS = Policy()  # as the service comes

@@ -15,16 +15,18 @@ from bench.random_sdxl import filled, new_unet
 from bench.settings import Size
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.models import Denoiser, Embedding, Prompt, load
+from sdxl_lab.diffusion.models import Denoiser, load
+from sdxl_lab.diffusion.prompts import Embedding, Prompt
 from sdxl_lab.job import ImageRequest
 
 
 class TextlessDenoiser(Denoiser):
     """Random embeddings of the true widths replace the two text encoders (another 0.8 B parameters)."""
 
-    def _encoded(self, prompt: Prompt) -> Embedding:
+    def embed(self, prompt: Prompt) -> Embedding:
         draw = torch.Generator().manual_seed(len(prompt.text or ""))
-        return Embedding(torch.randn(1, 77, 2048, generator=draw), torch.randn(1, 1280, generator=draw))
+        drawn = Embedding(torch.randn(1, 77, 2048, generator=draw), torch.randn(1, 1280, generator=draw))
+        return Embedding(*(0 * part for part in drawn)) if prompt.text is None else drawn
 
 
 def product_rate(side: int = 4096) -> float:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdxl_lab.config import MAX_SEED, ConfigError, GenerationConfig
+from sdxl_lab.config import MAX_SEED, PROMPT_2, ConfigError, GenerationConfig
 from sdxl_lab.declaration import Choice, Falling, Kind, Pair, Setting, Switch, Table, Tables, Text
 from sdxl_lab.notebook.runner import NotebookError
 from sdxl_lab.version import __version__
@@ -36,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
     start = generate.add_mutually_exclusive_group()
     start.add_argument("--like", type=Path, metavar="FILE", help="take prompt, seed and settings from this PNG")
     start.add_argument("--config", type=Path, metavar="FILE", help="take the settings from this config.toml")
-    start.add_argument("--model", help="nano (default), sdxl, a folder or a hub id")
+    start.add_argument("--model", help="nano (default), sdxl, a folder, a .safetensors file or a hub id")
+    generate.add_argument("--prompt-2", metavar="TEXT", help=PROMPT_2.help)
     generate.add_argument("--seed", type=int, help=f"0 to {MAX_SEED}; random where none is given")
     _add_settings(generate)
     generate.set_defaults(run=_generate)
@@ -198,13 +199,14 @@ def _generate(asked: argparse.Namespace) -> None:
     from sdxl_lab.diffusion.lora_files import pinned
 
     refined = None
-    prompt, seed = asked.prompt, asked.seed
+    prompt, seed, second = asked.prompt, asked.seed, asked.prompt_2
     if asked.like:
         from sdxl_lab.images import read_record
 
         record = read_record(asked.like)
         config = record.config
-        prompt = prompt if prompt is not None else record.prompt
+        if prompt is None:  # a new prompt does away with both of the image's
+            prompt, second = record.prompt, second or record.prompt_2
         seed = seed if seed is not None else record.seed
         refined = record if record.source is not None else None
     elif asked.config:
@@ -213,7 +215,7 @@ def _generate(asked: argparse.Namespace) -> None:
         config = GenerationConfig.for_model(asked.model or "nano")
     if prompt is None:
         raise ConfigError("prompt", None, "given, or taken from an image with --like", "A cat in a hat")
-    config = pinned(config.changed(_changes(asked), none=None))
+    config = _with_commits(pinned(config.changed(_changes(asked), none=None)))
     seed = seed if seed is not None else secrets.randbelow(2**32)
 
     if asked.out.suffix.lower() != ".png":
@@ -222,13 +224,32 @@ def _generate(asked: argparse.Namespace) -> None:
     from sdxl_lab.diffusion.engine import Engine
     from sdxl_lab.job import ImageRequest
 
-    request = ImageRequest(config, prompt, seed)
+    request = ImageRequest(config, prompt, seed, prompt_2=second)
     with Engine.load(config) as engine:
         if refined is not None:
-            request = ImageRequest(config, prompt, seed, _source(engine, refined))
+            request = dataclasses.replace(request, source=_source(engine, refined))
+        tokens = engine.tokens(request)
+        for name, count in tokens.items():
+            if warning := count.warning(name):
+                print(f"warning: {warning}", file=sys.stderr)
         image = _draw(engine, request)
     image.save(asked.out)
-    print(f"{asked.out}  seed {seed}  config {config.short_digest}  {image.timings['total_ms'] / 1000:.1f} s")
+    told = f"{image.timings['total_ms'] / 1000:.1f} s  {tokens['prompt']}"
+    print(f"{asked.out}  seed {seed}  config {config.short_digest}  {told}")
+
+
+def _with_commits(config: GenerationConfig) -> GenerationConfig:
+    """With the commit of every hub id that came without one, which is said."""
+    names = (config.model.base, config.model.refiner, config.model.vae, config.model.config)
+    if not any(name and name.count("/") == 1 for name in names):
+        return config
+    from sdxl_lab.diffusion import hub
+
+    model = hub.pinned(config.model)
+    for name in model.differs(config.model):
+        role = name.removesuffix("revision").rstrip("_") or "base"
+        print(f"{model.value(role)}: the commit is {model.value(name)}", file=sys.stderr)
+    return config.with_(model=model)
 
 
 def _source(engine: Any, record: Any) -> Any:
@@ -237,7 +258,7 @@ def _source(engine: Any, record: Any) -> Any:
 
     parent = record.source
     above = _source(engine, parent) if parent.source is not None else None
-    request = ImageRequest(parent.config, parent.prompt, parent.seed, above)
+    request = ImageRequest(parent.config, parent.prompt, parent.seed, above, parent.prompt_2)
     return SourceImage(engine.draw(request).image, record.strength, parent)
 
 
@@ -371,8 +392,9 @@ def _sweep(asked: argparse.Namespace) -> None:
     failed = table["error"].dropna()
     print(summary(sweep, table).to_string())
     print(f"{out / 'table.parquet'}  {len(table)} cells, {len(failed)} failed")
-    for error, count in failed.value_counts().items():
-        print(f"  {count} x {error}", file=sys.stderr)
+    for told in (failed, table["warning"].dropna()):
+        for reason, count in told.value_counts().items():
+            print(f"  {count} x {reason}", file=sys.stderr)
 
 
 @contextmanager

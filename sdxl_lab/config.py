@@ -10,12 +10,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import model_validator
 
 from sdxl_lab import schedules
+from sdxl_lab.checksums import sha256_of
 from sdxl_lab.declaration import (
+    NONE,
     Choice,
     ConfigError,
     Declared,
@@ -40,9 +42,12 @@ __all__ = [
     "MAX_STEPS",
     "MODELS",
     "PROMPT",
+    "PROMPT_2",
     "SCHEDULERS",
     "SEED",
     "ConfigError",
+    "EmbeddingRef",
+    "FreeU",
     "GenerationConfig",
     "LoraRef",
     "ModelRef",
@@ -56,6 +61,7 @@ __all__ = [
     "canonical",
     "checked_prompt",
     "checked_seed",
+    "is_file",
     "migrated_config",
 ]
 
@@ -75,6 +81,7 @@ SHA256 = Text(pattern="^[0-9a-f]{64}$", meaning="64 hexadecimal digits")
 PODELL = "Podell et al. 2023 (arXiv 2307.01952)"
 SADAT = "Sadat et al. 2024 (arXiv 2410.02416)"
 FAN = "Fan et al. 2025 (arXiv 2503.18886)"
+SI = "Si et al. 2023 (arXiv 2309.11497)"
 AHN = "Ahn et al. 2024 (arXiv 2403.17377)"
 HU = "Hu et al. 2021 (arXiv 2106.09685)"
 
@@ -86,6 +93,14 @@ PROMPT = Setting(
     source="diffusers: prompt",
     client=True,
 ).declared("prompt", str, None)
+PROMPT_2 = Setting(
+    kind=Text(1, MAX_PROMPT),
+    label="Prompt 2",
+    help="what the second text encoder reads (left out: the prompt)",
+    example="in the style of a woodcut",
+    source="diffusers: prompt_2",
+    client=True,
+).declared("prompt_2", str | None, None)
 SEED = Setting(
     kind=Whole(0, MAX_SEED),
     label="Seed",
@@ -97,8 +112,10 @@ SEED = Setting(
 
 
 class ModelRef(Declared):
-    """Which weights, to the revision. `base`, `refiner` and `vae` are "nano", a folder, or a hub id; a hub id takes the
-    commit hash of its revision. Without `refiner` there is none; without `vae` it is the base's own."""
+    """Which weights, to the byte where it is said. `base`, `refiner` and `vae` are "nano", a folder, a single
+    `.safetensors` file or a hub id. A hub id takes the commit hash of its revision; a file the sha256 that it must
+    have, and a folder that of its inventory. Without `refiner` there is none; without `vae` it is the base's own.
+    `prediction_type` and `zero_snr` are the base's."""
 
     EXAMPLE: ClassVar[str] = "base"
 
@@ -107,9 +124,9 @@ class ModelRef(Declared):
         Setting(
             kind=MODEL,
             label="Model",
-            help="nano, a folder in diffusers' layout, or a hub id",
+            help="nano, a folder in diffusers' layout, a .safetensors file, or a hub id",
             example="nano",
-            source="diffusers: from_pretrained",
+            source="diffusers: from_pretrained, from_single_file",
             option=None,  # --model, which also brings what goes with the model
         ),
     ] = "nano"
@@ -123,12 +140,65 @@ class ModelRef(Declared):
             source="diffusers: revision",
         ),
     ] = None
+    sha256: Annotated[
+        str | None,
+        Setting(
+            kind=SHA256,
+            label="Checksum",
+            help="the sha256 that the model's file must have, or the inventory of its folder",
+            example="31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b",
+            source="model sites name files by it",
+        ),
+    ] = None
+    config: Annotated[
+        str | None,
+        Setting(
+            kind=MODEL,
+            label="Configurations",
+            help="where a single file's configurations and tokenizers come from: nano, a folder in diffusers' layout, "
+            "or a hub id (left out: SDXL's own)",
+            example="nano",
+            source="diffusers: config of from_single_file",
+            option="model-config",
+        ),
+    ] = None
+    config_revision: Annotated[
+        str | None,
+        Setting(
+            kind=REVISION,
+            label="Configurations' revision",
+            help="the commit of that hub id",
+            example="main",
+            source="diffusers: revision",
+        ),
+    ] = None
+    prediction_type: Annotated[
+        str | None,
+        Setting(
+            kind=Choice(("epsilon", "v_prediction")),
+            label="Prediction",
+            help="what the base predicts (left out: as its file or folder says)",
+            example="v_prediction",
+            source="Salimans and Ho 2022 (arXiv 2202.00512); diffusers: prediction_type",
+        ),
+    ] = None
+    zero_snr: Annotated[
+        bool | None,
+        Setting(
+            kind=Switch(),
+            label="Zero terminal SNR",
+            help="whether the base begins at pure noise: its betas are rescaled and its timesteps trail (left out: as "
+            "its file or folder says)",
+            example=True,
+            source="Lin et al. 2023 (arXiv 2305.08891); diffusers: rescale_betas_zero_snr",
+        ),
+    ] = None
     refiner: Annotated[
         str | None,
         Setting(
             kind=MODEL,
             label="Refiner's model",
-            help="the refiner's weights: nano, a folder or a hub id",
+            help="the refiner's weights: nano, a folder, a .safetensors file or a hub id",
             example="nano",
             source=f"{PODELL}, section 2.5",
             option="refiner-model",
@@ -144,12 +214,22 @@ class ModelRef(Declared):
             source="diffusers: revision",
         ),
     ] = None
+    refiner_sha256: Annotated[
+        str | None,
+        Setting(
+            kind=SHA256,
+            label="Refiner's checksum",
+            help="the sha256 that the refiner's file must have, or the inventory of its folder",
+            example="7440042bbdc8a24813002c09b6b69b64dc90fded4472613437b7f55f9b7d9c5f",
+            source="model sites name files by it",
+        ),
+    ] = None
     vae: Annotated[
         str | None,
         Setting(
             kind=MODEL,
             label="VAE",
-            help="the weights of another VAE than the model's own: a folder or a hub id",
+            help="the weights of another VAE than the model's own: a folder, a .safetensors file or a hub id",
             example="nano",
             source="diffusers: AutoencoderKL",
         ),
@@ -164,15 +244,69 @@ class ModelRef(Declared):
             source="diffusers: revision",
         ),
     ] = None
+    vae_sha256: Annotated[
+        str | None,
+        Setting(
+            kind=SHA256,
+            label="VAE's checksum",
+            help="the sha256 that the VAE's file must have, or the inventory of its folder",
+            example="63aeecb90ff7bc1c115395962d3e803571385b61938377bc7089b36e81e92e2e",
+            source="model sites name files by it",
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ModelRef":
+        if self.config is not None and not any(is_file(getattr(self, role)) for role in PINS):
+            rule = "left out where neither base, refiner nor vae is a single .safetensors file"
+            raise ConfigError("config", self.config, rule, 'base = "model.safetensors"')
+        return self
 
     @classmethod
     def named(cls, name: str) -> "ModelRef":
-        """ "nano", "sdxl", or a folder or hub id; a folder with `base/` and `refiner/` in it has both."""
-        return MODELS.get(name) or cls(base=name, refiner=name if Path(name, "refiner").is_dir() else None)
+        """ "nano", "sdxl", a folder, a file or a hub id; a folder with `base/` and `refiner/` in it has both, and a
+        file that is there comes with its checksum."""
+        if name in MODELS:
+            return MODELS[name]
+        return cls(base=name, refiner=name if Path(name, "refiner").is_dir() else None).pinned()
 
     @classmethod
     def of(cls, value: object) -> Any:
         return cls.named(value) if isinstance(value, str) else super().of(value)
+
+    def changed(self, values: Mapping[str, Any], none: str | None = NONE) -> Self:
+        """As everywhere; but what names another model leaves behind the pin of the one before, and a file that is there
+        comes with its checksum."""
+        stale = {
+            pin: None
+            for role, pins in PINS.items()
+            if role in values and values[role] != getattr(self, role)
+            for pin in pins
+        }
+        return super().changed({**stale, **values}, none).pinned()
+
+    def pinned(self) -> Self:
+        """With the checksum of every file that is there and comes without one. A large file is read once."""
+        found = {
+            pin: sha256_of(path)
+            for role, (_, pin) in PINS.items()
+            if is_file(name := getattr(self, role)) and getattr(self, pin) is None
+            if (path := Path(name).expanduser()).is_file()
+        }
+        return self.with_(**found) if found else self
+
+
+# What says which weights each name stands for: the commit of a hub id, the checksum of a file.
+PINS = {
+    "base": ("revision", "sha256"),
+    "refiner": ("refiner_revision", "refiner_sha256"),
+    "vae": ("vae_revision", "vae_sha256"),
+}
+
+
+def is_file(name: str | None) -> bool:
+    """Whether a model's name is that of a single file, there or not."""
+    return name is not None and name.endswith(".safetensors")
 
 
 MODELS = {
@@ -317,6 +451,66 @@ class LoraRef(Declared):
         """With a sha256, without the places where its file was found."""
         found = super().distinct()
         return {k: v for k, v in found.items() if self.sha256 is None or k not in ("source", "revision", "file")}
+
+
+class EmbeddingRef(Declared):
+    """A textual-inversion embedding and the word of a prompt that stands for it. Where the sha256 of its file is known,
+    the digest does not depend on where the file lies."""
+
+    EXAMPLE: ClassVar[str] = "token"
+
+    token: Annotated[
+        str,
+        Setting(
+            kind=Text(pattern=r"^[^\s=,](?:[^=,]{0,98}[^\s=,])?$", meaning="1 to 100 characters without = or comma"),
+            label="Embedding's word",
+            help="what stands for it in a prompt",
+            example="mystyle",
+            source="diffusers: load_textual_inversion, token",
+            option=None,
+        ),
+    ]
+    source: Annotated[
+        str,
+        Setting(
+            kind=MODEL,
+            label="Embedding",
+            help="a .safetensors file with the keys clip_l and clip_g",
+            example="mystyle.safetensors",
+            source="diffusers: load_textual_inversion",
+            option=None,
+        ),
+    ]
+    sha256: Annotated[
+        str | None,
+        Setting(
+            kind=SHA256,
+            label="Embedding's sha256",
+            help="the checksum of its file, which must not be another one",
+            example="0" * 64,
+            option=None,
+        ),
+    ] = None
+
+    @classmethod
+    def named(cls, words: str) -> "EmbeddingRef":
+        """What a command line says: `TOKEN=FILE`, or `FILE`, whose name is then the word. Raises `ConfigError`."""
+        token, equals, source = words.partition("=")
+        return cls(token=token, source=source) if equals else cls(token=Path(words).stem, source=words)
+
+    @property
+    def word(self) -> str:
+        """The inverse of `named`, without the sha256."""
+        return f"{self.token}={self.source}"
+
+    @classmethod
+    def of(cls, value: object) -> Any:
+        return cls.named(value) if isinstance(value, str) else super().of(value)
+
+    def distinct(self) -> dict[str, Any]:
+        """With a sha256, without the place where its file was found."""
+        found = super().distinct()
+        return {k: v for k, v in found.items() if self.sha256 is None or k != "source"}
 
 
 class RefinerConfig(Declared):
@@ -464,6 +658,62 @@ class PerturbedAttention(Declared):
             option="pag-layers",
         ),
     ] = "mid"
+
+
+class FreeU(Declared):
+    """FreeU: the first two blocks of the UNet's way up listen more to what came from below, and less to the lowest
+    frequencies of the skip connections. It costs no rows."""
+
+    EXAMPLE: ClassVar[str] = "b1"
+
+    b1: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 10, between=True),
+            label="First backbone",
+            help="the scale of half of the first block's backbone",
+            example=1.1,
+            source=f"{SI}; diffusers: enable_freeu",
+            step=0.1,
+            option="freeu-b1",
+        ),
+    ] = 1.1
+    b2: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 10, between=True),
+            label="Second backbone",
+            help="the scale of half of the second block's backbone",
+            example=1.2,
+            source=f"{SI}; diffusers: enable_freeu",
+            step=0.1,
+            option="freeu-b2",
+        ),
+    ] = 1.2
+    s1: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 10, between=True),
+            label="First skips",
+            help="the scale of the lowest frequencies of the first block's skip connections",
+            example=0.6,
+            source=f"{SI}; diffusers: enable_freeu",
+            step=0.1,
+            option="freeu-s1",
+        ),
+    ] = 0.6
+    s2: Annotated[
+        float,
+        Setting(
+            kind=Number(0, 10, between=True),
+            label="Second skips",
+            help="the scale of the lowest frequencies of the second block's skip connections",
+            example=0.4,
+            source=f"{SI}; diffusers: enable_freeu",
+            step=0.1,
+            option="freeu-s2",
+        ),
+    ] = 0.4
 
 
 class GenerationConfig(Declared):
@@ -629,6 +879,16 @@ class GenerationConfig(Declared):
             source=AHN,
         ),
     ] = None
+    freeu: Annotated[
+        FreeU | None,
+        Setting(
+            kind=Table(FreeU),
+            label="FreeU",
+            help="whether the UNet's skip connections are damped (FreeU)",
+            example={"b1": 1.1, "b2": 1.2, "s1": 0.6, "s2": 0.4},
+            source=SI,
+        ),
+    ] = None
     width: Annotated[
         int,
         Setting(
@@ -701,6 +961,38 @@ class GenerationConfig(Declared):
             client=True,
         ),
     ] = None
+    negative_prompt_2: Annotated[
+        str | None,
+        Setting(
+            kind=Text(1, MAX_PROMPT),
+            label="Negative prompt 2",
+            help="what the second text encoder reads of it (left out: the negative prompt)",
+            example="blurry",
+            source="diffusers: negative_prompt_2",
+            client=True,
+        ),
+    ] = None
+    prompt_syntax: Annotated[
+        str,
+        Setting(
+            kind=Choice(("plain", "a1111")),
+            label="Prompt syntax",
+            help="plain: a text of at most 75 tokens; a1111: any length, with weights, schedules and adapters",
+            example="a1111",
+            source="A1111's web UI: `modules/prompt_parser.py`, `sd_hijack_clip.py`, `sd_emphasis.py`",
+        ),
+    ] = "plain"
+    embeddings: Annotated[
+        tuple[EmbeddingRef, ...],
+        Setting(
+            kind=Tables(EmbeddingRef, most=64, form="TOKEN=FILE"),
+            label="Embeddings",
+            help="textual inversions: words of the prompts that stand for vectors of their own",
+            example=[{"token": "mystyle", "source": "mystyle.safetensors"}],
+            source="Gal et al. 2022 (arXiv 2208.01618)",
+            option="embedding",
+        ),
+    ] = ()
     clip_skip: Annotated[
         int | None,
         Setting(
@@ -738,9 +1030,19 @@ class GenerationConfig(Declared):
     def _whole(self) -> "GenerationConfig":
         """The rules over several fields."""
         schedules.check(self)
+        if self.model.zero_snr:
+            schedules.check_zero_snr(self.scheduler, self.model.prediction_type)
         if self.apg is not None and self.cfg_zero is not None:
             rule = "left out where apg is not, since either takes the place of plain guidance"
             raise ConfigError("cfg_zero", self.cfg_zero.to_dict(), rule, "apg.momentum = -0.5")
+        if self.negative_prompt_2 is not None and self.negative_prompt is None:
+            rule = "left out where negative_prompt is"
+            raise ConfigError("negative_prompt_2", self.negative_prompt_2, rule, 'negative_prompt = "blurry"')
+        tokens = [ref.token.casefold() for ref in self.embeddings]
+        for place, token in enumerate(tokens):
+            if token in tokens[:place]:
+                name = f"embeddings.{place}.token"
+                raise ConfigError(name, self.embeddings[place].token, "a word of its own", f'token = "{token}-2"')
         if self.refiner is not None and self.model.refiner is None:
             raise ConfigError(
                 "refiner",
@@ -1076,13 +1378,14 @@ class RuntimeProfile(Declared):
     ] = False
 
 
-def checked_prompt(prompt: object) -> str:
-    """The prompt, if it is one: 1 to 2,000 characters."""
+def checked_prompt(prompt: object, setting: Setting = PROMPT) -> str | None:
+    """The prompt, if it is one: 1 to 2,000 characters; None for one that may be left out."""
     try:
-        return str(PROMPT.check(prompt))
+        found: str | None = setting.check(prompt)
+        return found
     except ConfigError as error:
         if isinstance(prompt, str) and not 1 <= len(prompt) <= MAX_PROMPT:
-            raise PROMPT.error(f"{len(prompt)} characters") from error
+            raise setting.error(f"{len(prompt)} characters") from error
         raise
 
 

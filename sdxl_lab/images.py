@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from sdxl_lab.config import LoraRef, canonical
+from sdxl_lab.config import LoraRef, canonical, is_file
 from sdxl_lab.record import ImageRecord, RecordError
 from sdxl_lab.schedules import SCHEDULE_TYPES
+from sdxl_lab.syntax import escaped, networks
 
 RECORD_KEY = "sdxl_lab"
 # The 48 bits that Stability's reference code and diffusers' StableDiffusionXLWatermarker write.
@@ -115,7 +116,8 @@ def read_record(source: Path | str | bytes) -> ImageRecord:
 
 
 def a1111_parameters(record: ImageRecord) -> str:
-    """The text A1111 writes into its PNGs: prompt, negative prompt, one line of settings."""
+    """The text A1111 writes into its PNGs: prompt, negative prompt, one line of settings. It has no notation for a
+    second prompt, and would read a plain one's brackets as weights, were they not escaped."""
     config = record.config
     # Where the name of ours has a schedule in it, so had A1111's until 1.9, and this record's.
     sampler, by_name, _ = record.sampler.partition(f" {SCHEDULE_TYPES['karras']}")
@@ -127,24 +129,42 @@ def a1111_parameters(record: ImageRecord) -> str:
         "CFG scale": config.guidance_scale,
         "Seed": record.seed,
         "Size": f"{config.width}x{config.height}",
-        "Model": config.model.base,
+        **_a1111_weights("Model", config.model.base, config.model.sha256),
     }
+    if config.model.vae is not None:
+        settings |= _a1111_weights("VAE", config.model.vae, config.model.vae_sha256)
     if record.source is not None:
         settings["Denoising strength"] = record.strength
     if config.clip_skip is not None:
         settings["Clip skip"] = config.clip_skip + 2  # A1111 counts from the last layer, which is its 1
     if record.source is None and config.refiner is not None:
-        settings |= {"Refiner": config.model.refiner, "Refiner switch at": config.refiner.handover}
+        name, *checksum = _a1111_weights("", str(config.model.refiner), config.model.refiner_sha256).values()
+        settings["Refiner"] = f"{name} [{checksum[0]}]" if checksum else name
+        settings["Refiner switch at"] = config.refiner.handover
+    if config.model.zero_snr or record.scheduler.get("rescale_betas_zero_snr"):
+        settings["Noise Schedule"] = "Zero Terminal SNR"
     if config.loras:
         settings["Lora hashes"] = f'"{", ".join(f"{ref.name}: {_lora_hash(record, ref)}" for ref in config.loras)}"'
+    if config.embeddings:
+        hashes = ", ".join(f"{ref.token}: {(ref.sha256 or 'unknown')[:12]}" for ref in config.embeddings)
+        settings["TI hashes"] = f'"{hashes}"'
     settings["Version"] = f"SDXL Lab {record.version}"
-    lines = [
-        record.prompt + "".join(_lora_word(ref) for ref in config.loras if f"<lora:{ref.name}:" not in record.prompt)
-    ]
+    if config.prompt_syntax == "plain":  # A1111 has the one syntax
+        written, named = escaped, set()
+    else:
+        written, named = str, {network.name for network in networks(record.prompt)[1]}
+    lines = [written(record.prompt) + "".join(_lora_word(ref) for ref in config.loras if ref.name not in named)]
     if config.negative_prompt:
-        lines.append(f"Negative prompt: {config.negative_prompt}")
+        lines.append(f"Negative prompt: {written(config.negative_prompt)}")
     lines.append(", ".join(f"{key}: {value}" for key, value in settings.items()))
     return "\n".join(lines)
+
+
+def _a1111_weights(kind: str, name: str, sha256: str | None) -> dict[str, str]:
+    """A model as A1111 names it: a file without its folder and ending, and the first ten digits of its checksum."""
+    if not is_file(name):
+        return {kind: name}
+    return {kind: Path(name).stem} | ({f"{kind} hash": sha256[:10]} if sha256 else {})
 
 
 def _lora_word(ref: LoraRef) -> str:

@@ -22,10 +22,11 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 from PIL import Image
 
-from sdxl_lab.config import ConfigError, GenerationConfig, checked_prompt, checked_seed
+from sdxl_lab.config import PROMPT_2, ConfigError, GenerationConfig, LoraRef, checked_prompt, checked_seed
 from sdxl_lab.errors import Cancelled
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.record import ImageRecord
+from sdxl_lab.syntax import Network, networks
 
 log = logging.getLogger(__name__)
 Outcome = TypeVar("Outcome")
@@ -43,7 +44,8 @@ class SourceImage:
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """What is asked: a configuration, a prompt, a seed. With `source`, the refiner goes over that image again.
+    """What is asked: a configuration, a prompt, a seed. With `source`, the refiner goes over that image again. With
+    `prompt_2`, the second text encoder reads that.
 
     Raises `ConfigError` when something is out of its range, before any work.
     """
@@ -52,10 +54,13 @@ class ImageRequest:
     prompt: str
     seed: int
     source: SourceImage | None = None
+    prompt_2: str | None = None
 
     def __post_init__(self) -> None:
         checked_prompt(self.prompt)
+        checked_prompt(self.prompt_2, PROMPT_2)
         checked_seed(self.seed)
+        _ = self.loras
         if self.source is None:
             return
         strength = self.source.strength
@@ -67,6 +72,44 @@ class ImageRequest:
             )
         if self.config.model.refiner is None:
             raise ConfigError("model", self.config.model.base, "one with a refiner, since refining was asked", "nano")
+
+    @property
+    def loras(self) -> tuple[LoraRef, ...]:
+        """The configuration's LoRAs, each with the weights that the prompt gives it. Raises `ConfigError` for one that
+        the configuration does not have."""
+        if self.config.prompt_syntax != "a1111":
+            return self.config.loras
+        known = {ref.name for ref in self.config.loras}
+        named = {}
+        for network in (each for text in (self.prompt, self.prompt_2 or "") for each in networks(text)[1]):
+            if network.kind == "hypernet" or network.name not in known:
+                names = ", ".join(sorted(known)) or "it has none"
+                rule = f"without adapters that are no LoRA of the configuration, by the name of its file ({names})"
+                raise ConfigError("prompt", network.word, rule, f"<lora:{min(known, default='outlines')}:0.6>")
+            named[network.name] = network
+        return tuple(_weighed(ref, named[ref.name]) if ref.name in named else ref for ref in self.config.loras)
+
+    @property
+    def words(self) -> str:
+        """The prompt without the adapters that it names."""
+        return self._words(self.prompt)
+
+    @property
+    def words_2(self) -> str | None:
+        """The same of `prompt_2`."""
+        return None if self.prompt_2 is None else self._words(self.prompt_2)
+
+    def _words(self, prompt: str) -> str:
+        return networks(prompt)[0] if self.config.prompt_syntax == "a1111" else prompt
+
+
+def _weighed(ref: LoraRef, network: Network) -> LoraRef:
+    try:
+        text, unet = network.weights
+    except ValueError:
+        rule = "with numbers for the weights of its LoRAs"
+        raise ConfigError("prompt", network.word, rule, f"<lora:{ref.name}:0.6>") from None
+    return ref.with_(weight=unet, text_encoder_weight=text)
 
 
 class JobState(StrEnum):

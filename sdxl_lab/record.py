@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from sdxl_lab.config import MAX_PROMPT, MAX_SEED, ConfigError, GenerationConfig, migrated_config
+from sdxl_lab.syntax import bare
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=["0" * 64])]
 # Of a configuration that is not at hand, 0.1.0's digest of 12 digits is all that is known.
@@ -107,13 +108,37 @@ def _finite(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class TokenCount(BaseModel):
+    """How long a text is for the text encoders: its `tokens` without marks, the `limit` beyond which they are cut, and
+    the words that are cut. Without a limit nothing is."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    tokens: Annotated[int, Field(ge=0)]
+    limit: int | None = None
+    beyond: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens" if self.limit is None else f"{self.tokens} of {self.limit} tokens"
+
+    def warning(self, name: str) -> str | None:
+        """A sentence where words were cut off the text `name`."""
+        if self.beyond is None:
+            return None
+        return (
+            f"{name}: the text encoders read {self.limit} of its {self.tokens} tokens and cut {self.beyond!r}; "
+            'prompt_syntax = "a1111" cuts nothing'
+        )
+
+
 class ImageRecord(Record):
     """What an image was made of, and all that makes it again.
 
     `sampler` is A1111's name of the scheduler, `scheduler` its class and whole config as it was used. `unet_calls` and
     `unet_rows` are by stage, base and refiner. `weights` is the identity of the models by role. A refined image has its
     `source`'s record and the `strength`. One that a service drew has its `id`, the digest of the configuration that was
-    `promoted` there, and the names of the settings that the client has `overridden`.
+    `promoted` there, and the names of the settings that the client has `overridden`. `tokens` says how much of each of
+    its texts was read; an image of 0.1.0 has none.
     """
 
     NOUN: ClassVar[str] = "the record"
@@ -135,6 +160,19 @@ class ImageRecord(Record):
     id: Annotated[str | None, Field(examples=["1b4e28ba-2fa1-11d2-883f-0016d3cca427"])] = None
     promoted: AnyDigest | None = None
     overridden: Annotated[tuple[str, ...] | None, Field(examples=[["steps"]])] = None
+    prompt_2: Annotated[str | None, Field(min_length=1, max_length=MAX_PROMPT)] = None
+    tokens: Annotated[dict[str, TokenCount] | None, Field(examples=[{"prompt": {"tokens": 5, "limit": 75}}])] = None
+
+    @property
+    def words(self) -> str:
+        """The prompt's words without their notation."""
+        return bare(self.prompt, self.config.steps) if self.config.prompt_syntax == "a1111" else self.prompt
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence for each text of which words were cut."""
+        told = (count.warning(name) for name, count in (self.tokens or {}).items())
+        return [each for each in told if each is not None]
 
     @classmethod
     def of_first_version(cls, plain: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -91,6 +91,12 @@ FEWER_STEPS = {
 }
 
 
+# Of these diffusers does not rescale the betas to a terminal signal of zero.
+NO_ZERO_SNR = ("dpmpp_sde", "heun", "lms", "kdpm2", "kdpm2_a", "pndm", "deis")
+# These divide by the signal of the first timestep, of which nothing is left then, where a model predicts noise.
+DIVIDE_BY_SIGNAL = ("ddim", "ddpm", "lcm", "tcd")
+
+
 class Scheduled(Protocol):
     """The settings that a schedule is made of, as a configuration has them."""
 
@@ -116,6 +122,18 @@ def check(config: Scheduled) -> None:
     for name in ("sigmas", "timesteps"):
         _check_list(config, name)
     _check_spacing(config)
+
+
+def check_zero_snr(scheduler: str, prediction_type: str | None) -> None:
+    """`ConfigError` for a scheduler that cannot begin at pure noise, or not with what the model predicts."""
+    able = [name for name in SCHEDULERS if name not in NO_ZERO_SNR]
+    if scheduler in NO_ZERO_SNR:
+        rule = f"one of {', '.join(able)} with a model of zero terminal SNR, whose betas the others do not rescale"
+        raise ConfigError("scheduler", scheduler, rule, "euler")
+    if scheduler in DIVIDE_BY_SIGNAL and prediction_type == "epsilon":
+        able = [name for name in able if name not in DIVIDE_BY_SIGNAL]
+        rule = f"one of {', '.join(able)} with a model of zero terminal SNR that predicts noise, since the others "
+        raise ConfigError("scheduler", scheduler, rule + "divide by the signal, which begins at zero", "euler")
 
 
 def spaced_evenly(steps: int) -> bool:

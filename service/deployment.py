@@ -14,7 +14,6 @@ from sdxl_lab.config import ConfigError
 from sdxl_lab.errors import EngineStopped
 from sdxl_lab.release.slot import load_slot
 from service.attestation import Attestation, attest
-from service.jobs.prompt_limits import PromptLimits
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -45,7 +44,6 @@ class Deployment:
         self.settings = settings
         self.slot = load_slot(settings.slot)
         self.engine: Engine | None = None
-        self.prompt_limits: PromptLimits | None = None  # comes and stays with the engine
         self.failure: str | None = None
         self.attestation = Attestation("the golden images have not been drawn again yet")
         self.attesting = True
@@ -62,7 +60,6 @@ class Deployment:
             from sdxl_lab.diffusion.engine import Engine
 
             engine = Engine.load(self.slot.config, self.settings.profile, self.settings.max_queue)
-            limits = PromptLimits(engine.models.base.tokenizers)
             try:
                 engine.prepare([*self.slot.config.loras, *(each.at(None) for each in self.slot.limits.loras)])
             except BaseException:
@@ -78,7 +75,7 @@ class Deployment:
             if self.closing:
                 threading.Thread(target=engine.close, name="close").start()
                 return
-            self.engine, self.prompt_limits = engine, limits
+            self.engine = engine
             opened()
 
         if not on_loop(loop, here):

@@ -33,8 +33,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional
 
+from sdxl_lab.checksums import sha256_of
 from sdxl_lab.config import LoraRef
-from sdxl_lab.diffusion.checksums import sha256_of
 from sdxl_lab.diffusion.graphs import Graphed
 from sdxl_lab.diffusion.inventory import ModelError
 from sdxl_lab.diffusion.lora_files import PEFT_CONFIG, identities, identity_of, local_file

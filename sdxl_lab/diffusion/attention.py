@@ -5,7 +5,6 @@ the attention is the identity, its outcome is the value. Which rows are so pertu
 says with `cross_attention_kwargs`; without them a call is diffusers' own, and costs nothing.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -83,12 +82,6 @@ def perturbs(unet: Any, layers: str) -> bool:
     """Whether rows can be perturbed in these blocks of a UNet, which may stand behind CUDA graphs."""
     processors = (attn.processor for attn in _attentions(getattr(unet, "unet", unet)).values())
     return any(isinstance(each, RowProcessor) and each.place == PLACES[layers] for each in processors)
-
-
-def asked(perturbed: torch.Tensor, device: torch.device) -> dict[str, Mapping[str, torch.Tensor]]:
-    """The arguments by which a UNet call perturbs rows: none where no row asks for it. `perturbed` (n,) lies on the
-    CPU, so that looking costs no wait for a GPU."""
-    return {"cross_attention_kwargs": {PERTURBED: perturbed.to(device)}} if perturbed.any() else {}
 
 
 def _attentions(unet: Any) -> dict[str, Attention]:

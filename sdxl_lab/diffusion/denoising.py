@@ -6,7 +6,8 @@ UNet's answer; who else shares that call it does not know. Step by step it does 
 """
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,11 +15,14 @@ from diffusers import SchedulerMixin
 
 from sdxl_lab.config import ConfigError, RefinerConfig
 from sdxl_lab.diffusion import guiders, schedulers
-from sdxl_lab.diffusion.attention import PLACES, perturbs
+from sdxl_lab.diffusion.attention import PERTURBED, PLACES, perturbs
 from sdxl_lab.diffusion.batching import Part
+from sdxl_lab.diffusion.freeu import SCALED, scalable, scales
 from sdxl_lab.diffusion.latency import Group
-from sdxl_lab.diffusion.models import Denoiser, Embedding, Models, Prompt
+from sdxl_lab.diffusion.models import Denoiser, Models
+from sdxl_lab.diffusion.prompts import Embedding, Prompt
 from sdxl_lab.job import ImageRequest
+from sdxl_lab.syntax import texts
 
 DenoiserName = Literal["base", "refiner"]
 Embed = Callable[[DenoiserName, Prompt], Embedding]
@@ -27,21 +31,80 @@ LARGEST = 1000.0  # the largest noise level that a guidance interval can name: i
 
 
 class Rows(NamedTuple):
-    """UNet inputs, one row to three (unguided, guided, perturbed): latents (n, 4, h, w), timesteps (n,), text (n, 77,
-    width), pooled text (n, projection), micro-conditioning (n, 5 or 6), and on the CPU the codes (n,) of the blocks in
-    which a row is perturbed, 0 for none."""
+    """UNet inputs, one row to three (unguided, guided, perturbed): latents (n, 4, h, w), timesteps (n,), for each row
+    its text (1, 77 x chunks, width), pooled text (n, projection), micro-conditioning (n, 5 or 6), on the CPU the codes
+    (n,) of the blocks in which a row is perturbed, 0 for none, and FreeU's scales (n, 4), 1 for none; and what tells a
+    distilled UNet the guidance scale (n, its width), which has no columns for others."""
 
     latents: torch.Tensor
     timesteps: torch.Tensor
-    hidden: torch.Tensor
+    hidden: tuple[torch.Tensor, ...]
     pooled: torch.Tensor
     time_ids: torch.Tensor
     perturbed: torch.Tensor
+    scaled: torch.Tensor
+    timestep_cond: torch.Tensor
+
+    def asked(self, device: torch.device) -> dict[str, Mapping[str, torch.Tensor]]:
+        """What rows ask of the UNet's insides, as its call takes it: nothing where none asks for anything. To look does
+        not wait for a GPU."""
+        found = {}
+        if self.perturbed.any():
+            found[PERTURBED] = self.perturbed.to(device)
+        if (self.scaled != 1).any():
+            found[SCALED] = self.scaled.to(device)
+        return {"cross_attention_kwargs": found} if found else {}
+
+    @classmethod
+    def joined(cls, parts: Sequence["Rows"]) -> "Rows":
+        """The rows of several images, one after the other."""
+        return cls(*(_joined(part) for part in zip(*parts, strict=True)))
+
+    def at(self, places: Sequence[int]) -> "Rows":
+        """Some of the rows, in this order."""
+        own = list(places)
+        return Rows(*(tuple(part[each] for each in own) if isinstance(part, tuple) else part[own] for part in self))
 
     def padded(self, count: int) -> "Rows":
         """The same with the last row repeated until there are `count`."""
         more = count - len(self.timesteps)
-        return Rows(*(torch.cat([part, *[part[-1:]] * more]) for part in self)) if more else self
+        return self.joined([self, *[Rows(*(part[-1:] for part in self))] * more]) if more else self
+
+    def calls(self) -> list[list[int]]:
+        """Which rows share a UNet call, by their places: those whose texts can be brought to one length."""
+        return sharing([part.shape[1] for part in self.hidden])
+
+    def text(self) -> torch.Tensor:
+        """The rows' texts (n, 77 x chunks, width), each repeated to the least common multiple of all lengths.
+        Cross-attention to keys and values that are all there twice is the same as to all of them once, so that texts of
+        different lengths do not change one another, as they would if the shorter ones were filled up."""
+        most = math.lcm(*(part.shape[1] for part in self.hidden))
+        return torch.cat([part.repeat(1, most // part.shape[1], 1) for part in self.hidden])
+
+
+def _joined(parts: Any) -> Any:
+    if isinstance(parts[0], tuple):
+        return tuple(each for part in parts for each in part)
+    return torch.cat(parts)
+
+
+# A text is repeated this often at most: more rows in a call do not make up for more.
+REPEATS = 4
+
+
+def sharing(lengths: Sequence[int]) -> list[list[int]]:
+    """The places of the lengths in groups, each of which has a common multiple that is not too large."""
+    groups: list[tuple[list[int], list[int]]] = []  # lengths, and their places
+    for length in sorted(set(lengths)):
+        own = [place for place, each in enumerate(lengths) if each == length]
+        for known, places in groups:
+            if math.lcm(*known, length) <= REPEATS * min(known):
+                known.append(length)
+                places += own
+                break
+        else:
+            groups.append(([length], own))
+    return [sorted(places) for _, places in groups]
 
 
 def rows_of(request: ImageRequest) -> int:
@@ -76,9 +139,18 @@ def strength_start(scheduler: SchedulerMixin, steps: int, strength: float) -> in
     return max(steps - min(int(steps * strength), steps), 0) * scheduler.order
 
 
+def _steps(calls: int, steps: int) -> list[int]:
+    """The step, from 0, that each of a whole schedule's calls belongs to: a second-order scheduler has two calls for
+    most steps."""
+    return [call * steps // calls for call in range(calls)]
+
+
 def _cutoff(scheduler: SchedulerMixin, handover: float) -> int:
     train = scheduler.config.num_train_timesteps
     return round(train - handover * train)
+
+
+KEPT = 8  # embeddings of one stage
 
 
 class Guidance(NamedTuple):
@@ -136,15 +208,44 @@ class Stage:
         self.guidance = [self._guidance(guided, index) for index in range(len(self.timesteps))]
         self.guider = guiders.guider_of(config)
         self.place = 0 if config.pag is None else self._place(config.pag.layers)
-        self.positive = embed(name, Prompt(request.prompt, config.clip_skip))
+        self.scales = self._scales()
+        self._embed = embed
+        self._embedded: dict[Prompt, Embedding] = {}
+        self._steps = _steps(len(self.scheduler.timesteps), config.steps)[part]
+        self.positives = self._prompts(request.words, request.words_2, config.clip_skip)
         # The pipelines skip layers for the positive prompt alone.
-        self.negative = embed(name, Prompt(config.negative_prompt)) if guided else self.positive
-        self.time_ids = self._time_ids(size)
+        self.negatives = self._prompts(config.negative_prompt, config.negative_prompt_2) if guided else self.positives
+        for prompts in (self.positives, self.negatives):
+            if prompts:  # what cannot be embedded is refused before the first call
+                self._embedding(prompts[0])
+        self.time_ids = self._time_ids(size, device)
+        self.timestep_cond = guidance_embedding(
+            config.guidance_scale, denoiser.unet.config.time_cond_proj_dim or 0, device
+        )
         accepted = inspect.signature(self.scheduler.step).parameters
         self.options: dict[str, Any] = {"eta": 0.0} if "eta" in accepted else {}
         self.takes_generator = "generator" in accepted
 
-    def _time_ids(self, size: tuple[int, int]) -> torch.Tensor:
+    def _prompts(self, text: str | None, second: str | None, clip_skip: int | None = None) -> list[Prompt]:
+        """What is read at each of the stage's calls. All have the chunks of the one that has most, as in A1111."""
+        steps, syntax, embeddings = self.config.steps, self.config.prompt_syntax, self.config.embeddings
+        if syntax == "plain" or text is None:
+            return [Prompt(text, clip_skip, second, syntax, embeddings)] * len(self._steps)
+        first = texts(text, steps)
+        other = texts(second, steps) if second is not None else [None] * steps
+        asked = [Prompt(first[step], clip_skip, other[step], syntax, embeddings) for step in self._steps]
+        chunks = max((self.denoiser.chunks(prompt) for prompt in set(asked)), default=1)
+        return [prompt._replace(chunks=chunks) for prompt in asked]
+
+    def _embedding(self, prompt: Prompt) -> Embedding:
+        """A prompt's embedding. The last ones are kept here: the engine may forget them before the next step."""
+        if prompt not in self._embedded:
+            if len(self._embedded) == KEPT:
+                del self._embedded[next(iter(self._embedded))]
+            self._embedded[prompt] = self._embed(self.name, prompt)
+        return self._embedded[prompt]
+
+    def _time_ids(self, size: tuple[int, int], device: torch.device) -> torch.Tensor:
         """The micro-conditioning (2, 5 or 6) of the unguided and the guided row."""
         config = self.config
         original, target = config.original_size or size, config.target_size or size
@@ -158,7 +259,7 @@ class Stage:
             ]
         else:
             ids = [(*original, *config.crop, *target)] * 2
-        return torch.tensor(ids, dtype=torch.float32, device=self.positive.hidden.device)
+        return torch.tensor(ids, dtype=torch.float32, device=device)
 
     def _guidance(self, guided: bool, index: int) -> Guidance:
         """How the call of this index is guided: not at all outside the interval, nor where its prediction is zero."""
@@ -174,6 +275,13 @@ class Stage:
             raise ConfigError("pag.layers", layers, rule, "mid")
         return PLACES[layers]
 
+    def _scales(self) -> tuple[float, ...]:
+        """FreeU's, of every row."""
+        if self.config.freeu is not None and not scalable(self.denoiser.unet):
+            rule = f"left out, since the blocks of the {self.name}'s UNet are not those of SDXL"
+            raise ConfigError("freeu", self.config.freeu.to_dict(), rule, "none")
+        return scales(self.config.freeu)
+
     def denoised(self) -> torch.Tensor | None:
         """The clean latents (1, 4, h, w) that the last prediction points to; None before the first."""
         if self.seen is None:
@@ -181,10 +289,7 @@ class Stage:
         scaled, prediction, sigma = self.seen
         signal = 1 / (sigma**2 + 1) ** 0.5  # of the scaled latents; 0 where sigma is infinite
         noise = (1 - signal**2) ** 0.5
-        kind = self.scheduler.config.prediction_type
-        if kind == "sample":
-            return prediction
-        if kind == "v_prediction":
+        if self.scheduler.config.prediction_type == "v_prediction":
             return signal * scaled - noise * prediction
         return (scaled - noise * prediction) / signal
 
@@ -203,18 +308,21 @@ class Stage:
     def inputs(self, latents: torch.Tensor) -> Rows:
         timestep, guidance = self.timesteps[self.index], self.guidance[self.index]
         self._scaled = scaled = self.scheduler.scale_model_input(latents, timestep)
-        rows = [(self.positive, 1, 0)]  # embedding, micro-conditioning, code
+        positive = self._embedding(self.positives[self.index])
+        rows = [(positive, 1, 0)]  # embedding, micro-conditioning, code
         if guidance.by_text:
-            rows.insert(0, (self.negative, 0, 0))
+            rows.insert(0, (self._embedding(self.negatives[self.index]), 0, 0))
         if guidance.by_attention:
-            rows.append((self.positive, 1, self.place))
+            rows.append((positive, 1, self.place))
         return Rows(
             torch.cat([scaled] * len(rows)),
             timestep.float().repeat(len(rows)),
-            torch.cat([embedding.hidden for embedding, _, _ in rows]),
+            tuple(embedding.hidden for embedding, _, _ in rows),
             torch.cat([embedding.pooled for embedding, _, _ in rows]),
             torch.cat([self.time_ids[index : index + 1] for _, index, _ in rows]),
             torch.tensor([code for _, _, code in rows]),
+            torch.tensor([self.scales] * len(rows)),
+            self.timestep_cond.expand(len(rows), -1),
         )
 
     def take(self, prediction: torch.Tensor, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -241,6 +349,17 @@ class Stage:
         if unguided is not None and self.config.guidance_rescale > 0:
             found = guiders.rescaled(found, guided, self.config.guidance_rescale)
         return found
+
+
+def guidance_embedding(scale: float, width: int, device: torch.device) -> torch.Tensor:
+    """The guidance scale as a distilled UNet takes it (1, `width`): sines, then cosines, of 1000 times the scale above
+    1 at frequencies from 1 down to 1/10,000 (Meng et al. 2022, arXiv 2210.03142; diffusers'
+    `get_guidance_scale_embedding`). An odd width ends with a zero."""
+    half = width // 2
+    step = torch.log(torch.tensor(10_000.0)) / max(half - 1, 1)  # in float32, as there: its angles reach thousands
+    angles = torch.tensor(scale - 1.0) * 1000.0 * torch.exp(torch.arange(half) * -step)
+    found = torch.cat([angles.sin(), angles.cos(), torch.zeros(width % 2)]).to(device)
+    return found[None]
 
 
 class StageOutcome(NamedTuple):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Self, overload
 
 import diffusers
@@ -25,15 +25,15 @@ import transformers
 from PIL import Image
 
 from sdxl_lab.config import GenerationConfig, LoraRef, RuntimeProfile
-from sdxl_lab.diffusion import adapters
+from sdxl_lab.diffusion import adapters, inversions
 from sdxl_lab.diffusion.adapters import Applied, Loras
-from sdxl_lab.diffusion.attention import asked
 from sdxl_lab.diffusion.batching import Batcher, Part
 from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
 from sdxl_lab.diffusion.inventory import differing, identity
 from sdxl_lab.diffusion.latency import Forecast, Group, LatencyModel
-from sdxl_lab.diffusion.models import Embedding, Models, Prompt, load, settled
+from sdxl_lab.diffusion.models import Models, load, settled
 from sdxl_lab.diffusion.processor import CallThreads, capability
+from sdxl_lab.diffusion.prompts import Embedding, Prompt, TokenCounter
 from sdxl_lab.environment import processor
 from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import GeneratedImage, finish, preview
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int], None]
 REFORECAST = 20.0  # a forecast serves for so many times as long as it took: that much of a core it may have
+CHUNKS_KEPT = 256  # of embedded prompts; one of SDXL's is 0.6 MB in float32
 NOTE = 500  # calls after which the measured seconds are written down
 
 
@@ -268,7 +269,7 @@ class Engine:
     def _calibrate(self, request: ImageRequest, seconds: float) -> None:
         self._use_threads(self.profile.exact)
         trajectory = Trajectory(self.models, request, partial(self._embed, self.profile.exact))
-        group, row = trajectory.group, Rows(*(part[:1] for part in trajectory.inputs()))
+        group, row = trajectory.group, trajectory.inputs().at([0])
         ends, warm = time.monotonic() + seconds, 0
         while not self._closed and (count := self._batcher.untried(group)) is not None:
             began = time.monotonic()
@@ -285,6 +286,11 @@ class Engine:
                     self._latency.took(group, count, time.monotonic() - began)
                     self._batcher.measured()
             warm = count  # a first call prepares what the later ones find
+
+    @cached_property
+    def tokens(self) -> TokenCounter:
+        """How many tokens a request's texts have, and which words are cut. Any thread may ask, before it is drawn."""
+        return TokenCounter(self.models.base.tokenizers)
 
     def stats(self) -> EngineStats:
         rows, seconds = self._last_call
@@ -441,7 +447,7 @@ class Engine:
             if work.trajectory is None:
                 work.started = time.monotonic()
                 try:
-                    work.loras = self._loras.applied(work.job.request.config.loras)
+                    work.loras = self._loras.applied(work.job.request.loras)
                     embed = partial(self._embed, work.exact, loras=work.loras)
                     work.trajectory = Trajectory(self.models, work.job.request, embed)
                     work.job.run()
@@ -474,7 +480,7 @@ class Engine:
         if key not in self._embeddings:
             with self._loras.in_text(applied):
                 self._embeddings[key] = getattr(self.models, name).embed(prompt)
-            if len(self._embeddings) > 256:
+            while len(self._embeddings) > 1 and sum(each.chunks for each in self._embeddings.values()) > CHUNKS_KEPT:
                 self._embeddings.popitem(last=False)
         self._embeddings.move_to_end(key)
         return self._embeddings[key]
@@ -490,7 +496,7 @@ class Engine:
         try:
             inputs = [trajectory.inputs() for trajectory in trajectories]
             with nullcontext() if exact else self._threads.call((group, sum(len(each.timesteps) for each in inputs))):
-                predictions = self._changed_predict(group.name, inputs, [work.loras for work in picked])
+                predictions = self._predict(group.name, inputs, *self._changing(group.name, picked))
         except Exception as error:
             if len(picked) == 1:
                 self._end(picked[0].job, error)
@@ -538,32 +544,41 @@ class Engine:
         if self.models.device.type == "cuda":
             torch.cuda.synchronize(self.models.device)
 
-    def _changed_predict(self, name: str, inputs: list[Rows], loras: list[Applied]) -> tuple[torch.Tensor, ...]:
-        """`_predict` with the LoRAs of each image in its rows, which are the base's."""
-        if name != "base" or not any(each.unet for each in loras):
-            return self._predict(name, inputs)
-        with self._loras.in_unet([(each, len(rows.timesteps)) for each, rows in zip(loras, inputs, strict=True)]):
-            return self._predict(name, inputs, bare=True)
+    def _changing(self, name: str, picked: list[Work]) -> list[Applied]:
+        """The LoRAs of each image, which are the base's; none where no image has one."""
+        loras = [work.loras for work in picked] if name == "base" else []
+        return loras if any(each.unet for each in loras) else []
 
     @torch.inference_mode()
-    def _predict(self, name: str, inputs: list[Rows], *, bare: bool = False) -> tuple[torch.Tensor, ...]:
-        """The UNet's answer for every image's rows; `bare`, without its graphs and its compiled code."""
-        rows = Rows(*(torch.cat(part) for part in zip(*inputs, strict=True)))
-        count = len(rows.timesteps)
+    def _predict(self, name: str, inputs: list[Rows], *loras: Applied) -> tuple[torch.Tensor, ...]:
+        """The UNet's answer for every image's rows, with the LoRAs of each image, if any has some, in its rows."""
+        rows = Rows.joined(inputs)
+        owners = [owner for owner, each in enumerate(inputs) for _ in each.timesteps]
+        found: dict[int, torch.Tensor] = {}
+        for places in rows.calls():
+            changed = [(loras[owner], 1) for owner in (owners[place] for place in places)] if loras else []
+            with self._loras.in_unet(changed) if loras else nullcontext():
+                found |= zip(places, self._answer(name, rows.at(places), bare=bool(loras)), strict=True)
+        answer = torch.stack([found[place] for place in range(len(owners))])
+        return answer.split([len(each.timesteps) for each in inputs])
+
+    def _answer(self, name: str, rows: Rows, *, bare: bool) -> torch.Tensor:
+        """One call of the UNet: its answer for every row, in float32. `bare`, without its graphs and its compiled
+        code."""
+        count, dtype = len(rows.timesteps), self.models.dtype
         if self.profile.compile:
             rows = rows.padded(1 << (count - 1).bit_length())
-        dtype = self.models.dtype
         unet = getattr(self.models, name).unet
-        answer = (adapters.bare(unet) if bare else unet)(
+        answer: torch.Tensor = (adapters.bare(unet) if bare else unet)(
             rows.latents.to(dtype),
             rows.timesteps,
-            encoder_hidden_states=rows.hidden.to(dtype),
+            encoder_hidden_states=rows.text().to(dtype),
+            timestep_cond=rows.timestep_cond.to(dtype) if rows.timestep_cond.shape[1] else None,
             added_cond_kwargs={"text_embeds": rows.pooled.to(dtype), "time_ids": rows.time_ids},
-            **asked(rows.perturbed, self.models.device),
+            **rows.asked(self.models.device),
             return_dict=False,
         )[0]
-        parts: tuple[torch.Tensor, ...] = answer[:count].float().split([len(each.timesteps) for each in inputs])
-        return parts
+        return answer[:count].float()
 
     def _decode(self, finished: list[Work]) -> None:
         """VAE decode of images that finished together; the rest of the work is the finisher's."""
@@ -618,9 +633,11 @@ class Engine:
             digest=request.config.digest,
             source=None if request.source is None else request.source.record,
             strength=None if request.source is None else request.source.strength,
-            weights=self.weights | dict(work.loras.weights),
+            weights=self.weights | dict(work.loras.weights) | inversions.identities(request.config.embeddings),
             runtime=self._runtime(work.exact),
             libraries={module.__name__: module.__version__ for module in (diffusers, torch, transformers)},
+            prompt_2=request.prompt_2,
+            tokens=self.tokens(request),
             **work.trajectory.outcome()._asdict(),
         )
 

@@ -24,7 +24,7 @@ MOST = 32
 Call = Callable[[], torch.Tensor]
 Replay = Callable[[], None]
 # Of the tensors in `added_cond_kwargs` and in `cross_attention_kwargs`.
-Names = tuple[tuple[str, ...], tuple[str, ...]]
+Names = tuple[tuple[str, ...], ...]
 # Runs a call, perhaps several times. Returns what repeats it, and the tensor in which each replay leaves its answer.
 Recorder = Callable[[Call], tuple[Replay, torch.Tensor]]
 
@@ -101,15 +101,17 @@ class Graphed:
         encoder_hidden_states: torch.Tensor,
         added_cond_kwargs: Mapping[str, torch.Tensor],
         cross_attention_kwargs: Mapping[str, torch.Tensor] | None = None,
+        timestep_cond: torch.Tensor | None = None,
         return_dict: bool = False,
     ) -> tuple[torch.Tensor]:
         """The UNet's answer in a tuple, as with `return_dict=False`, which is the only way here. Raises what the UNet
         raises, `torch.OutOfMemoryError` also where memory ran out while recording: all recordings are dropped then."""
         if return_dict:
             raise ValueError("return_dict must be false, since a graph returns tensors; received True. Example: False")
-        tables = (added_cond_kwargs, cross_attention_kwargs or {})
+        cond = {} if timestep_cond is None else {"timestep_cond": timestep_cond}
+        tables = (added_cond_kwargs, cross_attention_kwargs or {}, cond)
         inputs = (sample, timestep, encoder_hidden_states, *(each for table in tables for each in table.values()))
-        names = (tuple(tables[0]), tuple(tables[1]))
+        names = tuple(tuple(table) for table in tables)
         recorder = self._recorder_of(sample.device)
         if recorder is None:
             return (self._answer(inputs, names),)
@@ -131,10 +133,10 @@ class Graphed:
 
     def _answer(self, inputs: tuple[torch.Tensor, ...], names: Names) -> torch.Tensor:
         sample, timestep, hidden, *rest = inputs
-        first, second = names
-        options: dict[str, Any] = {"added_cond_kwargs": dict(zip(first, rest[: len(first)], strict=True))}
-        if second:
-            options["cross_attention_kwargs"] = dict(zip(second, rest[len(first) :], strict=True))
+        added, attended, cond = ({name: rest.pop(0) for name in table} for table in names)
+        options: dict[str, Any] = {"added_cond_kwargs": added, **cond}
+        if attended:
+            options["cross_attention_kwargs"] = attended
         answer: torch.Tensor = self.unet(sample, timestep, encoder_hidden_states=hidden, **options, return_dict=False)[
             0
         ]

@@ -6,19 +6,25 @@ A model under the same name may change: its weights, the configuration of any pa
 
 import hashlib
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from sdxl_lab.config import ModelRef
-from sdxl_lab.diffusion.checksums import sha256_of
+from sdxl_lab.checksums import sha256_of
+from sdxl_lab.config import PINS, ModelRef, is_file
 
 NANO = Path(__file__).parents[1] / "nano"
+SDXL = Path(__file__).parents[1] / "sdxl"  # SDXL's configurations, for files that come without
 # A refiner has these of its base.
 SHARED = ("text_encoder_2", "tokenizer_2", "vae")
 # Weights; configurations, tokenizers and lists of shards; and what tokenizers keep in other files.
 SUFFIXES = (".safetensors", ".json", ".model")
 NAMES = ("merges.txt", "vocab.txt")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+# `model.safetensors`, its variants and shards, as diffusers and transformers name them, the older way included.
+SHARD = r"(-\d{5}-of-\d{5})?"
+WEIGHTS = re.compile(rf"(diffusion_pytorch_model|model){SHARD}(\.(?P<variant>\w+))?{SHARD}\.safetensors")
 
 
 class ModelError(ValueError):
@@ -28,33 +34,84 @@ class ModelError(ValueError):
 def identity(ref: ModelRef) -> dict[str, str]:
     """What a model is, for each role that it has: base, refiner, vae.
 
-    `sha256 HEX` of the sorted relative paths and checksums of a local folder's files (`inventory`), or `revision
-    COMMIT` of a hub id. Raises `ModelError` for a folder that is no model.
+    `sha256 HEX` of the sorted relative paths and checksums of a local folder's files (`inventory`), `sha256 HEX` of a
+    single file, or `revision COMMIT` of a hub id. The configurations that `ref.config` names are a role of their own.
+    Raises `ModelError` for a folder that is no model.
     """
-    found = {"base": _identity(ref.base, ref.revision, "base", () if ref.vae is None else ("vae",))}
-    if ref.refiner is not None:
-        found["refiner"] = _identity(ref.refiner, ref.refiner_revision, "refiner", SHARED)
-    if ref.vae is not None:
-        found["vae"] = _identity(ref.vae, ref.vae_revision, "vae", ())
+    found = {role: _identity(ref, role) for role in PINS if getattr(ref, role) is not None}
+    if ref.config is not None:
+        found["config"] = _config_identity(ref.config, ref.config_revision)
     return found
 
 
+def check_pins(ref: ModelRef) -> None:
+    """`ModelError` where a role has another checksum than the configuration says: another file lies there now."""
+    for role, (_, pin) in PINS.items():
+        expected = getattr(ref, pin)
+        if expected is None:
+            continue
+        found = _identity(ref, role) if getattr(ref, role) is not None else "left out"
+        if found != f"sha256 {expected}":
+            raise ModelError(
+                f"the {role} model must be what the configuration was tuned with, of the sha256 {expected}; received "
+                f"{getattr(ref, role)!r}, which is {found}. Example: the file of that checksum, or a configuration "
+                "that names this one"
+            )
+
+
+# What decides which weights a role has.
+DECIDES = {
+    "base": ("base", "config", "config_revision", "prediction_type", "zero_snr", *PINS["base"]),
+    "refiner": ("refiner", *PINS["refiner"]),
+    "vae": ("vae", *PINS["vae"]),
+}
+
+
 def differing(own: ModelRef, asked: ModelRef) -> list[str]:
-    """The roles in which two models have another name or revision: base, refiner, vae."""
-    named = {
-        "base": ("base", "revision"),
-        "refiner": ("refiner", "refiner_revision"),
-        "vae": ("vae", "vae_revision"),
-    }
-    return [role for role, names in named.items() if any(own.value(name) != asked.value(name) for name in names)]
+    """The roles in which two models have another name, commit or checksum: base, refiner, vae."""
+    return [role for role, names in DECIDES.items() if any(own.value(name) != asked.value(name) for name in names)]
 
 
-def _identity(name: str, revision: str | None, role: str, others: Collection[str]) -> str:
+def _identity(ref: ModelRef, role: str) -> str:
+    name, revision = str(getattr(ref, role)), getattr(ref, PINS[role][0])
+    others = SHARED if role == "refiner" else ("vae",) if role == "base" and ref.vae is not None else ()
+    if is_file(name):
+        return f"sha256 {sha256_of(file_of(name, role))}"
     folder = folder_of(name, "base/vae" if role == "vae" else role)
     if folder is None:
         return f"revision {revision}"
-    lines = [f"{path}\0{checksum}\n" for path, checksum in inventory(folder, role, others).items()]
+    return _combined(inventory(folder, role, others))
+
+
+def _config_identity(name: str, revision: str | None) -> str:
+    """Of the files beside the weights, for base and refiner."""
+    folders = {role: folder_of(name, role) for role in ("base", "refiner")}
+    if folders["base"] is None:
+        return f"revision {revision}"
+    return _combined(
+        {
+            f"{role}/{path}": checksum
+            for role, folder in folders.items()
+            if folder is not None and (folder / "model_index.json").is_file()
+            for path, checksum in inventory(folder, role).items()
+            if not path.endswith(".safetensors")
+        }
+    )
+
+
+def _combined(files: dict[str, str]) -> str:
+    lines = [f"{path}\0{checksum}\n" for path, checksum in files.items()]
     return f"sha256 {hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+
+
+def file_of(name: str, role: str) -> Path:
+    """The single file that a model's name means. Raises `ModelError` where there is none."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ModelError(
+            f"the {role} model must be a .safetensors file that is there; received {name!r}. Example: nano"
+        )
+    return path
 
 
 def inventory(folder: Path, role: str, others: Collection[str] = ()) -> dict[str, str]:
@@ -68,7 +125,7 @@ def inventory(folder: Path, role: str, others: Collection[str] = ()) -> dict[str
                 "Example: madebyollin/sdxl-vae-fp16-fix"
             )
     else:
-        places = [folder / part for part in _parts(check_folder(folder, role)) if part not in others]
+        places = [folder / part for part in parts_of(check_folder(folder, role)) if part not in others]
     files = [] if role == "vae" else [folder / "model_index.json"]
     files += [path for place in places if place.is_dir() for path in place.iterdir() if _decides(path)]
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(files)}
@@ -79,7 +136,7 @@ def _decides(path: Path) -> bool:
     return not hidden and (path.suffix in SUFFIXES or path.name in NAMES) and path.is_file()
 
 
-def _parts(index: dict[str, Any]) -> list[str]:
+def parts_of(index: dict[str, Any]) -> list[str]:
     """The parts that a `model_index.json` lists; one that a pipeline goes without has null for its class."""
     return [name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None]
 
@@ -99,6 +156,32 @@ def check_folder(folder: Path, role: str) -> dict[str, Any]:
     if not str(kind).startswith("StableDiffusionXL"):
         raise ModelError(f"{rule}; received {str(folder)!r}, which holds a {kind}. Example: nano")
     return index
+
+
+def variant_of(folder: Path, parts: Collection[str]) -> str | None:
+    """Which of their variants the parts of a folder load as: fp16 where any has it, else the plain one, else the only
+    other. Parts that lack it load plain."""
+    found = {
+        match["variant"]
+        for part in parts
+        for path in (folder / part).glob("*")
+        if (match := WEIGHTS.fullmatch(path.name))
+    }
+    return "fp16" if "fp16" in found or not found else None if None in found else sorted(map(str, found))[0]
+
+
+def check_safe(folder: Path, role: str, name: str, parts: Collection[str]) -> None:
+    """`ModelError` for a folder with a part whose weights are in pickles alone: loading one runs whatever it holds."""
+    for part in parts:
+        files = [path for path in (folder / part).glob("*") if path.suffix in (*PICKLES, ".safetensors")]
+        if files and all(path.suffix in PICKLES for path in files):
+            loads = f'DiffusionPipeline.from_pretrained("{name}").save_pretrained("CONVERTED")'
+            command = f"python -c 'from diffusers import DiffusionPipeline; {loads}'"
+            raise ModelError(
+                f"the {role} model must have its weights in safetensors, since loading a pickle runs whatever code it "
+                f"holds; received {name!r} with {part}/{files[0].name}. If you trust its source, convert it: "
+                f"{command}. Example: nano"
+            )
 
 
 def folder_of(name: str, role: str) -> Path | None:

@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.nn import functional
 
-from sdxl_lab.diffusion.attention import is_plain, mixed
+from sdxl_lab.diffusion.attention import PERTURBED, is_plain, mixed
 
 
 class LeanResnet(ResnetBlock2D):
@@ -55,7 +55,8 @@ class LeanBlock(BasicTransformerBlock):
         **__: Any,
     ) -> torch.Tensor:
         normed = self.norm1(hidden_states)
-        alone = None if cross_attention_kwargs is None else self.attn1.processor.alone(**cross_attention_kwargs)
+        asked = cross_attention_kwargs or {}
+        alone = self.attn1.processor.alone(asked[PERTURBED]) if PERTURBED in asked else None
         hidden_states = _attended(self.attn1, normed, normed, hidden_states, alone)
         hidden_states = _attended(self.attn2, self.norm2(hidden_states), encoder_hidden_states, hidden_states)
         hidden = self.ff(self.norm3(hidden_states))

@@ -6,8 +6,9 @@ Imports no torch, so that a door can say at once that a file is missing or a pic
 from collections.abc import Iterable
 from pathlib import Path
 
+from sdxl_lab.checksums import sha256_of
 from sdxl_lab.config import GenerationConfig, LoraRef
-from sdxl_lab.diffusion.checksums import sha256_of
+from sdxl_lab.diffusion import inversions
 from sdxl_lab.diffusion.inventory import NANO, ModelError
 
 LORAS = NANO / "loras"
@@ -87,11 +88,13 @@ def identities(refs: Iterable[LoraRef]) -> dict[str, str]:
 
 
 def pinned(config: GenerationConfig) -> GenerationConfig:
-    """The configuration with the sha256 of every local LoRA in it, so that its digest says which files it means. Raises
-    `ModelError`."""
-    if all(ref.sha256 for ref in config.loras):
+    """The configuration with the sha256 of every local file in it, a model's, a LoRA's or an embedding's, so that its
+    digest says which files it means. Raises `ModelError`."""
+    model, loras = config.model.pinned(), tuple(pinned_ref(ref) for ref in config.loras)
+    embeddings = tuple(inversions.pinned_ref(ref) for ref in config.embeddings)
+    if (model, loras, embeddings) == (config.model, config.loras, config.embeddings):
         return config
-    return config.with_(loras=tuple(pinned_ref(ref) for ref in config.loras))
+    return config.with_(model=model, loras=loras, embeddings=embeddings)
 
 
 def pinned_ref(ref: LoraRef) -> LoraRef:

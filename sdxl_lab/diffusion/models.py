@@ -1,19 +1,18 @@
 """Weights to `Models`: the parts of an SDXL that the engine drives, loaded with diffusers' own pipelines.
 
-With `schedulers.py` and `denoising.py` the only module that calls diffusers. What a model is, to the byte, is
-`inventory.py`'s.
+With `single_file.py`, `schedulers.py` and `denoising.py` the only module that calls diffusers. What a model is, to the
+byte, is `inventory.py`'s, and which kinds are drawn `support.py`'s.
 """
 
 import json
 import logging
 import os
-import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -25,17 +24,30 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from huggingface_hub import constants
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub import snapshot_download
 from PIL import Image
 
-from sdxl_lab.config import ConfigError, ModelRef, RuntimeProfile
-from sdxl_lab.diffusion import processor
+from sdxl_lab.config import ModelRef, RuntimeProfile, is_file
+from sdxl_lab.diffusion import checkpoint, hub, processor, single_file
 from sdxl_lab.diffusion.attention import watch_rows
-from sdxl_lab.diffusion.checksums import hub_difference
+from sdxl_lab.diffusion.freeu import watch_scales
 from sdxl_lab.diffusion.graphs import Graphed
-from sdxl_lab.diffusion.inventory import SHARED, ModelError, check_folder, folder_of
+from sdxl_lab.diffusion.inventory import (
+    SDXL,
+    SHARED,
+    ModelError,
+    check_folder,
+    check_pins,
+    check_safe,
+    file_of,
+    folder_of,
+    parts_of,
+    variant_of,
+)
+from sdxl_lab.diffusion.inversions import PARTS, vectors_of
 from sdxl_lab.diffusion.lean import lighten
+from sdxl_lab.diffusion.prompts import Chunk, Embedding, Prompt, chunks_of, encode
+from sdxl_lab.diffusion.support import check_folder_is_drawn, check_is_drawn
 from sdxl_lab.environment import keep_allocations
 from sdxl_lab.files import cache_folder
 
@@ -43,21 +55,6 @@ log = logging.getLogger(__name__)
 
 # transformers builds models under a global default device: two loads at once would disturb each other.
 _LOADING = threading.Lock()
-
-
-class Prompt(NamedTuple):
-    """All that decides an embedding. `text` is None where there is no negative prompt; `clip_skip` is how many layers
-    before the penultimate one are skipped, None for none."""
-
-    text: str | None
-    clip_skip: int | None = None
-
-
-class Embedding(NamedTuple):
-    """A prompt as the UNet takes it: `hidden` (1, 77, width) and `pooled` (1, projection)."""
-
-    hidden: torch.Tensor
-    pooled: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -75,39 +72,37 @@ class Denoiser:
     zero_negative: bool
     aesthetic: bool
 
+    @torch.no_grad()
     def embed(self, prompt: Prompt) -> Embedding:
-        """A prompt as `StableDiffusionXLPipeline.encode_prompt` has it: without text, zeros or the empty prompt's."""
-        encoded = self._encoded(prompt if prompt.text is not None else prompt._replace(text=""))
+        """A prompt as `StableDiffusionXLPipeline.encode_prompt` has it: the penultimate hidden states of all encoders
+        side by side, or those `clip_skip` layers before them, and the last one's pooled projection. Without text, zeros
+        or the empty prompt's. Raises `ConfigError` for a weight that is too large, and where an encoder has too few
+        layers; `ModelError` for an embedding that is not there or of another model."""
+        chunked = self._chunked(prompt)
+        count = max(prompt.chunks, *map(len, chunked))
+        hidden, pooled = [], None
+        for encoder, tokenizer, chunks in zip(self.text_encoders, self.tokenizers, chunked, strict=True):
+            filled = [*chunks, *([[]] * (count - len(chunks)))]
+            states, pooled = encode(encoder, tokenizer, filled, prompt.clip_skip or 0)
+            hidden.append(states)
+        assert pooled is not None, "the last text encoder of an SDXL has a projection"
+        encoded = Embedding(torch.cat(hidden, -1), pooled)
         if prompt.text is None and self.zero_negative:
             return Embedding(torch.zeros_like(encoded.hidden), torch.zeros_like(encoded.pooled))
         return encoded
 
-    @torch.no_grad()
-    def _encoded(self, prompt: Prompt) -> Embedding:
-        """The penultimate hidden states of all encoders side by side, or those `clip_skip` layers before them, and the
-        last one's pooled projection, which skips nothing. Text beyond 77 tokens is cut. Raises `ConfigError` where an
-        encoder has too few layers."""
-        skipped = prompt.clip_skip or 0
-        hidden = []
-        pooled = None
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            ids = tokenizer(
-                prompt.text,
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-            output = encoder(ids.to(encoder.device), output_hidden_states=True)
-            most = len(output.hidden_states) - 2  # which begin with the embedded tokens, before the first layer
-            if skipped > most:
-                rule = f"at most {most}, since a text encoder of the model has {most + 1} layers"
-                raise ConfigError("clip_skip", skipped, rule, most)
-            hidden.append(output.hidden_states[-(skipped + 2)])
-            if output[0].ndim == 2:
-                pooled = output[0]
-        assert pooled is not None, "the last text encoder of an SDXL has a projection"
-        return Embedding(torch.cat(hidden, -1), pooled)
+    def chunks(self, prompt: Prompt) -> int:
+        """How many chunks of 77 tokens `embed` makes of it. Raises `ConfigError` as `embed` does."""
+        return max(prompt.chunks, *map(len, self._chunked(prompt)))
+
+    def _chunked(self, prompt: Prompt) -> list[list[Chunk]]:
+        """What each encoder reads."""
+        count = len(self.text_encoders)
+        readers = zip(self.tokenizers, self.text_encoders, prompt.read_by(count), PARTS[-count:], strict=True)
+        return [
+            chunks_of(tokenizer, text, prompt.syntax, vectors_of(prompt.embeddings, part, encoder.config.hidden_size))
+            for tokenizer, encoder, text, part in readers
+        ]
 
 
 @dataclass(frozen=True)
@@ -189,6 +184,7 @@ def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:
             processor.capability(),
             processor.NEEDED[name],
         )
+    check_pins(ref)
     with loading():
         base, refiner = _load_parts(ref, _dtypes(device, dtype))
     parts = [
@@ -231,6 +227,7 @@ def laid_out(unet: UNet2DConditionModel, profile: RuntimeProfile) -> Any:
     if profile.device == "cpu" and not profile.compile:
         lighten(unet)
     watch_rows(unet)
+    watch_scales(unet)
     if profile.compile:
         # Inductor's own default is a folder in /tmp: compiled code should outlive a restart.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
@@ -251,21 +248,39 @@ SDXL_LATENT_RGB = (
 
 
 def _latent_rgb(ref: ModelRef) -> np.ndarray:
-    """A VAE's own fit where its folder has one, as nano's does, else SDXL's."""
-    folder = folder_of(ref.vae or ref.base, "base" if ref.vae is None else "base/vae")
-    path = None if folder is None else (folder / "vae" if ref.vae is None else folder) / "latent_rgb.json"
-    return np.array(json.loads(path.read_text()) if path and path.is_file() else SDXL_LATENT_RGB, dtype=np.float32)
+    """A VAE's own fit where its folder, or that of a file's configurations, has one, as nano's does, else SDXL's."""
+    if is_file(ref.vae or ref.base):
+        folder = folder_of(ref.config, "base/vae") if ref.config else None
+    else:
+        folder = folder_of(ref.vae or ref.base, "base/vae")
+    places = [] if folder is None else [folder, folder / "vae"]
+    path = next((each for place in places if (each := place / "latent_rgb.json").is_file()), None)
+    return np.array(SDXL_LATENT_RGB if path is None else json.loads(path.read_text()), dtype=np.float32)
 
 
 def _load_parts(ref: ModelRef, dtype: Dtypes) -> tuple[Any, Any]:
     """The base's pipeline, and the refiner's or None, which shares its second text encoder and its VAE."""
-    other = {} if ref.vae is None else {"vae": _vae(ref.vae, ref.vae_revision, dtype["default"])}
-    base = _pipeline(StableDiffusionXLPipeline, ref.base, "base", ref.revision, dtype, **other)
+    other = {} if ref.vae is None else {"vae": _vae(ref, dtype["default"])}
+    base = _pipeline(StableDiffusionXLPipeline, ref, "base", dtype, **other)
+    _predicts(base.scheduler, ref)
     if ref.refiner is None:
         return base, None
     shared = {name: getattr(base, name) for name in SHARED}
-    cls = StableDiffusionXLImg2ImgPipeline
-    return base, _pipeline(cls, ref.refiner, "refiner", ref.refiner_revision, dtype, **shared)
+    return base, _pipeline(StableDiffusionXLImg2ImgPipeline, ref, "refiner", dtype, **shared)
+
+
+def _predicts(scheduler: Any, ref: ModelRef) -> None:
+    """Write into the base's scheduler what it predicts and whether it begins at pure noise, as the configuration or
+    else the file says. What begins there has to begin at the last timestep (Lin et al. 2023, section 3.2)."""
+    file = checkpoint.told(checkpoint.header(file_of(ref.base, "base"))) if is_file(ref.base) else checkpoint.Told()
+    prediction, zero = ref.prediction_type or file.prediction_type, ref.zero_snr
+    zero = file.zero_snr if zero is None else zero
+    changes: dict[str, Any] = {} if prediction is None else {"prediction_type": prediction}
+    if zero is not None:
+        changes["rescale_betas_zero_snr"] = zero
+    if zero:
+        changes["timestep_spacing"] = "trailing"
+    scheduler.register_to_config(**changes)
 
 
 @contextmanager
@@ -318,52 +333,69 @@ def _denoiser(pipe: Any, profile: RuntimeProfile) -> Denoiser:
     )
 
 
-def _pipeline(cls: Any, name: str, role: str, revision: str | None, dtype: Dtypes, **shared: Any) -> Any:
+def _pipeline(cls: Any, ref: ModelRef, role: str, dtype: Dtypes, **shared: Any) -> Any:
+    """The pipeline of a base or a refiner, from a folder, a file or the hub. Parts that are `shared` are not loaded."""
+    name, revision = (ref.base, ref.revision) if role == "base" else (str(ref.refiner), ref.refiner_revision)
+    if is_file(name):
+        path = file_of(name, role)
+        checkpoint.check(path, role, checkpoint.header(path), frozenset(shared))
+        configs = _configs(ref, role)
+        with _refused(cls, role, name):
+            return single_file.pipeline(cls, path, configs, dtype, **shared)
+    checkpoint.check_no_pickle(name, role)
     folder = folder_of(name, role)
-    options: dict[str, Any] = {"dtype": dtype, "add_watermarker": False, "use_safetensors": True, **shared}
-    if folder is not None:
-        check_folder(folder, role)
-        options |= _local(folder / "unet")
-    else:
-        _check_pinned(role, name, revision)
-        options |= {"revision": revision, "variant": "fp16"}
+    if folder is None:
+        hub.check_pinned(role, name, revision)
+        with _refused(cls, role, name, revision):
+            folder = _downloaded(cls, name, str(revision), shared)
+        hub.check_downloaded(role, name, str(revision))
+    parts = [part for part in parts_of(check_folder(folder, role)) if part not in shared]
+    check_folder_is_drawn(folder, role, parts)
+    check_safe(folder, role, name, parts)
+    options = {"dtype": dtype, "add_watermarker": False, "use_safetensors": True, "local_files_only": True, **shared}
+    with _refused(cls, role, name, revision):
+        return cls.from_pretrained(str(folder), variant=variant_of(folder, parts), **options)
+
+
+@contextmanager
+def _refused(cls: Any, role: str, name: str, revision: str | None = None) -> Iterator[None]:
+    """Around whatever loads a role's weights: diffusers, safetensors, json and the hub client each raise kinds of their
+    own."""
     try:
-        loaded = cls.from_pretrained(str(folder or name), **options)
-    except Exception as error:  # diffusers, safetensors, json and the hub client each raise kinds of their own
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
         raise ModelError(
             f"the {role} model must be a complete SDXL checkpoint, to load as {cls.__name__}; received {name!r}"
             f"{f' at revision {revision}' if revision else ''}: {_reason(error)}. Example: nano"
         ) from error
+
+
+def _configs(ref: ModelRef, role: str) -> Path:
+    """The folder of the configurations and tokenizers that a single file goes with."""
+    folder = folder_of(ref.config, role) if ref.config else SDXL / role
+    if role == "refiner" and (folder is None or folder.name != role):
+        return SDXL / role  # what is named has none for it
     if folder is None:
-        _check_downloaded(role, name, str(revision))
-    return loaded
+        assert ref.config is not None
+        hub.check_pinned("config", ref.config, ref.config_revision)
+        patterns = ["*.json", "*/*.json", "*/*.txt"]
+        with _refused(StableDiffusionXLPipeline, "config", ref.config, ref.config_revision):
+            folder = Path(snapshot_download(ref.config, revision=ref.config_revision, allow_patterns=patterns))
+        hub.check_downloaded("config", ref.config, str(ref.config_revision))
+    check_folder_is_drawn(folder, role, parts_of(check_folder(folder, role)))
+    return folder
 
 
-def _check_pinned(role: str, name: str, revision: str | None) -> None:
-    """A branch moves: what it held when the configuration was tuned, nobody could say."""
-    if not re.fullmatch("[0-9a-f]{40}", revision or ""):
-        raise ModelError(
-            f"the {role} model of the hub must name the commit of its revision, 40 hex digits; received {name!r} at "
-            f"revision {revision!r}. Example: 462165984030d82259a11f4367a4eed129e94a7b"
-        )
-
-
-def _check_downloaded(role: str, name: str, revision: str) -> None:
-    """Every cached file of the revision against the checksum that the hub gave with it. Raises `ModelError`."""
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots" / revision
-    differs = hub_difference(folder)
-    if differs is not None:
-        raise ModelError(
-            f"the {role} model's files must be those of its revision, as the hub named them; received {name!r} at "
-            f"revision {revision}, whose {differs.path.relative_to(folder)} has the checksum {differs.found} and "
-            f"should have {differs.expected or 'a blob that it links to'}. Remove {folder.parents[1]} to load it "
-            "again. Example: an untouched download"
-        )
-
-
-def _local(folder: Path) -> dict[str, Any]:
-    """How a part's folder loads: as its fp16 variant where it has one, and never from the network."""
-    return {"variant": "fp16" if any(folder.glob("*.fp16.safetensors")) else None, "local_files_only": True}
+def _downloaded(cls: Any, name: str, revision: str, shared: Mapping[str, Any]) -> Path:
+    """The folder of a hub revision with the files that a pipeline takes: those of its fp16 variant, or where it has
+    none the plain ones."""
+    options = {"revision": revision, "use_safetensors": True, **shared}
+    try:
+        return Path(cls.download(name, variant="fp16", **options))
+    except ValueError:  # diffusers' own, where no file is of the variant
+        return Path(cls.download(name, **options))
 
 
 def _reason(error: Exception) -> str:
@@ -371,20 +403,29 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(" .:")
 
 
-def _vae(name: str, revision: str | None, dtype: torch.dtype) -> AutoencoderKL:
-    folder = folder_of(name, "base/vae")
-    if folder is None:
-        _check_pinned("vae", name, revision)
-    options = {"revision": revision} if folder is None else _local(folder)
+def _vae(ref: ModelRef, dtype: torch.dtype) -> AutoencoderKL:
+    name, revision = str(ref.vae), ref.vae_revision
+    checkpoint.check_no_pickle(name, "vae")
     try:
-        loaded: AutoencoderKL = AutoencoderKL.from_pretrained(
-            str(folder or name), dtype=dtype, use_safetensors=True, **options
-        )
-    except Exception as error:  # as in _pipeline
+        if is_file(name):
+            loaded = single_file.vae(file_of(name, "vae"), _configs(ref, "base"), dtype)
+        else:
+            folder = folder_of(name, "base/vae")
+            if folder is None:
+                hub.check_pinned("vae", name, revision)
+            options = {"revision": revision} if folder is None else {"local_files_only": True}
+            variant = None if folder is None else variant_of(folder, ["."])
+            loaded = AutoencoderKL.from_pretrained(
+                str(folder or name), dtype=dtype, use_safetensors=True, variant=variant, **options
+            )
+            if folder is None:
+                hub.check_downloaded("vae", name, str(revision))
+    except ModelError:
+        raise
+    except Exception as error:  # as in _refused
         raise ModelError(
             f"the vae must be an AutoencoderKL checkpoint; received {name!r}: {_reason(error)}. "
             "Example: madebyollin/sdxl-vae-fp16-fix"
         ) from error
-    if folder is None:
-        _check_downloaded("vae", name, str(revision))
+    check_is_drawn(dict(loaded.config), "vae", "vae", name)
     return loaded

@@ -16,7 +16,7 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, SchedulerMixin
 
 from sdxl_lab.config import ConfigError, GenerationConfig
-from sdxl_lab.schedules import OWN
+from sdxl_lab.schedules import OWN, check_zero_snr
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,11 @@ def order(name: str) -> int:
 
 def build(config: GenerationConfig, pristine: Mapping[str, Any], *, seed: int) -> SchedulerMixin:
     """A fresh scheduler for one image, without timesteps yet. `pristine` is the model's `scheduler_config.json`; `seed`
-    seeds the one scheduler that draws from its own noise tree (DPM++ SDE) instead of the image's generator."""
+    seeds the one scheduler that draws from its own noise tree (DPM++ SDE) instead of the image's generator. Raises
+    `ConfigError` for one that cannot begin where the model does."""
     found = TABLE[config.scheduler]
+    if pristine.get("rescale_betas_zero_snr"):
+        check_zero_snr(config.scheduler, pristine.get("prediction_type"))
     options = dict(found.options)
     if config.timestep_spacing != OWN:
         options["timestep_spacing"] = config.timestep_spacing

@@ -5,6 +5,7 @@ evidence for a promotion and the images to look at. Nothing is written.
 """
 
 import dataclasses
+import logging
 import platform
 import tomllib
 from collections.abc import Container, Mapping, Sequence
@@ -27,6 +28,8 @@ from sdxl_lab.job import ImageRequest
 from sdxl_lab.release.promote import git_state
 from sdxl_lab.release.records import Findings
 from sdxl_lab.release.slot import slot_config
+
+log = logging.getLogger(__name__)
 
 DEFAULT_METRICS = ("clip_score", "sharpness", "contrast", "clipping", "unet_rows")
 # Every prompt names everything: nano chooses at random what is left out, and that is noise in a comparison.
@@ -230,11 +233,12 @@ def _check_gates(plan: ComparisonPlan, before: GenerationConfig | None) -> None:
 
 
 def clip_of(model: ModelRef) -> str:
-    """The CLIP model for a model's images: the one in its folder, as for nano, else OpenAI's, whose text half is SDXL's
-    first text encoder."""
-    places = [Path(model.base) / "clip", Path(model.base).parent / "clip"]
+    """The CLIP model for a model's images: the one in its folder, or in that of a file's configurations, as for nano,
+    else OpenAI's, whose text half is SDXL's first text encoder."""
+    name = model.config or model.base
+    places = [Path(name) / "clip", Path(name).parent / "clip"]
     beside = next((str(place) for place in places if place.is_dir()), "openai/clip-vit-large-patch14")
-    return "nano" if model.base == "nano" else beside
+    return "nano" if name == "nano" else beside
 
 
 def measure(plan: ComparisonPlan, images: Sequence[GeneratedImage]) -> dict[str, np.ndarray]:
@@ -254,6 +258,8 @@ def draw(
         with Engine.load(requests[mine[0]].config, profile, max_queue=len(mine)) as engine:
             jobs = [engine.submit(requests[index], exact=index in exact or None) for index in mine]
             images |= {index: job.result() for index, job in zip(mine, jobs, strict=True)}
+    for warning in dict.fromkeys(warning for image in images.values() for warning in image.record.warnings):
+        log.warning(warning)
     return [images[index] for index in range(len(requests))]
 
 

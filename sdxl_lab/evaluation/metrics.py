@@ -245,7 +245,7 @@ class _Clip:
 
     @torch.no_grad()
     def scores(self, images: Sequence[GeneratedImage]) -> list[float]:
-        prompts = [image.record.prompt for image in images]
+        prompts = [image.record.words for image in images]
         ids = self.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
         pixels = self.processor([image.image.convert("RGB") for image in images], return_tensors="pt")
         device = self.model.device

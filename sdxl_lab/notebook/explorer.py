@@ -8,6 +8,7 @@ that cells and tests do what hands do.
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -106,14 +107,19 @@ class Explorer:
         self._check()
 
     def _check(self, *_: object) -> None:
-        """Tell beside each control what is wrong with it, and which configuration they make together."""
+        """Tell beside each control what is wrong with it or cut off it, and which configuration they make together."""
         if self._filling:
             return
         self.panel.switch()
         try:
-            self.panel.tell({}, f"config {self.request.config.short_digest}")
+            request = self.request
         except FormError as error:
             self.panel.tell(error.errors, "")
+            return
+        tokens = self.engine.tokens(request)
+        warnings = {name: count.warning(name) for name, count in tokens.items()}
+        cut = {name: warning for name, warning in warnings.items() if warning is not None}
+        self.panel.tell(cut, f"config {request.config.short_digest}, prompt: {tokens['prompt']}")
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
@@ -124,7 +130,7 @@ class Explorer:
             return [*self._history, *(_drawn(asked) for asked in self._asked if asked.job.state == "done")]
 
     def generate(self, **changes: Any) -> Job[GeneratedImage]:
-        """Queue an image of the controls' settings, with some `changes`: prompt, seed, or settings, as
+        """Queue an image of the controls' settings, with some `changes`: prompt, prompt_2, seed, or settings, as
         `GenerationConfig.changed` takes them. The controls stay as they are.
 
         Raises `FormError` or `ConfigError` for bad settings, and what `Engine.submit` raises.
@@ -144,8 +150,8 @@ class Explorer:
 
     def _changed(self, changes: dict[str, Any]) -> ImageRequest:
         request = self.request
-        prompt, seed = changes.pop("prompt", request.prompt), changes.pop("seed", request.seed)
-        return ImageRequest(request.config.changed(changes, none=None), prompt, seed)
+        ours = {name: changes.pop(name) for name in ("prompt", "prompt_2", "seed") if name in changes}
+        return replace(request, config=request.config.changed(changes, none=None), **ours)
 
     def stop(self) -> None:
         """Cancel what this panel is drawing or has queued: it ends at the engine's next step."""
@@ -290,7 +296,7 @@ class Explorer:
         controls, request = self.panel.controls, self.request
         seed = next_seed(controls["policy"].value, request.seed, self._last_seed)
         controls["seed"].value = str(seed)
-        self._submit(ImageRequest(request.config, request.prompt, seed))
+        self._submit(replace(request, seed=seed))
         self._check()
 
     def _on_stop(self) -> None:

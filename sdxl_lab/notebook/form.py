@@ -12,7 +12,16 @@ from types import MappingProxyType
 from typing import Any
 
 from sdxl_lab import schedules
-from sdxl_lab.config import MAX_SEED, PROMPT, SEED, ConfigError, GenerationConfig, checked_prompt, checked_seed
+from sdxl_lab.config import (
+    MAX_SEED,
+    PROMPT,
+    PROMPT_2,
+    SEED,
+    ConfigError,
+    GenerationConfig,
+    checked_prompt,
+    checked_seed,
+)
 from sdxl_lab.declaration import Falling, Kind, Pair, Setting, Switch, Table, Tables, Text
 from sdxl_lab.diffusion.inventory import ModelError
 from sdxl_lab.diffusion.lora_files import pinned
@@ -55,7 +64,7 @@ def controls() -> Mapping[str, Control]:
     the engine has loaded it.
     """
     found: dict[str, Control] = {}
-    for setting in (PROMPT, *GenerationConfig.settings().values(), SEED):
+    for setting in (PROMPT, PROMPT_2, *GenerationConfig.settings().values(), SEED):
         if setting.name.partition(".")[0] != "model":
             found |= {control.name: control for control in _controls_of(setting)}
     return MappingProxyType(found)
@@ -82,7 +91,7 @@ def _controls_of(setting: Setting) -> list[Control]:
 def values_of(request: ImageRequest) -> dict[str, Any]:
     """The controls' values that `request_of` turns into this request again. Controls that are switched off keep sound
     values. `seed` is text, since a browser's numbers end at 2^53."""
-    ours = {"prompt": request.prompt, "seed": str(request.seed)}
+    ours = {"prompt": request.prompt, "prompt_2": request.prompt_2 or "", "seed": str(request.seed)}
     return {name: ours[name] if name in ours else _shown(control, request) for name, control in controls().items()}
 
 
@@ -121,20 +130,25 @@ def request_of(values: Mapping[str, Any], start: GenerationConfig) -> ImageReque
     asked: dict[str, Any] = {}
     for name in dict.fromkeys(control.setting.name for control in controls().values()):
         outer = name.rpartition(".")[0]
-        if name in (PROMPT.name, SEED.name) or not values.get(outer, True):
+        if name in (PROMPT.name, PROMPT_2.name, SEED.name) or not values.get(outer, True):
             continue
         asked[name] = _asked(name, values, start)
         if not isinstance(GenerationConfig.setting(name).kind, Table):
             checked(told_at(name), GenerationConfig.checked, name, asked[name])
     prompt = checked("prompt", checked_prompt, values["prompt"])
+    second = checked("prompt_2", checked_prompt, values["prompt_2"] or None, PROMPT_2)
     seed = checked("seed", checked_seed, _number(values["seed"]))
     if not errors:
+        told = "loras"
         try:
-            return ImageRequest(pinned(start.changed(asked, none=None)), prompt, seed)
+            config = start.changed(asked, none=None)
+            pinned(config.with_(embeddings=()))
+            told = "embeddings"
+            return ImageRequest(pinned(config), prompt, seed, prompt_2=second)
         except ConfigError as error:  # a rule over more than one control
             errors[told_at(error.field)] = str(error)
         except ModelError as error:
-            errors["loras"] = str(error)
+            errors[told] = str(error)
     raise FormError(errors)
 
 
@@ -197,7 +211,8 @@ def next_seed(policy: str, seed: int, last: int | None) -> int:
 
 def settings(request: ImageRequest) -> dict[str, Any]:
     """All that decides the request's image, flat: prompt, seed, and the configuration's fields with dotted names."""
-    return {"prompt": request.prompt, "seed": request.seed, **flat(request.config.to_dict())}
+    second = {} if request.prompt_2 is None else {"prompt_2": request.prompt_2}
+    return {"prompt": request.prompt, **second, "seed": request.seed, **flat(request.config.to_dict())}
 
 
 def differences(first: ImageRequest, second: ImageRequest) -> dict[str, tuple[Any, Any]]:

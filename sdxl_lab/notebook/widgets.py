@@ -26,6 +26,7 @@ LAYOUT = (  # the settings in sight, in rows; all others follow, folded
     ("prompt",),
     ("negative_prompt",),
     ("scheduler", "steps"),
+    ("sigma_schedule", "timestep_spacing"),
     ("guidance_scale", "guidance_rescale"),
     ("guidance_interval",),
     ("width", "height"),

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from sdxl_lab.checksums import sha256_of
 from sdxl_lab.config import ConfigError, GenerationConfig, LoraRef, OfferedLora, ServingLimits
-from sdxl_lab.diffusion.checksums import sha256_of
 from sdxl_lab.diffusion.inventory import ModelError
 from sdxl_lab.diffusion.lora_files import PEFT_CONFIG, local_file
 from sdxl_lab.images import GeneratedImage

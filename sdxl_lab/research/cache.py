@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable, Generator, ItemsView, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self
 from pydantic import ConfigDict
 
 from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile, canonical
+from sdxl_lab.diffusion import inversions
 from sdxl_lab.diffusion.denoising import calls_of, rows_of
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError, differing, identity
@@ -47,13 +48,14 @@ class Cell:
     config: GenerationConfig
     prompt: str
     seed: int
+    prompt_2: str | None = None
 
     def __post_init__(self) -> None:
         _ = self.request
 
     @property
     def request(self) -> ImageRequest:
-        return ImageRequest(self.config, self.prompt, self.seed)
+        return ImageRequest(self.config, self.prompt, self.seed, prompt_2=self.prompt_2)
 
     @cached_property
     def cost(self) -> float:
@@ -105,7 +107,7 @@ class _Course:
 
 class CellRecord(Record):
     """What stands beside a cell's image: the image's sha256, what drawing it took (`timings` in milliseconds), and what
-    was measured of it. A cell of 0.1.0 has the same fields."""
+    was measured of it; a sentence for each text of which words were cut. A cell of 0.1.0 has no such sentences."""
 
     NOUN: ClassVar[str] = "the cell"
     model_config = ConfigDict(ser_json_inf_nan="constants")  # the PSNR of equal images is infinite
@@ -115,6 +117,7 @@ class CellRecord(Record):
     unet_calls: int
     unet_rows: int
     metrics: dict[str, float] = {}
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def of_first_version(cls, plain: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -155,8 +158,11 @@ class ImageCache:
         ground = self.ground(cell.config.model)
         if cell.config.refiner is None:
             ground["weights"] = {role: value for role, value in ground["weights"].items() if role != "refiner"}
-        ground["weights"] = ground["weights"] | identities(cell.config.loras)
+        embedded = inversions.identities(cell.config.embeddings)
+        ground["weights"] = ground["weights"] | identities(cell.config.loras) | embedded
         decides = {"config": cell.config.digest, "prompt": cell.prompt, "seed": cell.seed, **ground}
+        if cell.prompt_2 is not None:
+            decides["prompt_2"] = cell.prompt_2
         return hashlib.sha256(canonical(decides).encode()).hexdigest()[:32]
 
     def ground(self, model: ModelRef) -> dict[str, Any]:
@@ -216,6 +222,11 @@ class ImageCache:
         seconds = notes.timings["denoise_ms"] / 1000
         return {"unet_calls": notes.unet_calls, "unet_rows": notes.unet_rows, "seconds": seconds}
 
+    def warning(self, key: str) -> str | None:
+        """Which words of a finished cell's texts were cut; None where none were."""
+        notes = self._notes(key)
+        return " ".join(notes.warnings) or None if notes else None
+
     def _path(self, key: str, ending: str) -> Path:
         return self.folder / f"{key}.{ending}"
 
@@ -238,6 +249,7 @@ class ImageCache:
             timings=dict(image.timings),
             unet_calls=sum(image.record.unet_calls.values()),
             unet_rows=sum(image.record.unet_rows.values()),
+            warnings=tuple(image.record.warnings),
         )
         self._note_down(key, notes)
 
@@ -369,7 +381,7 @@ def _versions() -> dict[str, str]:
 
 
 def _beside(cell: Cell, reference: GenerationConfig) -> Cell:
-    return Cell(reference, cell.prompt, cell.seed)
+    return replace(cell, config=reference)
 
 
 def _measured_as(metric: Metric, reference: str | None) -> str:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,11 @@ class Sweep:
     ) -> "Sweep":
         """Every combination of the axes' values over `config`.
 
-        An axis is `prompt` (required), `seed` (default 0), `config` (whole configurations, or files of them) or any
-        field of the configuration. The axes of one table in `zipped` advance together, value by value. The refiner's
-        fields do not apply to a combination without a refiner, and duplicates that this leaves are dropped. `reference`
-        is the configuration whose images metrics like SSIM compare with. Raises `SweepError`, `ConfigError` or
-        `MetricError`.
+        An axis is `prompt` (required), `prompt_2`, `seed` (default 0), `config` (whole configurations, or files of
+        them) or any field of the configuration. The axes of one table in `zipped` advance together, value by value. The
+        refiner's fields do not apply to a combination without a refiner, and duplicates that this leaves are dropped.
+        `reference` is the configuration whose images metrics like SSIM compare with. Raises `SweepError`, `ConfigError`
+        or `MetricError`.
         """
         groups = _groups(axes, zipped)
         if not isinstance(limit, int) or limit < 1:
@@ -143,7 +143,7 @@ def _groups(axes: Axes, zipped: Sequence[Axes]) -> list[dict[str, list[Any]]]:
         groups.append(group)
     names = [name for group in groups for name in group]
     for name in names:
-        check_axis(name, ("prompt", "seed", "config"))
+        check_axis(name, ("prompt", "prompt_2", "seed", "config"))
         if names.count(name) > 1:
             raise SweepError(f"an axis must be given once; received {name!r} {names.count(name)} times")
     if "prompt" not in names:
@@ -175,9 +175,11 @@ def _cell(config: GenerationConfig, combination: Mapping[str, Any]) -> tuple[Cel
     record do not apply where the record is none."""
     settings = dict(combination)
     prompt, seed = settings["prompt"], settings.setdefault("seed", 0)
+    if settings.get("prompt_2") == NONE:
+        settings["prompt_2"] = None
     if "config" in settings:
         settings["config"], config = settings["config"]
-    values = {name: value for name, value in settings.items() if name not in ("config", *PAIRS)}
+    values = {name: value for name, value in settings.items() if name not in ("config", "prompt_2", *PAIRS)}
     for name in list(values):
         outer = name.partition(".")[0]
         if outer != name and outer in values and left_out(values[outer]):
@@ -185,7 +187,7 @@ def _cell(config: GenerationConfig, combination: Mapping[str, Any]) -> tuple[Cel
             settings[name] = None
         else:
             settings[name] = _shown(values[name], name)
-    return Cell(pinned(config.changed(values)), prompt, seed), settings
+    return Cell(pinned(config.changed(values)), prompt, seed, settings.get("prompt_2")), settings
 
 
 def _file_label(path: Any) -> str:
@@ -219,8 +221,8 @@ def run_sweep(
     """Draw and measure what is missing, and return the table: one row a cell, also written to `out/table.parquet`.
 
     Columns: the axes, `prompt`, `seed`, `digest`, `settings` (the whole configuration as JSON), the metrics,
-    `unet_calls`, `unet_rows`, `seconds` (denoising, shared with its batch), `image` (the cell's key) and `error` (why
-    there is no image or no number).
+    `unet_calls`, `unet_rows`, `seconds` (denoising, shared with its batch), `image` (the cell's key), `error` (why
+    there is no image or no number) and `warning` (which words of its texts were cut).
 
     Under `accelerate launch` every process draws its share and returns the whole table. It equals that of one process,
     but for single samples that round to a neighbouring one of their 256 values. An interrupt raises
@@ -271,10 +273,11 @@ def _table(sweep: Sweep, cached: ImageCache, errors: Mapping[str, str]) -> pd.Da
         row |= {"settings": canonical(cell.config.to_dict())} | {metric.name: math.nan for metric in sweep.metrics}
         row |= {"unet_calls": math.nan, "unet_rows": math.nan, "seconds": math.nan}
         if key in cached:
-            reference = cached.key(Cell(sweep.reference, cell.prompt, cell.seed)) if sweep.reference else None
+            reference = cached.key(replace(cell, config=sweep.reference)) if sweep.reference else None
             row |= cached.costs(key) | cached.values(key, sweep.metrics, reference)
-        rows.append(row | {"image": key if key in cached else None, "error": errors.get(key)})
-    return pd.DataFrame(rows).astype({"image": "str", "error": "str"})
+        told = {"image": key if key in cached else None, "error": errors.get(key), "warning": cached.warning(key)}
+        rows.append(row | told)
+    return pd.DataFrame(rows).astype(dict.fromkeys(("image", "error", "warning"), "str"))
 
 
 def summary(sweep: Sweep, table: pd.DataFrame) -> pd.DataFrame:

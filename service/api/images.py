@@ -107,7 +107,8 @@ async def generate(asked: GenerateRequest, request: Request, negotiated: Asked) 
 
     async def made() -> ImageRequest:
         slot = jobs.deployment.slot
-        return ImageRequest(asked.over(slot.config, slot.limits), asked.prompt, _seed(asked.seed, negotiated))
+        config = asked.over(slot.config, slot.limits)
+        return ImageRequest(config, asked.prompt, _seed(asked.seed, negotiated), prompt_2=asked.prompt_2)
 
     return await _answer(request, negotiated, await _submitted(jobs, negotiated, asked, made), DrawnImage)
 
@@ -127,8 +128,7 @@ async def refine(asked: RefineRequest, request: Request, negotiated: Asked) -> A
         source = await jobs.source(asked.id, asked.strength)
         slot = jobs.deployment.slot
         config = asked.over(slot.config, slot.limits, source.record, source.image.size)
-        prompt = source.record.prompt if asked.prompt is None else asked.prompt
-        return ImageRequest(config, prompt, _seed(asked.seed, negotiated), source)
+        return ImageRequest(config, seed=_seed(asked.seed, negotiated), source=source, **asked.prompts(source.record))
 
     return await _answer(request, negotiated, await _submitted(jobs, negotiated, asked, made), RefinedImage)
 

@@ -99,6 +99,7 @@ async def generations(asked: ImagesRequest, request: Request, idempotency_key: I
         output_format=asked.form,
         size=_size(jobs[0]),
         quality=asked.told_quality,
+        warnings=list(outcomes[0].image.warnings) or None,  # all have the same prompt
     )
     return Response(answer.model_dump_json(exclude_none=True), headers=ids, media_type="application/json")
 
@@ -217,6 +218,8 @@ async def _told(asked: ImagesRequest, request: Request, jobs: Sequence[Job[Store
                 kind = "completed"
                 more["b64_json"] = await _encoded(asked, manager, event.stored)
                 more["usage"] = NOTHING_METERED
+                if event.stored.image.warnings:
+                    more["warnings"] = list(event.stored.image.warnings)
             else:
                 continue
             content = {

@@ -189,7 +189,8 @@ class Image(BaseModel):
 
 
 class ImagesAnswer(BaseModel):
-    """The images. `created` in seconds since 1970; `size` is width x height."""
+    """The images. `created` in seconds since 1970; `size` is width x height. `warnings`, which are ours, tell which
+    words of the prompt were cut."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -212,6 +213,7 @@ class ImagesAnswer(BaseModel):
     size: str
     quality: Quality
     background: Literal["opaque"] = "opaque"
+    warnings: list[str] | None = None
 
 
 class Model(BaseModel):

@@ -4,16 +4,17 @@ What may be asked of an image, its types, bounds, words and examples come from t
 here stand what else a request has, and how it goes over a promoted configuration.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from sdxl_lab.config import MAX_PROMPT, MAX_SEED, PROMPT, SEED, GenerationConfig, ServingLimits
+from sdxl_lab.config import MAX_PROMPT, MAX_SEED, PROMPT, PROMPT_2, SEED, GenerationConfig, ServingLimits
 from sdxl_lab.declaration import Pair, Setting, Table, Tables, Text
 from sdxl_lab.job import JobState
 from sdxl_lab.record import ImageRecord
+from sdxl_lab.syntax import networks
 from service.jobs.records import JobRecord, StoredImage
 
 
@@ -29,7 +30,7 @@ def _example(setting: Setting) -> Any:
 EXAMPLES: Mapping[str, Any] = {
     **{
         setting.name: _example(setting)
-        for setting in (PROMPT, SEED, *GenerationConfig.settings().values())
+        for setting in (PROMPT, PROMPT_2, SEED, *GenerationConfig.settings().values())
         if setting.client
     },
     "body": '{"prompt": "A cat in a hat"}',
@@ -108,6 +109,7 @@ _Generate: Any = create_model(
     "_Generate",
     __base__=Closed,
     prompt=(Prompt, Field(description=PROMPT.help)),
+    prompt_2=(Prompt | None, Field(None, description=PROMPT_2.help)),
     **{name: _field(setting, "as promoted") for name, setting in CLIENTS.items()},
     seed=(Seed | None, Field(None, description=f"{SEED.help}; left out: chosen at random")),
 )
@@ -116,7 +118,9 @@ _Refine: Any = create_model(
     __base__=Closed,
     id=(str, Field(description="the stored image's id")),
     prompt=(Prompt | None, Field(None, description=f"{PROMPT.help}; left out: that of the stored image")),
+    prompt_2=(Prompt | None, Field(None, description=f"{PROMPT_2.help}; with no prompt either: the stored image's")),
     negative_prompt=_field(CLIENTS["negative_prompt"], "that of the stored image"),
+    negative_prompt_2=_field(CLIENTS["negative_prompt_2"], "with no negative prompt either that of the stored image"),
     strength=(float, Field(0.3, gt=0, le=1, description="how much of the noise schedule is gone through again")),
     steps=_field(CLIENTS["steps"], "as promoted"),
     seed=(Seed | None, Field(None, description=f"{SEED.help}; left out: chosen at random")),
@@ -132,9 +136,25 @@ class GenerateRequest(_Generate):
         """The promoted configuration with what was asked. Raises `ConfigError`."""
         asked = {name: value for name in CLIENTS if (value := getattr(self, name)) is not None}
         limits.check(asked, promoted)
-        if "loras" in asked:
-            asked["loras"] = limits.with_asked([lora.model_dump() for lora in asked["loras"]], promoted)
+        loras = [lora.model_dump() for lora in asked.pop("loras", ())]
+        if promoted.prompt_syntax == "a1111":
+            loras += _named([self.prompt, self.prompt_2], loras, limits)
+        if loras:
+            asked["loras"] = limits.with_asked(loras, promoted)
         return promoted.changed(asked, none=None)
+
+
+def _named(prompts: Sequence[str | None], asked: Sequence[Mapping[str, Any]], limits: ServingLimits) -> list[Any]:
+    """The LoRAs that prompts name, as a client asks for them. Their weights are within the limits like any others."""
+    found = {}
+    for network in (each for prompt in prompts if prompt for each in networks(prompt)[1]):
+        try:
+            text, unet = network.weights
+        except ValueError:  # refused when the request is made
+            continue
+        found[network.name] = {"name": network.name, "weight": unet}
+        limits.with_asked([{"name": network.name, "weight": text}], GenerationConfig())
+    return [one for name, one in found.items() if name not in {each["name"] for each in asked}]
 
 
 class RefineRequest(_Refine):
@@ -150,8 +170,23 @@ class RefineRequest(_Refine):
         if self.steps is not None:
             asked["steps"] = self.steps
         limits.check(asked, promoted)
-        negative = source.config.negative_prompt if self.negative_prompt is None else self.negative_prompt
-        return promoted.changed(asked | {"negative_prompt": negative}, none=None)
+        negative, second = self.negative_prompt, self.negative_prompt_2
+        if negative is None:
+            negative = source.config.negative_prompt
+            second = second or source.config.negative_prompt_2
+        if self.prompt is None:  # the stored image's is written as its configuration has it
+            asked["prompt_syntax"] = source.config.prompt_syntax
+            if source.config.prompt_syntax == "a1111":  # it may name them
+                asked["loras"] = source.config.loras
+        elif promoted.prompt_syntax == "a1111" and (loras := _named([self.prompt, self.prompt_2], (), limits)):
+            asked["loras"] = limits.with_asked(loras, promoted)
+        return promoted.changed(asked | {"negative_prompt": negative, "negative_prompt_2": second}, none=None)
+
+    def prompts(self, source: ImageRecord) -> dict[str, str | None]:
+        """The prompts for an image with this record. A new prompt does away with both of the stored ones."""
+        if self.prompt is not None:
+            return {"prompt": self.prompt, "prompt_2": self.prompt_2}
+        return {"prompt": source.prompt, "prompt_2": self.prompt_2 or source.prompt_2}
 
 
 def bounded(document: dict[str, Any], limits: ServingLimits) -> dict[str, Any]:
@@ -289,6 +324,7 @@ class ImageInfo(BaseModel):
     state: State
     url: str
     prompt: str
+    prompt_2: str | None = None
     negative_prompt: str | None = None
     seed: int
     width: int
@@ -314,6 +350,7 @@ class ImageInfo(BaseModel):
             **_asked(str(image.id), record.config.to_dict(), prefix),
             state="done",
             prompt=record.prompt,
+            prompt_2=record.prompt_2,
             seed=record.seed,
             config=record.promoted or record.digest,
             overridden=None if record.overridden is None else list(record.overridden),
@@ -331,6 +368,7 @@ class ImageInfo(BaseModel):
             **_asked(str(job.id), job.config, prefix),
             state=state,
             prompt=job.prompt,
+            prompt_2=job.prompt_2,
             seed=job.seed,
             config=job.promoted,
             overridden=list(job.overridden),

@@ -41,6 +41,7 @@ class JobRecord(Record):
     overridden: tuple[str, ...]
     source: uuid.UUID | None = None
     strength: float | None = None
+    prompt_2: str | None = None
     state: Written = JobState.QUEUED
     holder: str = ""
     renewed: float = 0.0
@@ -55,8 +56,8 @@ class JobRecord(Record):
         return {**plain, "schema": cls.SCHEMA, "config": config.to_dict()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, those that are None among them: 0.1.0 asks for each."""
-        return self.model_dump(mode="json")
+        """Plain values, those that are None among them: 0.1.0 asks for each, and knows no second prompt."""
+        return self.model_dump(mode="json", exclude={"prompt_2"} if self.prompt_2 is None else None)
 
     @classmethod
     def of(
@@ -76,11 +77,12 @@ class JobRecord(Record):
             overridden=tuple(request.config.differs(promoted)),
             source=None if source is None else uuid.UUID(source.record.id),
             strength=None if source is None else source.strength,
+            prompt_2=request.prompt_2,
         )
 
     def request(self) -> ImageRequest:
         """What was asked, without the source's pixels. Raises `ConfigError`."""
-        return ImageRequest(GenerationConfig.from_dict(self.config), self.prompt, self.seed)
+        return ImageRequest(GenerationConfig.from_dict(self.config), self.prompt, self.seed, prompt_2=self.prompt_2)
 
 
 class StoredImage(Record):
@@ -128,7 +130,7 @@ class StoredImage(Record):
 
     def request(self) -> ImageRequest:
         """What was asked, without the source's pixels. Raises `ConfigError`."""
-        return ImageRequest(self.record.config, self.record.prompt, self.record.seed)
+        return ImageRequest(self.record.config, self.record.prompt, self.record.seed, prompt_2=self.record.prompt_2)
 
     def flat(self) -> Mapping[str, Any]:
         """All of it in one table, as clients are told."""

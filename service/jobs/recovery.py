@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from sdxl_lab.errors import EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import open_image, read_record
@@ -159,7 +160,7 @@ class Recovery:
         if record.source is None or record.strength is None:
             return asked
         source = source_image(record.source, self.store.get(record.source), record.strength)
-        return ImageRequest(asked.config, asked.prompt, asked.seed, source)
+        return replace(asked, source=source)
 
     # --- what other replicas draw ----------------------------------------------------------------------------------
 

@@ -269,9 +269,7 @@ class Registry:
         return self._put(entry.record, image)
 
     def _put(self, record: JobRecord, image: GeneratedImage) -> Stored:
-        assert self.deployment.prompt_limits is not None
-        texts = {"prompt": record.prompt, "negative_prompt": record.config.get("negative_prompt") or ""}
-        stored = StoredImage.of(record, image, self.deployment.prompt_limits.warnings(texts), time.time())
+        stored = StoredImage.of(record, image, image.record.warnings, time.time())
         png = encode_png(image.image, stored.record)
         self.store.put(stored, png)
         return Stored(stored, png)

@@ -13,20 +13,34 @@ from sdxl_lab.config import (
     MODELS,
     SCHEDULERS,
     ConfigError,
+    FreeU,
     GenerationConfig,
     LoraRef,
     ModelRef,
     OfferedLora,
+    PerturbedAttention,
+    ProjectedGuidance,
     RefinerConfig,
     RuntimeProfile,
     ServingLimits,
+    ZeroStar,
     checked_prompt,
     checked_seed,
     migrated_config,
 )
 from sdxl_lab.diffusion import schedulers
 
-KINDS = (ModelRef, RefinerConfig, ServingLimits, GenerationConfig, RuntimeProfile)
+KINDS = (
+    ModelRef,
+    RefinerConfig,
+    ProjectedGuidance,
+    ZeroStar,
+    PerturbedAttention,
+    FreeU,
+    ServingLimits,
+    GenerationConfig,
+    RuntimeProfile,
+)
 SETTINGS = [(kind, name) for kind in KINDS for name in kind.model_fields]
 SETTING_IDS = [f"{kind.__name__}.{name}" for kind, name in SETTINGS]
 EVERYTHING = GenerationConfig(
@@ -42,8 +56,12 @@ EVERYTHING = GenerationConfig(
         LoraRef(source="a/folder", file="outlines.safetensors", weight=0.6, text_encoder_weight=0.0),
         LoraRef(source="some/lora", revision="0123abc", file="x.safetensors", sha256="0a" * 32),
     ),
-    scheduler="dpmpp_2m_sde_karras",
-    steps=31,
+    scheduler="dpmpp_2m_sde",
+    steps=2,
+    timesteps=(999, 499),
+    apg=ProjectedGuidance(eta=0.5, threshold=7.5, momentum=-0.25),
+    pag=PerturbedAttention(scale=2.0, adaptive=0.001, layers="up"),
+    freeu=FreeU(b1=1.3, b2=1.4, s1=0.9, s2=0.2),
     guidance_scale=6.5,
     guidance_rescale=0.7,
     guidance_interval=(0.28, 5.42),
@@ -57,6 +75,14 @@ EVERYTHING = GenerationConfig(
     refiner=RefinerConfig(handover=0.7, aesthetic_score=6.5, negative_aesthetic_score=2.0),
     watermark=True,
 )
+
+# What cannot stand beside that.
+APART = [
+    GenerationConfig(
+        scheduler="heun", sigma_schedule="beta", timestep_spacing="trailing", cfg_zero=ZeroStar(zero_steps=1)
+    ),
+    GenerationConfig(sigmas=(14.615, 2.5, 0.125), steps=3),
+]
 
 BAD = [
     (ModelRef, {"base": ""}, "base must be text of 1 to 500 characters, without NUL or lone surrogates; received ''"),
@@ -85,6 +111,46 @@ BAD = [
     (GenerationConfig, {"steps": 25.0}, "received 25.0"),
     (GenerationConfig, {"steps": True}, "received True"),
     (GenerationConfig, {"steps": "25"}, "received '25'"),
+    (
+        GenerationConfig,
+        {"sigma_schedule": "kerras"},
+        "sigma_schedule must be one of own, karras, exponential, beta, sgm",
+    ),
+    (GenerationConfig, {"timestep_spacing": None}, "must be one of own, leading, trailing, linspace; received None"),
+    (
+        GenerationConfig,
+        {"sigmas": (1.0, 2.0)},
+        "sigmas must be up to 1000 values, each a number above 0 and below 10000",
+    ),
+    (
+        GenerationConfig,
+        {"sigmas": 5.0},
+        "the largest first; a 0 at the end is left off (sigma), or left out; received 5",
+    ),
+    (
+        GenerationConfig,
+        {"timesteps": (999, 1000)},
+        "timesteps must be up to 1000 values, each a whole number from 0 to 9",
+    ),
+    (GenerationConfig, {"apg": 5}, "apg must be a ProjectedGuidance; received 5. Example: apg.momentum = -0.5"),
+    (
+        GenerationConfig,
+        {"cfg_zero": "on"},
+        "cfg_zero must be a ZeroStar; received 'on'. Example: cfg_zero.zero_steps = 0",
+    ),
+    (GenerationConfig, {"pag": 3.0}, "pag must be a PerturbedAttention; received 3.0. Example: pag.scale = 3.0"),
+    (ProjectedGuidance, {"eta": 1.5}, "eta must be a number from 0 to 1; received 1.5. Example: eta = 0.0"),
+    (ProjectedGuidance, {"threshold": -1}, "threshold must be a number from 0 to 10000"),
+    (ProjectedGuidance, {"momentum": 1}, "momentum must be a number above -1 and below 1"),
+    (ZeroStar, {"zero_steps": -1}, "zero_steps must be a whole number from 0 to 1000"),
+    (PerturbedAttention, {"scale": -1}, "scale must be a number from 0 to 100"),
+    (PerturbedAttention, {"adaptive": 2}, "adaptive must be a number from 0 to 1"),
+    (FreeU, {"b1": 0}, "b1 must be a number above 0 and below 10; received 0. Example: b1 = 1.1"),
+    (FreeU, {"b2": 10}, "b2 must be a number above 0 and below 10"),
+    (FreeU, {"s1": "0.6"}, "s1 must be a number above 0 and below 10"),
+    (FreeU, {"s2": None}, "s2 must be a number above 0 and below 10"),
+    (GenerationConfig, {"freeu": 1}, "freeu must be a FreeU; received 1. Example: freeu.b1 = 1.1, freeu.b2 = 1.2, fr"),
+    (PerturbedAttention, {"layers": "all"}, "layers must be one of mid, down, up"),
     (GenerationConfig, {"guidance_scale": -1}, "guidance_scale must be a number from 0 to 100; received -1"),
     (GenerationConfig, {"guidance_scale": math.inf}, "received inf"),
     (GenerationConfig, {"guidance_rescale": 1.1}, "guidance_rescale must be a number from 0 to 1"),
@@ -285,6 +351,7 @@ def test_settings_change_together_so_that_rules_over_two_of_them_see_the_outcome
 ROUND = {
     "default": GenerationConfig(),
     "everything": EVERYTHING,
+    **{f"apart {index}": config for index, config in enumerate(APART)},
     "sdxl": GenerationConfig.for_model("sdxl"),
     "no refiner": GenerationConfig(model=ModelRef(base="a/folder/somewhere")),
     "nano without refiner": GenerationConfig(model=ModelRef(base="nano", refiner=None)),
@@ -317,12 +384,19 @@ def test_equal_settings_have_equal_digests_however_they_are_written():
 
 
 def test_every_field_moves_the_digest():
-    plain = GenerationConfig()
+    plain, needed = GenerationConfig(), {"sigmas": {"steps": 3}, "timesteps": {"steps": 2}}
+
+    def moved(name: str) -> object:
+        """A value of the setting that is not the plain one's."""
+        values = (config.value(name) for config in (EVERYTHING, *APART))
+        return next(value for value in values if value not in (None, plain.value(name)))
+
     for name in GenerationConfig.model_fields:
-        assert plain.with_(**{name: getattr(EVERYTHING, name)}).digest != plain.digest, name
+        before = plain.with_(**needed.get(name, {}))
+        assert plain.with_(**needed.get(name, {}), **{name: moved(name)}).digest != before.digest, name
     for name, setting in GenerationConfig.settings().items():
-        if "." in name and setting.default != EVERYTHING.value(name):
-            changed = plain.changed({name: EVERYTHING.value(name)})
+        if "." in name and setting.default != moved(name):
+            changed = plain.changed({name: moved(name)})
             without = plain.changed({name.split(".")[0]: {}})
             assert changed.digest not in (plain.digest, without.digest), name
 
@@ -357,6 +431,25 @@ DEFAULTS = {
         "refiner.aesthetic_score": 6.0,
         "refiner.negative_aesthetic_score": 2.5,
         "watermark": False,
+        "sigma_schedule": "own",
+        "timestep_spacing": "own",
+        "sigmas": None,
+        "timesteps": None,
+        "apg": None,
+        "apg.eta": 0.0,
+        "apg.threshold": 15.0,
+        "apg.momentum": -0.5,
+        "cfg_zero": None,
+        "cfg_zero.zero_steps": 0,
+        "pag": None,
+        "pag.scale": 3.0,
+        "pag.adaptive": 0.0,
+        "pag.layers": "mid",
+        "freeu": None,
+        "freeu.b1": 1.1,
+        "freeu.b2": 1.2,
+        "freeu.s1": 0.6,
+        "freeu.s2": 0.4,
     }
 }
 
@@ -425,6 +518,23 @@ DIGESTS = [
         "74bc16effb121581d1429f9d4e4f04232457c2daca97e631663557704554108d",
     ),
     ({"clip_skip": 1}, "ecf37139e081c80c5da7a5ed8b818fc191c11eff0729a4e792243b99cbe580c1"),
+    ({"sigma_schedule": "karras"}, "6d820c8a6cbcd5b31011910c9ab1f926700f2e6a43372af0f3e7bbd4f9383174"),
+    ({"timestep_spacing": "trailing"}, "f6e8c48c6d1979b82cde57a82bc4178ee5bfb8c8908b9da65a8cac24e7ce616e"),
+    ({"sigmas": [14.615, 2.5, 0.125], "steps": 3}, "78285699e931a6dc16242fca105502f1b143c2137d803add92364067f54da9b4"),
+    ({"timesteps": [999, 499], "steps": 2}, "fd96222f766dd2029f775d6f5c6026877e33e3b54c0de5bff366bed947261ab0"),
+    (
+        {"apg": {"eta": 0.5, "threshold": 7.5, "momentum": -0.25}},
+        "33c5c6c44a6f0a3893c1e547fbd05c2f439a6f08d2b03e7e85254217e52799e2",
+    ),
+    ({"cfg_zero": {"zero_steps": 1}}, "aa8eecf876c0de5212b5c6e93b55b1ddd582d68bf6550c906f7f96de151f1ef5"),
+    (
+        {"pag": {"scale": 2.0, "adaptive": 0.001, "layers": "up"}},
+        "9f41537babb3f728d2b27703c85292d304c64297912887761238548b19390d54",
+    ),
+    (
+        {"freeu": {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}},
+        "e67b05508ff049e6f95a99fc94ab83b6f6b6f05a8ded43cf692351ee3003da66",
+    ),
     ({"clip_skip": 2, "steps": 12}, "788e82b165205c32cfcde171d40625f621ad8a78ec8a67a53fb37fa7eecdd3ea"),
 ]
 

@@ -12,6 +12,7 @@ from sdxl_lab.declaration import (
     Choice,
     ConfigError,
     Declared,
+    Falling,
     Number,
     Pair,
     Setting,
@@ -81,6 +82,10 @@ VALUES = [
     (Switch(), False, False),
     (Pair(Whole(1, 9)), [2, 1], (2, 1)),
     (Pair(Number(0, 5), increasing=True), (1, 1), (1.0, 1.0)),
+    (Falling(Whole(0, 9), 3), [5, 1], (5, 1)),
+    (Falling(Whole(0, 9), 3), (5, 1, 0), (5, 1, 0)),
+    (Falling(Number(0, 9, between=True), 3, to_zero=True), [5, 1.5, 0], (5.0, 1.5)),
+    (Falling(Number(0, 9, between=True), 2, to_zero=True), (5.0, 1.0, 0.0), (5.0, 1.0)),
     (Table(Lens), Lens(), Lens()),
     (Tables(Lens), [], ()),
     (Tables(Lens), [{"focus": 3}, "tele", Lens()], (Lens(focus=3), Lens(focus=9), Lens())),
@@ -116,6 +121,16 @@ REFUSED = [
         [(2, 1), [5, 0]],
         "each a number from 0 to 5, the first not above the second",
     ),
+    (
+        Falling(Whole(0, 9), 3),
+        [(), [], (1, 5), (5, 5), (4, 3, 2, 1), (10, 1), 5, "5", None, (5, None)],
+        "up to 3 values, each a whole number from 0 to 9, the largest first",
+    ),
+    (
+        Falling(Number(0, 9, between=True), 3, to_zero=True),
+        [(0,), (5, 0, 0), (0, 5), ()],
+        "up to 3 values, each a number above 0 and below 9, the largest first; a 0 at the end is left off",
+    ),
     (Table(Lens), ["nano", 5, None, Camera()], "a Lens"),
     (Tables(Lens, most=2), ["tele", 5, None, Lens(), [5], [Lens()] * 3, [Camera()]], "a list of at most 2 Lens tables"),
 ]
@@ -143,9 +158,21 @@ def test_the_rule_has_the_unit_and_says_what_may_be_left_out():
 READ = [(Whole(1, 9), "7", 7), (Number(0, 1), "0.5", 0.5), (Text(), "7", "7"), (Switch(), "true", True)]
 
 
-@pytest.mark.parametrize(("kind", "word", "value"), [*READ, (Pair(Whole(1, 9)), "7", 7), (Choice(("a",)), "b", "b")])
+@pytest.mark.parametrize(
+    ("kind", "word", "value"),
+    [*READ, (Pair(Whole(1, 9)), "7", 7), (Choice(("a",)), "b", "b"), (Falling(Whole(1, 9), 3), "7", 7)],
+)
 def test_a_word_of_a_command_line_becomes_a_value(kind, word, value):
     assert kind.read(word) == value
+
+
+def test_a_list_is_written_as_it_is_read():
+    kind = Falling(Number(0, 20), 9)
+    assert kind.read_all("14.6, 3  0.5") == (14.6, 3.0, 0.5)
+    assert kind.read_all(kind.written((14.615, 1e-3))) == (14.615, 1e-3)
+    assert kind.read_all("") == ()
+    with pytest.raises(ValueError, match="could not convert"):
+        kind.read_all("14, much")
 
 
 # --- the declaration -------------------------------------------------------------------------------------------------

@@ -79,8 +79,8 @@ def test_the_a1111_text_is_what_a1111_writes():
     assert a1111_parameters(record()).splitlines() == [
         "A cat in a hat, déjà vu",
         "Negative prompt: blurry, 模糊",
-        "Steps: 25, Sampler: DPM++ 2M Karras, CFG scale: 5.0, Seed: 9223372036854775807, Size: 256x256, Model: nano, "
-        "Version: SDXL Lab 0.1.0",
+        "Steps: 25, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5.0, Seed: 9223372036854775807, "
+        "Size: 256x256, Model: nano, Version: SDXL Lab 0.1.0",
     ]
 
 
@@ -109,7 +109,18 @@ A1111 = [
         'Lora hashes: "neon: 1b1b1b1b1b", Version',
         True,
     ),
-    (record(GenerationConfig(loras=["neon:0.6"]), prompt="a cat <lora:neon:0.6>"), "<lora:neon:0.6> <lora", False),
+    (
+        record(GenerationConfig(loras=["neon:0.6"], prompt_syntax="a1111"), prompt="a cat <lora:neon:0.6>"),
+        "<lora:neon:0.6> <lora",
+        False,
+    ),
+    (
+        record(GenerationConfig(sigma_schedule="sgm_uniform"), sampler="Euler"),
+        "Euler, Schedule type: SGM Uniform",
+        True,
+    ),
+    (record(GenerationConfig(sigma_schedule="beta"), sampler="Euler a"), "Euler a, Schedule type: Beta, CFG", True),
+    (record(GenerationConfig(), sampler="Euler"), "Schedule type", False),
     (record(GenerationConfig(width=320, height=64)), "Size: 320x64", True),
     (record(GenerationConfig(model=ModelRef(base="some/model"))), "Model: some/model", True),
 ]

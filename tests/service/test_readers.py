@@ -14,7 +14,7 @@ BODY = {
     "steps": 3,
     "guidance_scale": 6.5,
 }
-SAMPLERS = {"euler": "Euler", "dpmpp_2m_karras": "DPM++ 2M Karras", "unipc": "UniPC"}
+SAMPLERS = {"euler": "Euler", "dpmpp_2m_karras": "DPM++ 2M", "unipc": "UniPC"}
 
 
 @pytest.mark.parametrize(("scheduler", "name"), SAMPLERS.items())

@@ -8,7 +8,7 @@ documentation, never taken from the code under test.
 import json
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers.schedulers.scheduling_utils import AysSchedules
 from PIL import Image
 
-from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
+from sdxl_lab.config import (
+    ConfigError,
+    FreeU,
+    GenerationConfig,
+    ModelRef,
+    PerturbedAttention,
+    ProjectedGuidance,
+    RefinerConfig,
+    RuntimeProfile,
+    ZeroStar,
+)
 from sdxl_lab.diffusion import schedulers
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import NANO
@@ -33,6 +44,7 @@ from tests.made import image_record
 log = logging.getLogger(__name__)  # shown by --log-cli-level=INFO
 
 TOLERANCE = 1e-3
+SCHEDULER = Path("base", "scheduler", "scheduler_config.json")
 
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 KARRAS = {"use_karras_sigmas": True}
@@ -57,9 +69,62 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
     "tcd": ("TCDScheduler", {}),
 }
 NAMES = list(DIFFUSERS)
+CURVES: dict[str, dict[str, Any]] = {
+    "karras": KARRAS,
+    "exponential": {"use_exponential_sigmas": True},
+    "beta": {"use_beta_sigmas": True},
+}
 PROMPTS = ["a red cat on a blue background", "a small green house", "An unheard-of zeppelin, 日本", "black star"]
 # Lively ones make differences seen; trained ones are what is served.
 WEIGHTS = ["lively", pytest.param("nano", marks=pytest.mark.slow)]
+
+
+TRAINED = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # SDXL's betas, scaled linear
+LEVELS = np.asarray(((1 - torch.cumprod(1 - TRAINED, 0)) / torch.cumprod(1 - TRAINED, 0)).sqrt())
+
+
+def noise_levels(config: GenerationConfig) -> list[float] | None:
+    """The noise levels that a scheduler is given, without the 0 at the end; None where diffusers' own scheduler makes
+    them by itself."""
+    parts = [index / config.steps for index in range(config.steps)]
+    if config.sigmas is not None:
+        return list(config.sigmas)
+    if config.sigma_schedule == "align_your_steps":  # the paper's page ends with 0.029, where diffusers has 0 at once
+        knots = np.log([*AysSchedules["StableDiffusionXLSigmas"][:-1], 0.029])
+        return [float(np.exp(np.interp(10 * part, range(11), knots))) for part in parts]
+    if config.sigma_schedule == "sgm_uniform":
+        return [float(np.exp(np.interp(999 - 999 * part, range(1000), np.log(LEVELS)))) for part in parts]
+    if config.scheduler != "euler_a" or config.sigma_schedule == "own":
+        return None
+    # diffusers' ancestral Euler has no curves: those of Euler, which lie between its first and its last level.
+    twin = diffusers.EulerDiscreteScheduler.from_config(json.loads((NANO / SCHEDULER).read_text()))
+    twin.register_to_config(**CURVES[config.sigma_schedule])
+    if config.timestep_spacing != "own":
+        twin.register_to_config(timestep_spacing=config.timestep_spacing)
+    twin.set_timesteps(config.steps)
+    return twin.sigmas[:-1].tolist()
+
+
+def visiting(scheduler: diffusers.SchedulerMixin, levels: list[float]) -> diffusers.SchedulerMixin:
+    """A scheduler that visits these noise levels when a pipeline sets its timesteps."""
+    own, count = scheduler.set_timesteps, len(levels)
+
+    def one_a_step(steps: int, device: Any = None) -> None:
+        assert steps == count
+        own(steps, device=device)
+        timesteps = np.interp(np.log(levels), np.log(LEVELS), np.arange(1000))
+        whole = not scheduler.timesteps.is_floating_point()
+        scheduler.timesteps = torch.tensor(timesteps.round() if whole else timesteps).to(scheduler.timesteps.dtype)
+        scheduler.sigmas = torch.tensor([*levels, 0.0], dtype=torch.float32)
+
+    def two_a_step(steps: int, device: Any = None) -> None:
+        assert steps == count
+        scheduler.register_to_config(use_karras_sigmas=True)
+        own(steps, device=device)
+
+    scheduler._convert_to_karras = lambda *_, **__: np.array(levels)
+    scheduler.set_timesteps = one_a_step if scheduler.order == 1 else two_a_step
+    return scheduler
 
 
 @dataclass(frozen=True)
@@ -78,14 +143,21 @@ class Pipelines:
         refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder / "refiner", **shared, **options)
         for pipe in (base, refiner):
             pipe.set_progress_bar_config(disable=True)
-        config = json.loads((folder / "base" / "scheduler" / "scheduler_config.json").read_text())
+        config = json.loads((folder / SCHEDULER).read_text())
         return cls(base, refiner, config)
 
     def scheduler(self, request: ImageRequest) -> diffusers.SchedulerMixin:
-        name, options = DIFFUSERS[request.config.scheduler]
+        config = request.config
+        name, options = DIFFUSERS[config.scheduler]
         if name == "DPMSolverSDEScheduler":
             options = {"noise_sampler_seed": request.seed}
-        return getattr(diffusers, name).from_config(self.scheduler_config, **options)
+        if config.timestep_spacing != "own":
+            options = options | {"timestep_spacing": config.timestep_spacing}
+        levels = noise_levels(config)
+        if levels is None:
+            options = options | CURVES.get(config.sigma_schedule, {})
+        scheduler = getattr(diffusers, name).from_config(self.scheduler_config, **options)
+        return scheduler if levels is None or name == "EulerDiscreteScheduler" else visiting(scheduler, levels)
 
     def draw(self, request: ImageRequest) -> np.ndarray:
         """The image, float32 (height, width, 3) in [0, 1]."""
@@ -102,6 +174,10 @@ class Pipelines:
             "clip_skip": config.clip_skip,
             "generator": torch.Generator("cpu").manual_seed(request.seed),
         }
+        if config.timesteps is not None:
+            settings["timesteps"] = list(config.timesteps)
+        elif config.scheduler == "euler" and (levels := noise_levels(config)) is not None:
+            settings["sigmas"] = [*levels, 0.0]
         refining = settings | {
             "aesthetic_score": scores.aesthetic_score,
             "negative_aesthetic_score": scores.negative_aesthetic_score,
@@ -366,15 +442,19 @@ def test_the_refiner_has_no_loras(bench, two):
 # --- what the pipelines do not have ----------------------------------------------------------------------------------
 
 
+# (index, steps, guided prediction, unguided prediction) to the one that is stepped with.
+Guide = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 @torch.no_grad()
-def drawn_with_interval(pipelines: Pipelines, request: ImageRequest) -> np.ndarray:
-    """A plain Euler loop over the base, guided inside the interval of noise levels only."""
+def drawn_by_hand(pipelines: Pipelines, request: ImageRequest, guide: Guide) -> np.ndarray:
+    """A plain Euler loop over the base, with guidance of one's own."""
     pipe, config = pipelines.base, request.config
     scheduler = pipelines.scheduler(request)
-    scheduler.set_timesteps(config.steps)
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # SDXL's, scaled linear
-    bar = torch.cumprod(1 - betas, 0)
-    level = ((1 - bar) / bar).sqrt()
+    if config.sigmas is None:
+        scheduler.set_timesteps(config.steps)
+    else:
+        scheduler.set_timesteps(sigmas=[*config.sigmas, 0.0])
     hidden, negative, pooled, negative_pooled = pipe.encode_prompt(
         request.prompt, negative_prompt=config.negative_prompt
     )
@@ -388,16 +468,28 @@ def drawn_with_interval(pipelines: Pipelines, request: ImageRequest) -> np.ndarr
     def predict(scaled: torch.Tensor, t: torch.Tensor, text: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         return pipe.unet(scaled, t, text, added_cond_kwargs={"text_embeds": pool, "time_ids": ids}).sample
 
-    low, high = config.guidance_interval
-    for t in scheduler.timesteps:
+    for index, t in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(latents, t)
-        answer = predict(scaled, t, hidden, pooled)
-        if low <= level[int(t)] <= high:
-            unguided = predict(scaled, t, negative, negative_pooled)
-            answer = unguided + config.guidance_scale * (answer - unguided)
+        guided, unguided = predict(scaled, t, hidden, pooled), predict(scaled, t, negative, negative_pooled)
+        answer = guide(index, len(scheduler.timesteps), guided, unguided)
         latents = scheduler.step(answer, t, latents).prev_sample
     decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
     return pipe.image_processor.postprocess(decoded, output_type="np")[0]
+
+
+def drawn_with_interval(pipelines: Pipelines, request: ImageRequest) -> np.ndarray:
+    """Guided inside the interval of noise levels only."""
+    config, scheduler = request.config, pipelines.scheduler(request)
+    scheduler.set_timesteps(config.steps)
+    levels = config.sigmas or [LEVELS[int(t)] for t in scheduler.timesteps]
+    low, high = config.guidance_interval
+
+    def guide(index: int, _: int, guided: torch.Tensor, unguided: torch.Tensor) -> torch.Tensor:
+        if not low <= levels[index] <= high:
+            return guided
+        return unguided + config.guidance_scale * (guided - unguided)
+
+    return drawn_by_hand(pipelines, request, guide)
 
 
 @pytest.mark.parametrize(("interval", "rows"), [((0.5, 5.0), 13), ((0.0, 1000.0), 16), ((20.0, 30.0), 8)])
@@ -435,6 +527,14 @@ MUTATIONS: dict[str, dict[str, Any]] = {
     "negative_prompt": {"negative_prompt": "blue"},
     "clip_skip": {"clip_skip": 1},
     "loras": {"loras": ("nano/neon",)},
+    "sigma_schedule": {"sigma_schedule": "align_your_steps"},
+    "timestep_spacing": {"timestep_spacing": "trailing"},
+    "sigmas": {"sigmas": (14.0, 7.0, 4.0, 2.0, 1.0, 0.5)},
+    "timesteps": {"timesteps": (980, 800, 600, 450, 300, 150)},
+    "apg": {"apg": ProjectedGuidance(threshold=1.0)},
+    "cfg_zero": {"cfg_zero": ZeroStar()},
+    "pag": {"pag": PerturbedAttention()},
+    "freeu": {"freeu": FreeU()},
     "width": {"width": 72},
     "height": {"height": 72},
     "refiner": {"refiner": None},

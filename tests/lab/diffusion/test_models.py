@@ -15,7 +15,8 @@ from sdxl_lab.config import ModelRef, RuntimeProfile
 from sdxl_lab.diffusion import models
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError, identity
-from sdxl_lab.diffusion.models import Prompt, load, placement
+from sdxl_lab.diffusion.models import load, placement
+from sdxl_lab.diffusion.prompts import Prompt
 
 CPU = RuntimeProfile(device="cpu", dtype="float32")
 
@@ -188,13 +189,6 @@ def test_a_checkpoint_is_what_its_files_say(tiny_models):
     assert (refiner.zero_negative, refiner.aesthetic, len(refiner.text_encoders)) == (False, True, 1)
     assert not any(parameter.requires_grad for parameter in base.unet.parameters())
     assert not base.unet.training
-
-
-def test_noise_levels_are_those_of_sdxl(tiny_models):
-    sigmas = tiny_models.base.sigmas
-    assert len(sigmas) == 1000
-    assert (sigmas[0], sigmas[-1]) == pytest.approx((0.0292, 14.6146), abs=1e-4)
-    assert (np.diff(sigmas) > 0).all()
 
 
 def test_without_a_negative_prompt_the_base_gets_zeros_and_the_refiner_the_empty_prompt(tiny_models):

@@ -4,10 +4,27 @@ from typing import Any
 
 import pytest
 
-from sdxl_lab.config import MAX_SEED, GenerationConfig, ModelRef, RefinerConfig
+from sdxl_lab.config import (
+    MAX_SEED,
+    GenerationConfig,
+    ModelRef,
+    PerturbedAttention,
+    ProjectedGuidance,
+    RefinerConfig,
+    ZeroStar,
+)
 from sdxl_lab.diffusion.lora_files import pinned
 from sdxl_lab.job import ImageRequest
-from sdxl_lab.notebook.form import FormError, controls, differences, next_seed, request_of, settings, values_of
+from sdxl_lab.notebook.form import (
+    FormError,
+    controls,
+    differences,
+    next_seed,
+    request_of,
+    settings,
+    values_of,
+    without_a_choice,
+)
 
 PLAIN = GenerationConfig()
 RICH = GenerationConfig(
@@ -25,8 +42,13 @@ ADAPTED = pinned(PLAIN.with_(loras=["nano/neon:0.5", "nano/neon:1:0"]))
 SIZED = PLAIN.with_(original_size=(512, 512), crop=(8, 16), target_size=(264, 320), watermark=True)
 
 
+GIVEN = PLAIN.with_(sigmas=(14.615, 2.5, 0.125), steps=3, apg=ProjectedGuidance(eta=0.5), pag=PerturbedAttention())
+TIMED = PLAIN.with_(timesteps=(999, 749, 499, 249), steps=4, scheduler="lcm", cfg_zero=ZeroStar())
+
+
 @pytest.mark.parametrize(
-    "config", [PLAIN, RICH, SIZED, ADAPTED, PLAIN.with_(negative_prompt=""), PLAIN.with_(negative_prompt="none")]
+    "config",
+    [PLAIN, GIVEN, TIMED, RICH, SIZED, ADAPTED, PLAIN.with_(negative_prompt=""), PLAIN.with_(negative_prompt="none")],
 )
 def test_the_controls_give_back_the_job_they_were_filled_from(config: GenerationConfig) -> None:
     request = ImageRequest(config, "A cat in a hat", MAX_SEED)
@@ -96,6 +118,14 @@ BAD = [
     ),
     ({"crop.left": -8}, "crop.top", "each a whole number from 0 to 8192 (pixels); received (0, -8)"),
     ({"refiner": True, "refiner.handover": 1.0}, "refiner.handover", "above 0 and below 1; received 1.0"),
+    ({"sigmas": "14, 3, 1"}, "steps", "3, one for each of the given sigmas; received 25"),
+    (
+        {"sigmas": "14 much"},
+        "sigmas",
+        "the largest first; a 0 at the end is left off (sigma), or left out; received '14 m",
+    ),
+    ({"sigmas": "1, 14", "steps": 2}, "sigmas", "received (1.0, 14.0)"),
+    ({"scheduler": "ddim", "sigma_schedule": "beta"}, "sigma_schedule", "must be own with the scheduler ddim"),
     ({"watermark": True, "width": 64}, "watermark", "false below 256x256 pixels"),
     ({"negative_prompt": "x" * 2001}, "negative_prompt", "text of 0 to 2000 characters"),
 ]
@@ -107,6 +137,16 @@ def test_a_bad_value_is_told_at_its_control(changes: dict[str, Any], control: st
         request_of(values_of(ImageRequest(PLAIN, "A cat in a hat", 7)) | changes, PLAIN)
     assert list(caught.value.errors) == [control]
     assert text in caught.value.errors[control]
+
+
+def test_a_control_without_a_choice_is_still_unless_it_was_moved_before() -> None:
+    values = values_of(ImageRequest(PLAIN, "a boat", 1))
+    assert without_a_choice(values) == {}
+    still = without_a_choice(values | {"scheduler": "lcm"})
+    assert still == dict.fromkeys(("sigma_schedule", "timestep_spacing", "sigmas"), "lcm has no choice here")
+    assert still.keys() <= controls().keys()
+    moved = values | {"scheduler": "lcm", "sigma_schedule": "karras", "sigmas": "14, 3"}
+    assert set(without_a_choice(moved)) == {"timestep_spacing"}
 
 
 def test_all_errors_come_at_once() -> None:

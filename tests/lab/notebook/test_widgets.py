@@ -37,6 +37,19 @@ def test_the_panel_has_a_control_for_every_value_of_the_form(panel: Panel) -> No
     assert all(panel.controls[name].tooltip.startswith(control.setting.help) for name, control in controls().items())
 
 
+def test_controls_without_a_choice_are_still_and_say_why(panel: Panel) -> None:
+    panel.fill(values_of(JOB))
+    for scheduler, still in (("lcm", True), ("euler", False)):
+        panel.controls["scheduler"].value = scheduler
+        panel.switch()
+        assert [panel.controls[name].disabled for name in ("sigma_schedule", "sigmas", "steps")] == [
+            still,
+            still,
+            False,
+        ]
+        assert panel.controls["sigma_schedule"].tooltip.startswith("lcm has no choice here" if still else "which noise")
+
+
 KINDS = {
     "prompt": ipywidgets.Textarea,
     "seed": ipywidgets.Text,  # a browser's numbers end at 2^53

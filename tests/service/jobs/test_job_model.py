@@ -174,7 +174,6 @@ class Jobs(RuleBasedStateMachine):
         self.engine = FakeEngine()
         deployment = SimpleNamespace(
             slot=SimpleNamespace(config=CONFIG, digest=CONFIG.digest),
-            prompt_limits=SimpleNamespace(warnings=lambda _: []),
             closing=False,
             trouble=None,
             ready_engine=lambda: self.engine,

@@ -1,4 +1,4 @@
-"""Checksums of files: read block by block, remembered between runs, and held against those of the hub.
+"""Checksums of files: read block by block, and remembered between runs.
 
 A checksum is remembered for a path, its size and the times of its last change; a file that changed in any of these is
 read again. Imports no torch.
@@ -10,7 +10,6 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from sdxl_lab.files import cache_folder, write_whole
 
@@ -42,27 +41,10 @@ def sha256_of(path: Path) -> str:
     return found
 
 
-class Difference(NamedTuple):
-    """A file whose checksum is not the hub's. `expected` is None where the cache does not say what it should be."""
-
-    path: Path
-    found: str
-    expected: str | None
-
-
-def hub_difference(snapshot: Path) -> Difference | None:
-    """The first cached file of a hub revision that is not what the hub sent. Its checksum names the blob that the file
-    links to: sha256 for weights, git's own sha1 for small files."""
-    for path in sorted(path for path in snapshot.rglob("*") if not path.is_dir()):
-        expected = path.resolve().name
-        if len(expected) == 64:
-            found = sha256_of(path)
-        else:
-            head = f"blob {path.stat().st_size}\0".encode()
-            found = _read_into(hashlib.sha1(head, usedforsecurity=False), path)
-        if not path.is_symlink() or found != expected:
-            return Difference(path, found, expected if path.is_symlink() else None)
-    return None
+def git_sha1_of(path: Path) -> str:
+    """A file's name in git, in 40 hexadecimal digits: what the hub calls its small files by."""
+    head = f"blob {path.stat().st_size}\0".encode()
+    return _read_into(hashlib.sha1(head, usedforsecurity=False), path)
 
 
 def _state(path: Path) -> dict[str, int]:
