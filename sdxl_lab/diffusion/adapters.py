@@ -483,16 +483,21 @@ class Loras:
         unet: dict[str, float] = {}
         text: dict[str, float] = {}
         for ref in refs:
-            name = identity_of(ref)
+            name = self._name(ref)
             parts = self._loaded(name, ref).parts
             if "unet" in parts:
                 unet[name] = unet.get(name, 0.0) + ref.weight
             if parts.keys() - {"unet"}:
                 text[name] = text.get(name, 0.0) + ref.text_weight
-        of = {identity_of(ref): ref for ref in refs}
+        of = {self._name(ref): ref for ref in refs}
         weighted = [tuple(sorted((n, w) for n, w in each.items() if w)) for each in (unet, text)]
         stacks = [self._stacked({name: of[name] for name, _ in each}) for each in weighted]
-        return Applied(*weighted, *stacks, identities(refs))
+        return Applied(*weighted, *stacks, identities(refs, self._name))
+
+    def _name(self, ref: LoraRef) -> str:
+        """What identifies it. Of one that is kept under its checksum the file is not looked at again."""
+        name = f"sha256 {ref.sha256}"
+        return name if (name,) in self._kept else identity_of(ref)
 
     def _loaded(self, name: str, ref: LoraRef) -> Adapter:
         if (name,) not in self._kept:
