@@ -158,7 +158,8 @@ def test_a_folder_is_its_one_file_or_the_one_that_is_named(loras: Loras, tiny_mo
     assert loras.applied([LoraRef(source=str(tmp_path), file="b.safetensors")]).unet
 
 
-def test_a_file_is_the_one_that_was_tuned_with(loras: Loras, tiny_models: Any, tmp_path: Path) -> None:
+def test_a_file_is_the_one_that_was_tuned_with(tiny_models: Any, tmp_path: Path) -> None:
+    loras = Loras(tiny_models.base, BUDGET)
     path = write(tmp_path / "a.safetensors", pairs(tiny_models, text=False))
     config = pinned(GenerationConfig(loras=[str(path)]))
     (ref,) = config.loras
