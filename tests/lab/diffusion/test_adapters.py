@@ -17,6 +17,7 @@ from torch import nn
 from sdxl_lab.config import GenerationConfig, LoraRef
 from sdxl_lab.diffusion import adapters
 from sdxl_lab.diffusion.adapters import Loras, MixedLinear, Run, changed
+from sdxl_lab.diffusion.graphs import Graphed
 from sdxl_lab.diffusion.inventory import ModelError
 from sdxl_lab.diffusion.lora_files import identities, pinned
 from sdxl_lab.job import ImageRequest
@@ -288,6 +289,15 @@ def test_a_layer_whose_forward_a_hook_replaced_is_refused() -> None:
         changed(nn.ModuleDict({"one": layer}), "unet", [Run(0, 1, ("a",), adapter, [(1.0,)])]),
     ):
         pass
+
+
+def test_a_bare_call_passes_over_graphs_and_compiled_code_but_not_over_hooks() -> None:
+    layer = nn.Linear(2, 2)
+    layer._compiled_call_impl = lambda *_: pytest.fail("compiled code is called")
+    layer.register_forward_pre_hook(lambda _, given: (given[0] + 1,))
+    expected = layer.forward(torch.ones(1, 2))
+    for wrapped in (layer, Graphed(layer)):
+        assert torch.equal(adapters.bare(wrapped)(torch.zeros(1, 2)), expected)
 
 
 # --- in the engine ---------------------------------------------------------------------------------------------------
