@@ -4,6 +4,7 @@ Everything is made on the device, so nothing is read or downloaded but nano's to
 mind whose words the numbers stand for. `TINY` has the same classes in miniature, to try a benchmark out.
 """
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,52 +17,21 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdxl_lab.config import ModelRef, RuntimeProfile
-from sdxl_lab.diffusion.inventory import NANO
+from sdxl_lab.diffusion.inventory import NANO, SDXL
 from sdxl_lab.diffusion.models import SDXL_LATENT_RGB, Denoiser, Models, laid_out
 
-# Each as in the config.json of stable-diffusion-xl-base-1.0, without fields that have their class's default.
-UNET = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-TEXT_ENCODER = {  # CLIP ViT-L
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "hidden_act": "quick_gelu",
-    "vocab_size": 49408,
-}
-TEXT_ENCODER_2 = {  # OpenCLIP ViT-bigG
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-    "hidden_act": "gelu",
-    "vocab_size": 49408,
-}
-VAE = {
-    "sample_size": 1024,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "scaling_factor": 0.13025,
-    "force_upcast": False,  # as in the VAE that the configuration "sdxl" names, made for float16
-}
+# Words of a config.json that say whose it is, and tokens that nano's tokenizers have other numbers for.
+OTHER = {"_class_name", "architectures", "model_type", "bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+def _published(part: str) -> dict[str, Any]:
+    """A part's configuration as SDXL's base has it."""
+    told = json.loads((SDXL / "base" / part / "config.json").read_text())
+    return {name: value for name, value in told.items() if name not in OTHER}
+
+
+UNET, TEXT_ENCODER, TEXT_ENCODER_2 = (_published(part) for part in ("unet", "text_encoder", "text_encoder_2"))
+VAE = _published("vae") | {"force_upcast": False}  # as in the VAE that the configuration "sdxl" names, made for float16
 SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,

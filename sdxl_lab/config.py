@@ -1199,7 +1199,7 @@ class ServingLimits(Declared):
     @classmethod
     def for_model(cls, model: ModelRef) -> "ServingLimits":
         """Sound limits for a model: nano's, or those of the real SDXL."""
-        return cls() if model.base == "nano" else cls(side=(512, 1536))
+        return cls() if "nano" in (model.base, model.config) else cls(side=(512, 1536))
 
     def narrowed(self, setting: Setting) -> Setting:
         """A setting of the configuration with these limits in its rule."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdxl_lab.diffusion.inventory import PICKLES, ModelError
+from sdxl_lab.diffusion.inventory import ModelError
 
 LONGEST = 100_000_000  # bytes: what safetensors allows a header
 
@@ -123,21 +123,3 @@ def check(path: Path, role: str, found: Header, elsewhere: frozenset[str] = froz
             f"{rule}, whose unet takes 4 channels, which the engine draws; {received} with {channels}: {meaning}. "
             "Example: sd_xl_base_1.0.safetensors"
         )
-
-
-def check_no_pickle(name: str, role: str) -> None:
-    """`ModelError` for a file that would be unpickled, with the command that converts it."""
-    if not name.endswith(PICKLES):
-        return
-    path = Path(name)
-    reads = f'torch.load("{path}", map_location="cpu", weights_only=True)'
-    keeps = "{name: each.contiguous().clone() for name, each in found.items() if torch.is_tensor(each)}"
-    program = (
-        f'import torch, safetensors.torch; found = {reads}; found = found.get("state_dict", found); '
-        f'safetensors.torch.save_file({keeps}, "{path.with_suffix(".safetensors")}")'
-    )
-    raise ModelError(
-        f"the {role} model must be in safetensors, since loading a pickle runs whatever code it holds; received "
-        f"{name!r}. Convert it, without running any: python -c '{program}'. Example: "
-        f"{path.with_suffix('.safetensors').name}"
-    )

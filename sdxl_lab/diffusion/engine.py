@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Self, overload
 
 import diffusers
@@ -79,7 +79,8 @@ class EngineStats:
 
 
 class Engine:
-    """Draws images. Use it as a context manager, or call `close`."""
+    """Draws images. Use it as a context manager, or call `close`. `tokens` says how much is read of a request's texts,
+    before it is drawn."""
 
     def __init__(
         self,
@@ -92,6 +93,7 @@ class Engine:
         self.models, self.profile, self.weights = models, profile, weights
         self.processor = processor_of(models.device)
         self.max_queue = max_queue
+        self.tokens = TokenCounter(models.base.tokenizers)
         self.failure: str | None = None
         self._latency = LatencyModel() if latency is None else latency
         self._batcher = Batcher(self._latency, profile.rows, profile.active, profile.order)
@@ -286,11 +288,6 @@ class Engine:
                     self._latency.took(group, count, time.monotonic() - began)
                     self._batcher.measured()
             warm = count  # a first call prepares what the later ones find
-
-    @cached_property
-    def tokens(self) -> TokenCounter:
-        """How many tokens a request's texts have, and which words are cut. Any thread may ask, before it is drawn."""
-        return TokenCounter(self.models.base.tokenizers)
 
     def stats(self) -> EngineStats:
         rows, seconds = self._last_call

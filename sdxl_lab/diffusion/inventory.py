@@ -21,7 +21,7 @@ SHARED = ("text_encoder_2", "tokenizer_2", "vae")
 # Weights; configurations, tokenizers and lists of shards; and what tokenizers keep in other files.
 SUFFIXES = (".safetensors", ".json", ".model")
 NAMES = ("merges.txt", "vocab.txt")
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 # `model.safetensors`, its variants and shards, as diffusers and transformers name them, the older way included.
 SHARD = r"(-\d{5}-of-\d{5})?"
 WEIGHTS = re.compile(rf"(diffusion_pytorch_model|model){SHARD}(\.(?P<variant>\w+))?{SHARD}\.safetensors")
@@ -75,6 +75,7 @@ def differing(own: ModelRef, asked: ModelRef) -> list[str]:
 def _identity(ref: ModelRef, role: str) -> str:
     name, revision = str(getattr(ref, role)), getattr(ref, PINS[role][0])
     others = SHARED if role == "refiner" else ("vae",) if role == "base" and ref.vae is not None else ()
+    check_no_pickle(name, role)
     if is_file(name):
         return f"sha256 {sha256_of(file_of(name, role))}"
     folder = folder_of(name, "base/vae" if role == "vae" else role)
@@ -168,6 +169,28 @@ def variant_of(folder: Path, parts: Collection[str]) -> str | None:
         if (match := WEIGHTS.fullmatch(path.name))
     }
     return "fp16" if "fp16" in found or not found else None if None in found else sorted(map(str, found))[0]
+
+
+def conversion(path: Path) -> str:
+    """The command that makes a pickle of weights a `.safetensors` file, and runs nothing that it may hold."""
+    program = (
+        "import sys, torch, safetensors.torch as s; found = torch.load(sys.argv[1], 'cpu', weights_only=True); "
+        "found = found.get('state_dict', found); s.save_file({k: v.contiguous().clone() for k, v in found.items() if "
+        "torch.is_tensor(v)}, sys.argv[2])"
+    )
+    return f'python -c "{program}" {path} {path.with_suffix(".safetensors")}'
+
+
+def check_no_pickle(name: str, role: str) -> None:
+    """`ModelError` for a file that would be unpickled, with the command that converts it."""
+    if not name.endswith(PICKLES):
+        return
+    path = Path(name)
+    raise ModelError(
+        f"the {role} model must be in safetensors, since loading a pickle runs whatever code it holds; received "
+        f"{name!r}. Convert it, without running any: {conversion(path)}. Example: "
+        f"{path.with_suffix('.safetensors').name}"
+    )
 
 
 def check_safe(folder: Path, role: str, name: str, parts: Collection[str]) -> None:

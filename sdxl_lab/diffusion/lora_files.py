@@ -9,16 +9,11 @@ from pathlib import Path
 from sdxl_lab.checksums import sha256_of
 from sdxl_lab.config import GenerationConfig, LoraRef
 from sdxl_lab.diffusion import inversions
-from sdxl_lab.diffusion.inventory import NANO, ModelError
+from sdxl_lab.diffusion.inventory import NANO, PICKLES, ModelError, conversion
 
 LORAS = NANO / "loras"
-PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 # What PEFT writes beside its weights: the alpha stands there.
 PEFT_CONFIG = "adapter_config.json"
-CONVERT = (
-    'python -c "import sys, torch, safetensors.torch as s; '
-    's.save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" {} {}'
-)
 
 
 def local_file(ref: LoraRef) -> Path | None:
@@ -53,10 +48,9 @@ def local_file(ref: LoraRef) -> Path | None:
 
 def _refuse_pickle(path: Path) -> None:
     if path.suffix in PICKLES:
-        command = CONVERT.format(path, path.with_suffix(".safetensors"))
         raise ModelError(
             f"a LoRA must be a .safetensors file, since a pickle may run any code; received {str(path)!r}. Convert it: "
-            f"{command}"
+            f"{conversion(path)}"
         )
 
 

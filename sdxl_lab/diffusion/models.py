@@ -37,6 +37,7 @@ from sdxl_lab.diffusion.inventory import (
     SHARED,
     ModelError,
     check_folder,
+    check_no_pickle,
     check_pins,
     check_safe,
     file_of,
@@ -342,7 +343,7 @@ def _pipeline(cls: Any, ref: ModelRef, role: str, dtype: Dtypes, **shared: Any) 
         configs = _configs(ref, role)
         with _refused(cls, role, name):
             return single_file.pipeline(cls, path, configs, dtype, **shared)
-    checkpoint.check_no_pickle(name, role)
+    check_no_pickle(name, role)
     folder = folder_of(name, role)
     if folder is None:
         hub.check_pinned(role, name, revision)
@@ -405,7 +406,7 @@ def _reason(error: Exception) -> str:
 
 def _vae(ref: ModelRef, dtype: torch.dtype) -> AutoencoderKL:
     name, revision = str(ref.vae), ref.vae_revision
-    checkpoint.check_no_pickle(name, "vae")
+    check_no_pickle(name, "vae")
     try:
         if is_file(name):
             loaded = single_file.vae(file_of(name, "vae"), _configs(ref, "base"), dtype)

@@ -126,7 +126,6 @@ def cut(words: Sequence[Word]) -> tuple[Chunk, Word | None]:
     room = CHUNK
     for word in words:
         if len(word) > room:
-            assert word.vectors is None or room >= 0
             if room and word.vectors is not None:
                 kept.append(Word(word.id, word.weight, word.place, word.vectors[:room]))
             return kept, word

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdxl_lab.diffusion.checkpoint import CHANNELS
 from sdxl_lab.diffusion.inventory import ModelError
 
 # Those whose configuration is a schedule of betas over discrete timesteps: any of the engine's own takes it over.
@@ -55,15 +56,13 @@ DRAWN: Mapping[str, Mapping[str, Collection[Any]]] = {
     "text_encoder_2": {"architectures": (["CLIPTextModelWithProjection"],)},
 }
 FILES = {"scheduler": "scheduler_config.json"}
-# What a value that is not drawn stands for, by a piece of it.
+# What a word that is not drawn stands for, by a piece of it.
 MEANS = {
     "EDM": "an EDM model, as Playground 2.5 is one",
     "FlowMatch": "a flow-matching model",
     "flow_prediction": "a flow-matching model",
     "continuous": "an EDM model, as CosXL is one",
     "Tiny": "a decoder for previews",
-    "8": "a model that edits images by instruction",
-    "9": "an inpainting model",
 }
 
 
@@ -81,7 +80,10 @@ def check_is_drawn(config: Mapping[str, Any], part: str, role: str, name: str) -
     for key, drawn in DRAWN[part].items():
         if key in config and config[key] not in drawn:
             value = config[key]
-            meaning = next((f": {family}" for piece, family in MEANS.items() if piece in str(value)), "")
+            means = {value: CHANNELS.get(value)} if key == "in_channels" else MEANS
+            meaning = next(
+                (f": {family}" for piece, family in means.items() if family and str(piece) in str(value)), ""
+            )
             raise ModelError(
                 f"the {role} model must be one that the engine draws, whose {part} has {key} "
                 f"{' or '.join(map(str, drawn))}; received {name!r} with {value}{meaning}. Example: nano"

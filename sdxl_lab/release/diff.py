@@ -16,13 +16,17 @@ def changed_fields(before: GenerationConfig, after: GenerationConfig) -> dict[st
 
 
 def _plain(config: GenerationConfig) -> dict[str, Any]:
-    """Its plain values; of a LoRA whose sha256 is known its name, since it does not matter where its file lies."""
+    """Its plain values; of a LoRA or an embedding whose sha256 is known its name, since it does not matter where its
+    file lies."""
     plain = config.to_dict()
     for table, ref in zip(plain.get("loras", ()), config.loras, strict=True):
         if ref.sha256 is not None:
             for place in ("source", "revision", "file"):
                 table.pop(place, None)
             table["name"] = ref.name
+    for table, embedding in zip(plain.get("embeddings", ()), config.embeddings, strict=True):
+        if embedding.sha256 is not None:
+            table.pop("source")
     return plain
 
 

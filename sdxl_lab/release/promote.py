@@ -17,13 +17,14 @@ from types import MappingProxyType
 from typing import Any
 
 from sdxl_lab.checksums import sha256_of
-from sdxl_lab.config import ConfigError, GenerationConfig, LoraRef, OfferedLora, ServingLimits
+from sdxl_lab.config import ConfigError, EmbeddingRef, GenerationConfig, LoraRef, OfferedLora, ServingLimits
+from sdxl_lab.diffusion import inversions
 from sdxl_lab.diffusion.inventory import ModelError
 from sdxl_lab.diffusion.lora_files import PEFT_CONFIG, local_file
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.record import RecordError
 from sdxl_lab.release.records import Evidence, Findings, GoldenEntry
-from sdxl_lab.release.slot import LORAS, Lora, Slot, SlotError, load_slot, slot_config, slot_limits
+from sdxl_lab.release.slot import EMBEDDINGS, LORAS, Lora, Slot, SlotError, load_slot, slot_config, slot_limits
 
 # Findings are of these weights, libraries and code; drawn with others, an image is not the one that was compared.
 STALE_FIELDS = ("weights", "libraries", "version")
@@ -57,7 +58,7 @@ def promote(
     - there is no image or no reason, or an image is of another configuration or other weights than the first;
     - a gate failed, or `findings` is of another configuration, or of other weights, libraries or code than the images;
     - the work tree has uncommitted changes, now or when it was compared, without `allow_dirty`;
-    - a LoRA has no sha256, or its file is not there or another one;
+    - a LoRA or an embedding has no sha256, or its file is not there or another one;
     - `folder` is neither a slot, nor an empty folder, nor absent;
     - the slot does not hold what `findings` compared with, as when another promotion came first.
 
@@ -116,9 +117,16 @@ CARRIED = 32 << 20
 
 
 def _packed(config: GenerationConfig, limits: ServingLimits) -> tuple[GenerationConfig, ServingLimits, dict[str, Path]]:
-    """Configuration and limits as a slot has them, whose small LoRAs lie in its own folder, and these files by their
-    names there. Raises `SlotError`."""
+    """Configuration and limits as a slot has them, whose small LoRAs and embeddings lie in folders of its own, and
+    these files by their paths there. Raises `SlotError`."""
     files: dict[str, Path] = {}
+
+    def placed(folder: str, path: Path, found: str) -> str:
+        place = f"{folder}/{path.name}"
+        if files.get(place, path) != path:
+            place = f"{folder}/{path.stem}-{found[:8]}{path.suffix}"
+        files[place] = path
+        return place
 
     def packed(lora: Lora) -> Lora:
         try:
@@ -136,12 +144,25 @@ def _packed(config: GenerationConfig, limits: ServingLimits) -> tuple[Generation
         lora = lora.with_(sha256=found)
         if path.stat().st_size > CARRIED or path.with_name(PEFT_CONFIG).exists():
             return lora
-        name = path.name if files.get(path.name, path) == path else f"{path.stem}-{str(found)[:8]}{path.suffix}"
-        files[name] = path
-        return lora.with_(source=f"{LORAS}/{name}", file=None, revision=None)
+        return lora.with_(source=placed(LORAS, path, str(found)), file=None, revision=None)
+
+    def embedded(ref: EmbeddingRef) -> EmbeddingRef:
+        try:
+            path = inversions.file_of(ref)
+        except ModelError as error:
+            raise SlotError(f"a slot's embeddings must be there: {error}") from error
+        if ref.sha256 is None:
+            raise SlotError(
+                f"an embedding that is promoted must have the sha256 of its file, so that it is the one that was "
+                f"tried; received none for {path}. Example: sha256 = {sha256_of(path)!r}"
+            )
+        return ref.with_(source=placed(EMBEDDINGS, path, ref.sha256))
 
     return (
-        config.with_(loras=tuple(packed(ref) for ref in config.loras)),
+        config.with_(
+            loras=tuple(packed(ref) for ref in config.loras),
+            embeddings=tuple(embedded(ref) for ref in config.embeddings),
+        ),
         limits.with_(loras=tuple(packed(each) for each in limits.loras)),
         files,
     )
@@ -215,7 +236,7 @@ def write_slot(
     limits: ServingLimits,
     evidence: Evidence | None,
     goldens: Mapping[str, bytes],
-    loras: Mapping[str, Path] = MappingProxyType({}),
+    files: Mapping[str, Path] = MappingProxyType({}),
 ) -> Path | None:
     """The whole slot, put in the place of the old one, which comes back where that fails, and is kept where it does
     not: at the path that this gives. For a moment between the two renames there is none: POSIX puts no folder in the
@@ -230,9 +251,9 @@ def write_slot(
         for name, png in goldens.items():
             (fresh / "golden").mkdir(exist_ok=True)
             (fresh / "golden" / name).write_bytes(png)
-        for name, path in loras.items():
-            (fresh / LORAS).mkdir(exist_ok=True)
-            shutil.copyfile(path, fresh / LORAS / name)
+        for name, path in files.items():
+            (fresh / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, fresh / name)
         return replace_kept(folder, fresh)
 
 

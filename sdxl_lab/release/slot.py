@@ -1,8 +1,8 @@
 """Slots: the folders from which a service takes what it serves.
 
 A slot holds `config.toml`, `serving.toml` (what clients may ask for), `evidence.json` (why the configuration is there),
-`golden/` (images that it must draw again) and `loras/` (the files of its LoRAs, but for large ones). This module reads
-them; `promote.py` writes them. Imports no torch.
+`golden/` (images that it must draw again), `loras/` (the files of its LoRAs, but for large ones) and `embeddings/`.
+This module reads them; `promote.py` writes them. Imports no torch.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from sdxl_lab.config import ConfigError, GenerationConfig, LoraRef, OfferedLora, ServingLimits
+from sdxl_lab.config import ConfigError, EmbeddingRef, GenerationConfig, LoraRef, OfferedLora, ServingLimits
 from sdxl_lab.images import ImageError, read_record
 from sdxl_lab.record import ImageRecord, RecordError
 from sdxl_lab.release.records import Evidence
 
-LORAS = "loras"
-SLOT_ENTRIES = ("config.toml", "serving.toml", "evidence.json", "golden", LORAS)
+LORAS, EMBEDDINGS = "loras", "embeddings"
+SLOT_ENTRIES = ("config.toml", "serving.toml", "evidence.json", "golden", LORAS, EMBEDDINGS)
 
 
 class SlotError(ValueError):
@@ -109,21 +109,27 @@ def slot_limits(folder: Path, config: GenerationConfig) -> ServingLimits:
     if not file.is_file():
         return ServingLimits.for_model(config.model)
     limits = ServingLimits.from_toml(file)
-    return limits.with_(loras=tuple(_found(folder, each) for each in limits.loras))
+    return limits.with_(loras=tuple(_found(folder, each, LORAS) for each in limits.loras))
 
 
 Lora = TypeVar("Lora", LoraRef, OfferedLora)
+Ref = TypeVar("Ref", LoraRef, OfferedLora, EmbeddingRef)
 
 
 def _with_own_files(folder: Path, config: GenerationConfig) -> GenerationConfig:
-    return config.with_(loras=tuple(_found(folder, ref) for ref in config.loras)) if config.loras else config
+    if not (config.loras or config.embeddings):
+        return config
+    return config.with_(
+        loras=tuple(_found(folder, ref, LORAS) for ref in config.loras),
+        embeddings=tuple(_found(folder, ref, EMBEDDINGS) for ref in config.embeddings),
+    )
 
 
-def _found(folder: Path, lora: Lora) -> Lora:
-    """A LoRA whose file the slot carries, with its path from here."""
-    inside = Path(lora.source)
-    own = len(inside.parts) == 2 and inside.parts[0] == LORAS
-    return lora.with_(source=str(folder / inside)) if own else lora
+def _found(folder: Path, ref: Ref, place: str) -> Ref:
+    """What has its file in a folder of the slot, with its path from here."""
+    inside = Path(ref.source)
+    own = len(inside.parts) == 2 and inside.parts[0] == place
+    return ref.with_(source=str(folder / inside)) if own else ref
 
 
 def slot_config(folder: Path | str) -> GenerationConfig | None:

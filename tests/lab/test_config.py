@@ -45,12 +45,19 @@ SETTINGS = [(kind, name) for kind in KINDS for name in kind.model_fields]
 SETTING_IDS = [f"{kind.__name__}.{name}" for kind, name in SETTINGS]
 EVERYTHING = GenerationConfig(
     model=ModelRef(
-        base="some/base",
+        base="some/base.safetensors",
         revision="0123abc",
+        sha256="0" * 64,
+        config="some/base",
+        config_revision="v2",
+        prediction_type="v_prediction",
+        zero_snr=True,
         refiner="some/refiner",
         refiner_revision="main",
+        refiner_sha256="1" * 64,
         vae="some/vae",
         vae_revision="v1",
+        vae_sha256="2" * 64,
     ),
     loras=(
         LoraRef(source="a/folder", file="outlines.safetensors", weight=0.6, text_encoder_weight=0.0),
@@ -92,6 +99,19 @@ BAD = [
     (ModelRef, {"refiner_revision": 1}, "refiner_revision must be"),
     (ModelRef, {"vae": "x" * 501}, "vae must be"),
     (ModelRef, {"vae_revision": 1.5}, "vae_revision must be"),
+    (ModelRef, {"sha256": "A" * 64}, "sha256 must be 64 hexadecimal digits, or left out; received 'AAAA"),
+    (ModelRef, {"refiner_sha256": "1" * 63}, "refiner_sha256 must be 64 hexadecimal digits"),
+    (ModelRef, {"vae_sha256": 2}, "vae_sha256 must be 64 hexadecimal digits"),
+    (ModelRef, {"config": ""}, "config must be text of 1 to 500 characters"),
+    (ModelRef, {"config": "nano"}, "config must be left out where neither base, refiner nor vae is a single"),
+    (ModelRef, {"config_revision": ""}, "config_revision must be text of 1 to 100 characters"),
+    (ModelRef, {"prediction_type": "v"}, "prediction_type must be one of epsilon, v_prediction, or left out; received"),
+    (ModelRef, {"zero_snr": 1}, "zero_snr must be true or false, or left out; received 1. Example: zero_snr = true"),
+    (
+        GenerationConfig,
+        {"model": ModelRef(zero_snr=True), "scheduler": "heun"},
+        "scheduler must be one of euler, euler_a, dpmpp_2m",
+    ),
     (
         RefinerConfig,
         {"handover": 0},
@@ -396,7 +416,8 @@ def test_every_field_moves_the_digest():
         assert plain.with_(**needed.get(name, {}), **{name: moved(name)}).digest != before.digest, name
     for name, setting in GenerationConfig.settings().items():
         if "." in name and setting.default != moved(name):
-            changed = plain.changed({name: moved(name)})
+            start = GenerationConfig(model=ModelRef(base="a.safetensors")) if name == "model.config" else plain
+            changed = start.changed({name: moved(name)})
             without = plain.changed({name.split(".")[0]: {}})
             assert changed.digest not in (plain.digest, without.digest), name
 
@@ -409,10 +430,17 @@ DEFAULTS = {
         "model": {"base": "nano", "refiner": "nano"},
         "model.base": "nano",
         "model.revision": None,
+        "model.sha256": None,
+        "model.config": None,
+        "model.config_revision": None,
+        "model.prediction_type": None,
+        "model.zero_snr": None,
         "model.refiner": "nano",
         "model.refiner_revision": None,
+        "model.refiner_sha256": None,
         "model.vae": None,
         "model.vae_revision": None,
+        "model.vae_sha256": None,
         "loras": (),
         "scheduler": "euler",
         "steps": 25,
@@ -516,6 +544,23 @@ DIGESTS = [
     (
         {"loras": [{"source": "x.safetensors", "sha256": "0" * 64, "weight": 0.5}]},
         "74bc16effb121581d1429f9d4e4f04232457c2daca97e631663557704554108d",
+    ),
+    (
+        {"model": {"base": "a.safetensors", "sha256": "0" * 64, "config": "nano"}},
+        "34567c8e05e96238895e24f1159eeab6e1e663962fb4ce804b65b0768089bbd1",
+    ),
+    (
+        {
+            "model": {
+                "base": "some/base",
+                "prediction_type": "v_prediction",
+                "zero_snr": True,
+                "refiner_sha256": "1" * 64,
+                "vae_sha256": "2" * 64,
+                "config_revision": "v2",
+            }
+        },
+        "39acf2dba4e69b566feee7a1a4b0631945bdd9ac41ee0f0ab38f7c825f1bd86a",
     ),
     ({"clip_skip": 1}, "ecf37139e081c80c5da7a5ed8b818fc191c11eff0729a4e792243b99cbe580c1"),
     ({"sigma_schedule": "karras"}, "6d820c8a6cbcd5b31011910c9ab1f926700f2e6a43372af0f3e7bbd4f9383174"),

@@ -66,7 +66,7 @@ def test_the_document_has_the_limits_of_the_slot(document):
 def test_the_document_has_a_field_for_every_setting_that_a_client_may_change(document):
     fields = document["components"]["schemas"]["GenerateRequest"]["properties"]
     settings = {name: setting for name, setting in GenerationConfig.settings().items() if setting.client}
-    assert list(fields) == ["prompt", *settings, "seed"]
+    assert list(fields) == ["prompt", "prompt_2", *settings, "seed"]
     for name, setting in settings.items():
         assert fields[name]["description"].startswith(setting.help)
         assert ("within the promoted limits" in fields[name]["description"]) == bool(setting.limited_by)

@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +134,10 @@ class Pipelines:
     base: StableDiffusionXLPipeline
     refiner: StableDiffusionXLImg2ImgPipeline
     scheduler_config: dict[str, Any]
+    predicts: dict[str, Any] = field(default_factory=dict)  # what a base of another kind says beyond that
 
     @classmethod
-    def load(cls, folder: Path) -> "Pipelines":
+    def load(cls, folder: Path, **predicts: Any) -> "Pipelines":
         options = {"variant": "fp16", "dtype": torch.float32, "add_watermarker": False}
         base = StableDiffusionXLPipeline.from_pretrained(folder / "base", **options)
         shared = {"text_encoder_2": base.text_encoder_2, "tokenizer_2": base.tokenizer_2, "vae": base.vae}
@@ -144,9 +145,9 @@ class Pipelines:
         for pipe in (base, refiner):
             pipe.set_progress_bar_config(disable=True)
         config = json.loads((folder / SCHEDULER).read_text())
-        return cls(base, refiner, config)
+        return cls(base, refiner, config, predicts)
 
-    def scheduler(self, request: ImageRequest) -> diffusers.SchedulerMixin:
+    def scheduler(self, request: ImageRequest, **more: Any) -> diffusers.SchedulerMixin:
         config = request.config
         name, options = DIFFUSERS[config.scheduler]
         if name == "DPMSolverSDEScheduler":
@@ -156,7 +157,7 @@ class Pipelines:
         levels = noise_levels(config)
         if levels is None:
             options = options | CURVES.get(config.sigma_schedule, {})
-        scheduler = getattr(diffusers, name).from_config(self.scheduler_config, **options)
+        scheduler = getattr(diffusers, name).from_config({**self.scheduler_config, **more}, **options)
         return scheduler if levels is None or name == "EulerDiscreteScheduler" else visiting(scheduler, levels)
 
     def draw(self, request: ImageRequest) -> np.ndarray:
@@ -164,6 +165,8 @@ class Pipelines:
         config, scores = request.config, request.config.refiner or RefinerConfig()
         settings = {
             "prompt": request.prompt,
+            "prompt_2": request.prompt_2,
+            "negative_prompt_2": config.negative_prompt_2,
             "negative_prompt": config.negative_prompt,
             "num_inference_steps": config.steps,
             "guidance_scale": config.guidance_scale,
@@ -183,7 +186,8 @@ class Pipelines:
             "negative_aesthetic_score": scores.negative_aesthetic_score,
             "output_type": "np",
         }
-        self.base.scheduler, self.refiner.scheduler = self.scheduler(request), self.scheduler(request)
+        self.base.scheduler = self.scheduler(request, **self.predicts)
+        self.refiner.scheduler = self.scheduler(request)
         if request.source is not None:
             return self.refiner(image=request.source.image, strength=request.source.strength, **refining).images[0]
         settings |= {"width": config.width, "height": config.height}
@@ -541,10 +545,11 @@ MUTATIONS: dict[str, dict[str, Any]] = {
 }
 REFINER_MUTATIONS = {"handover": 0.7, "aesthetic_score": 4.0, "negative_aesthetic_score": 6.0}
 MOVES_NO_LATENTS = {"model", "watermark"}  # what they do is tested in test_models.py and test_engine.py
+IN_PROMPTS = {"prompt_syntax", "negative_prompt_2", "embeddings"}  # these are changed in test_denoising_prompts.py
 
 
 def test_the_mutations_reach_every_field():
-    assert set(GenerationConfig.model_fields) == set(MUTATIONS) | MOVES_NO_LATENTS
+    assert set(GenerationConfig.model_fields) == set(MUTATIONS) | MOVES_NO_LATENTS | IN_PROMPTS
     assert set(RefinerConfig.model_fields) == set(REFINER_MUTATIONS)
 
 

@@ -45,10 +45,11 @@ class SmallUNet:
     def __init__(self):
         self.rows = []
 
-    def __call__(self, sample, timestep, *, encoder_hidden_states, added_cond_kwargs, return_dict):
+    def __call__(self, sample, timestep, *, encoder_hidden_states, added_cond_kwargs, timestep_cond=None, return_dict):
         assert not return_dict
         self.rows.append(len(sample))
-        added = sum(each.flatten(1).sum(1) for each in (encoder_hidden_states, *added_cond_kwargs.values()))
+        cond = () if timestep_cond is None else (3 * timestep_cond,)
+        added = sum(each.flatten(1).sum(1) for each in (encoder_hidden_states, *added_cond_kwargs.values(), *cond))
         return (sample * (timestep + added)[:, None],)
 
 
@@ -71,7 +72,7 @@ def graphed(repeater):
 
 def plainly(given):
     sample, timestep = given["sample"], given["timestep"]
-    named = {name: given[name] for name in ("encoder_hidden_states", "added_cond_kwargs")}
+    named = {name: value for name, value in given.items() if name not in ("sample", "timestep")}
     return SmallUNet()(sample, timestep, **named, return_dict=False)[0]
 
 
@@ -105,6 +106,15 @@ def test_another_dtype_or_another_size_is_another_shape(graphed, repeater):
     for each in (given, given | {"sample": given["sample"].double()}, inputs(2, 1, width=5)):
         assert torch.equal(graphed(**each)[0], plainly(each))
     assert repeater.recorded == 3
+
+
+def test_what_tells_a_distilled_unet_the_guidance_scale_is_an_input_like_the_others(graphed, repeater):
+    for scale in (1.0, 2.0):
+        given = inputs(2, 1) | {"timestep_cond": torch.full((2, 4), scale)}
+        assert torch.equal(graphed(**given)[0], plainly(given))
+    assert repeater.recorded == 1
+    graphed(**inputs(2, 1))
+    assert repeater.recorded == 2, "a call without it is another"
 
 
 def test_the_shape_used_longest_ago_is_forgotten(repeater):

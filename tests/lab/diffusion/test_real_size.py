@@ -1,33 +1,85 @@
-"""SDXL itself, in size: the true base UNet with random weights takes two of the engine's steps, so that nothing here
-works for the miniature only."""
+"""SDXL itself, in size: its base UNet with random weights takes two of the engine's steps, and the whole model comes
+from a single file, so that nothing here works for the miniature only."""
 
 import gc
+import shutil
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.random_sdxl import filled, new_unet
+from bench.random_sdxl import TRUE, UNET, VAE, Parts, filled, new_unet
 from bench.truesize import TextlessDenoiser
 from sdxl_lab.config import GenerationConfig, RuntimeProfile
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.job import ImageRequest
+from tests import original
 from tests.lab.diffusion.conftest import trajectory_of
 from tests.made import SettledLatency
 
 
-@pytest.fixture(scope="module")
-def unet():
-    needed = 8 * 2**30
+def take(gib: int, what: str) -> None:
+    """Skip where so much memory is not free."""
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(memory["MemAvailable"].split()[0]) * 1024
-    if free < needed:
-        pytest.skip(f"needs {needed >> 30} GiB of free memory for SDXL's UNet; this machine has {free >> 30}")
+    if free < gib * 2**30:
+        pytest.skip(f"needs {gib} GiB of free memory for {what}; this machine has {free >> 30}")
+
+
+@pytest.fixture(scope="module")
+def unet():
+    take(8, "SDXL's UNet")
     built = filled(new_unet(), torch.bfloat16, "cpu")
     yield built
     del built
     gc.collect()
+
+
+@pytest.mark.slow
+def test_the_true_model_comes_from_a_single_file(tmp_path):
+    """It runs before the UNet of the other test takes its memory."""
+    take(13, "SDXL")
+    if shutil.disk_usage(tmp_path).free < 9 * 2**30:
+        pytest.skip("needs 9 GiB of free disk for SDXL's file")
+    path = tmp_path / "sdxl.safetensors"
+    parts = Parts.random(TRUE, torch.device("cpu"), torch.float16)
+    named = {"unet": parts.unet, "vae": parts.vae, "0": parts.text_encoder, "1": parts.text_encoder_2}
+    few = {
+        name: {key: weight.clone() for key, weight in islice(part.state_dict().items(), 0, None, 97)}
+        for name, part in named.items()
+    }
+    weights = {
+        **original.unet(parts.unet.state_dict(), UNET["layers_per_block"]),
+        **original.vae(parts.vae.state_dict(), len(VAE["block_out_channels"])),
+        **original.clip(parts.text_encoder.state_dict()),
+        **original.open_clip(parts.text_encoder_2.state_dict(), 1),
+    }
+    original.written(weights, path)
+    del parts, named, weights
+    gc.collect()
+    try:
+        config = GenerationConfig.for_model(str(path), width=128, height=128, steps=2)
+        assert len(config.model.sha256) == 64
+        with Engine.load(config, RuntimeProfile(device="cpu", dtype="bfloat16")) as engine:
+            loaded = engine.models
+            found = {
+                "unet": loaded.base.unet,
+                "vae": loaded.vae,
+                **dict(zip("01", loaded.base.text_encoders, strict=True)),
+            }
+            for name, tensors in few.items():
+                own = found[name].state_dict()
+                for key, weight in tensors.items():
+                    expected = weight.bfloat16() if name == "unet" else weight.float()
+                    assert torch.equal(own[key], expected), (name, key)
+            job = engine.submit(ImageRequest(config, "a cat in a hat", 1))
+            assert job.result(280).image.size == (128, 128)
+            assert torch.isfinite(trajectory_of(job).latents).all()
+            assert job.result().record.weights == {"base": f"sha256 {config.model.sha256}"}
+    finally:
+        path.unlink()
 
 
 @pytest.mark.slow

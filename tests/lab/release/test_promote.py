@@ -420,3 +420,24 @@ def test_the_state_of_the_tree_is_read_from_git(tmp_path, monkeypatch):
     assert promotion.git_state() == (git("rev-parse", "HEAD"), False)
     (tmp_path / "file").write_text("two")
     assert promotion.git_state() == (git("rev-parse", "HEAD"), True)
+
+
+def test_a_slot_carries_its_embeddings(slot, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    from sdxl_lab.config import EmbeddingRef
+    from sdxl_lab.diffusion.lora_files import pinned
+
+    path = tmp_path / "style.safetensors"
+    save_file({"clip_l": torch.zeros(1, 64), "clip_g": torch.zeros(1, 64)}, path)
+    config = pinned(GenerationConfig(embeddings=(EmbeddingRef(token="qzstyle", source=str(path)),)))
+    promoted = put(slot, config)
+    (ref,) = promoted.config.embeddings
+    assert (ref.source, promoted.digest) == (str(slot / "embeddings" / "style.safetensors"), config.digest)
+    assert (slot / "embeddings" / "style.safetensors").read_bytes() == path.read_bytes()
+    path.unlink()
+    assert put(slot, promoted.config).config == promoted.config
+    loose = config.with_(embeddings=(ref.with_(sha256=None),))
+    with pytest.raises(SlotError, match="an embedding that is promoted must have the sha256 of its file"):
+        put(slot, loose)
