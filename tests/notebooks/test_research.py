@@ -88,6 +88,8 @@ def test_the_weight_of_a_lora_is_an_axis_of_one_batch(tmp_path: Path) -> None:
     assert moved[0.0] > moved[0.5] > moved[1.0], "the more of it, the less like the image without"
     plain = table[(table["loras.0.weight"] == 0) & (table.guidance_scale == 3.0)]
     assert len(plain) == 4
+    words = whole(read_table(out / "words"), 3 * 3)
+    assert set(words.prompt) == {f"A cat in a (hat:{weight:g})" for weight in (0.5, 1, 1.5)}
     mixed = read_table(out / "mixes")
     assert mixed.image.nunique() == 5
     assert mixed.error.isna().all()
@@ -96,4 +98,4 @@ def test_the_weight_of_a_lora_is_an_axis_of_one_batch(tmp_path: Path) -> None:
     assert len(chosen.loras[0].sha256 or "") == 64
     assert f"Weight {chosen.loras[0].weight:g}" in said
     assert "images in" in said
-    assert {path.name for path in out.glob("*.png")} == {"weights.png", "curves.png", "mixes.png"}
+    assert {path.name for path in out.glob("*.png")} == {"weights.png", "curves.png", "words.png", "mixes.png"}
