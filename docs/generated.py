@@ -15,6 +15,7 @@ from bench import cost, measure
 from sdxl_lab.config import GenerationConfig, ServingLimits
 from sdxl_lab.declaration import Declared, Setting, Table, Tables
 from sdxl_lab.job import OVER, TRANSITIONS, JobState
+from sdxl_lab.schedules import ABLE
 from service.api.problems import ENTRIES
 from service.app import create_app
 from service.settings import TABLE as SETTINGS
@@ -99,6 +100,24 @@ def configuration() -> str:
     )
 
 
+def schedules() -> str:
+    """What each scheduler can be told of its schedule, and in A1111's words."""
+    yes = {True: "yes", False: ""}
+    return table(
+        ("scheduler", "`sigma_schedule`", "`sigmas`", "`timesteps`", "`timestep_spacing`"),
+        *(
+            (
+                f"`{name}`",
+                f"by its name; others with `{able.twin}`" if able.twin else ", ".join(f"`{s}`" for s in able.schedules),
+                yes[able.sigmas],
+                yes[able.timesteps],
+                "with `own` and the curves" if able.spaced_curves else "with `own`" if able.spacing else "",
+            )
+            for name, able in ABLE.items()
+        ),
+    )
+
+
 def limits() -> str:
     """Every limit of a slot, as `ServingLimits` declares it."""
     rows = ((f"`{s.name}`", s.help, _rule(s), s.unit, _default(s)) for s in _all(ServingLimits))
@@ -143,6 +162,7 @@ PARTS = {
     "job states": job_states,
     "configuration": configuration,
     "limits": limits,
+    "schedules": schedules,
     "imports sdxl_lab": lambda: diagram("sdxl_lab"),
     "imports service": lambda: diagram("service"),
     "calls": calls,

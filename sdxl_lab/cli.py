@@ -37,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument("--like", type=Path, metavar="FILE", help="take prompt, seed and settings from this PNG")
     start.add_argument("--config", type=Path, metavar="FILE", help="take the settings from this config.toml")
     start.add_argument("--model", help="nano (default), sdxl, a folder, a .safetensors file or a hub id")
+    generate.add_argument(
+        "--parameters", type=Path, metavar="FILE", help="take prompt, seed and settings from the A1111 text of this PNG"
+    )
     generate.add_argument("--prompt-2", metavar="TEXT", help=PROMPT_2.help)
     generate.add_argument("--seed", type=int, help=f"0 to {MAX_SEED}; random where none is given")
     _add_settings(generate)
@@ -213,6 +216,10 @@ def _generate(asked: argparse.Namespace) -> None:
         config = GenerationConfig.from_toml(asked.config)
     else:
         config = GenerationConfig.for_model(asked.model or "nano")
+    if asked.parameters:
+        told = _parameters(asked.parameters)
+        config = config.changed(told.settings)
+        prompt, seed = prompt if prompt is not None else told.prompt, seed if seed is not None else told.seed
     if prompt is None:
         raise ConfigError("prompt", None, "given, or taken from an image with --like", "A cat in a hat")
     config = _with_commits(pinned(config.changed(_changes(asked), none=None)))
@@ -236,6 +243,17 @@ def _generate(asked: argparse.Namespace) -> None:
     image.save(asked.out)
     told = f"{image.timings['total_ms'] / 1000:.1f} s  {tokens['prompt']}"
     print(f"{asked.out}  seed {seed}  config {config.short_digest}  {told}")
+
+
+def _parameters(path: Path) -> Any:
+    """What A1111's text in a PNG says; what of it is not taken is printed."""
+    from sdxl_lab import a1111
+    from sdxl_lab.images import open_image
+
+    told = a1111.read(getattr(open_image(path), "text", {}).get("parameters", ""))
+    if told.unread:
+        print(f"not taken: {', '.join(f'{name}: {value}' for name, value in told.unread.items())}", file=sys.stderr)
+    return told
 
 
 def _with_commits(config: GenerationConfig) -> GenerationConfig:

@@ -255,13 +255,6 @@ class ModelRef(Declared):
         ),
     ] = None
 
-    @model_validator(mode="after")
-    def _whole(self) -> "ModelRef":
-        if self.config is not None and not any(is_file(getattr(self, role)) for role in PINS):
-            rule = "left out where neither base, refiner nor vae is a single .safetensors file"
-            raise ConfigError("config", self.config, rule, 'base = "model.safetensors"')
-        return self
-
     @classmethod
     def named(cls, name: str) -> "ModelRef":
         """ "nano", "sdxl", a folder, a file or a hub id; a folder with `base/` and `refiner/` in it has both, and a

@@ -21,7 +21,25 @@ SPACINGS = (OWN, "leading", "trailing", "linspace")
 TRAINED = 1000  # noise levels that SDXL was trained on
 MAX_STEPS = 1000
 
-# What A1111 calls the schedules, in its text as "Schedule type".
+# What A1111 calls the schedulers, and the schedules, in its text as "Sampler" and "Schedule type".
+SAMPLERS = {
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_sde": "DPM++ SDE",
+    "unipc": "UniPC",
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "heun": "Heun",
+    "lms": "LMS",
+    "kdpm2": "DPM2",
+    "kdpm2_a": "DPM2 a",
+    "pndm": "PLMS",
+    "deis": "DEIS",
+    "lcm": "LCM",
+    "tcd": "TCD",
+}
 SCHEDULE_TYPES = {
     "karras": "Karras",
     "exponential": "Exponential",
@@ -97,6 +115,13 @@ NO_ZERO_SNR = ("dpmpp_sde", "heun", "lms", "kdpm2", "kdpm2_a", "pndm", "deis")
 DIVIDE_BY_SIGNAL = ("ddim", "ddpm", "lcm", "tcd")
 
 
+def sampler(scheduler: str) -> str:
+    """A1111's name of a scheduler, as it was until its version 1.9 and as records have it: with the schedule that the
+    name of ours says."""
+    twin = ABLE[scheduler].twin
+    return SAMPLERS[scheduler] if twin is None else f"{SAMPLERS[twin]} {SCHEDULE_TYPES['karras']}"
+
+
 class Scheduled(Protocol):
     """The settings that a schedule is made of, as a configuration has them."""
 
@@ -167,7 +192,9 @@ def _check_list(config: Scheduled, name: str) -> None:
         rule = f"left out with the scheduler {config.scheduler}; those that take them are {', '.join(takers)}"
         raise ConfigError(name, list(asked), rule, _example(able, takers[0]))
     if config.sigmas is not None and config.timesteps is not None:
-        raise ConfigError("timesteps", list(asked), "left out where sigmas are given", "sigmas = [14.6, 3.8, 0.9]")
+        raise ConfigError(
+            "timesteps", list(config.timesteps), "left out where sigmas are given", "sigmas = [14.6, 3.8, 0.9]"
+        )
     if config.sigma_schedule != OWN:
         rule = f"{OWN} where {name} are given, which are a schedule themselves"
         raise ConfigError("sigma_schedule", config.sigma_schedule, rule, OWN)

@@ -22,6 +22,7 @@ from sdxl_lab.diffusion.latency import Group
 from sdxl_lab.diffusion.models import Denoiser, Models
 from sdxl_lab.diffusion.prompts import Embedding, Prompt
 from sdxl_lab.job import ImageRequest
+from sdxl_lab.schedules import sampler
 from sdxl_lab.syntax import texts
 
 DenoiserName = Literal["base", "refiner"]
@@ -492,7 +493,7 @@ class Trajectory:
     def outcome(self) -> StageOutcome:
         """What the scheduler made of the settings, and what that cost."""
         return StageOutcome(
-            sampler=schedulers.TABLE[self.request.config.scheduler].a1111,
+            sampler=sampler(self.request.config.scheduler),
             scheduler=schedulers.effective(self.stages[-1].scheduler),
             unet_calls={stage.name: len(stage.timesteps) for stage in self.stages},
             unet_rows={stage.name: stage.total_rows for stage in self.stages},

@@ -23,7 +23,7 @@ MOST = 32
 
 Call = Callable[[], torch.Tensor]
 Replay = Callable[[], None]
-# Of the tensors in `added_cond_kwargs` and in `cross_attention_kwargs`.
+# Of the tensors in `added_cond_kwargs` and `cross_attention_kwargs`, and `timestep_cond` where it is there.
 Names = tuple[tuple[str, ...], ...]
 # Runs a call, perhaps several times. Returns what repeats it, and the tensor in which each replay leaves its answer.
 Recorder = Callable[[Call], tuple[Replay, torch.Tensor]]

@@ -7,6 +7,7 @@ A model under the same name may change: its weights, the configuration of any pa
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,9 @@ def variant_of(folder: Path, parts: Collection[str]) -> str | None:
         for path in (folder / part).glob("*")
         if (match := WEIGHTS.fullmatch(path.name))
     }
-    return "fp16" if "fp16" in found or not found else None if None in found else sorted(map(str, found))[0]
+    if "fp16" in found:
+        return "fp16"
+    return None if None in found or not found else sorted(map(str, found))[0]
 
 
 def conversion(path: Path) -> str:
@@ -178,7 +181,7 @@ def conversion(path: Path) -> str:
         "found = found.get('state_dict', found); s.save_file({k: v.contiguous().clone() for k, v in found.items() if "
         "torch.is_tensor(v)}, sys.argv[2])"
     )
-    return f'python -c "{program}" {path} {path.with_suffix(".safetensors")}'
+    return shlex.join(("python", "-c", program, str(path), str(path.with_suffix(".safetensors"))))
 
 
 def check_no_pickle(name: str, role: str) -> None:
@@ -198,8 +201,8 @@ def check_safe(folder: Path, role: str, name: str, parts: Collection[str]) -> No
     for part in parts:
         files = [path for path in (folder / part).glob("*") if path.suffix in (*PICKLES, ".safetensors")]
         if files and all(path.suffix in PICKLES for path in files):
-            loads = f'DiffusionPipeline.from_pretrained("{name}").save_pretrained("CONVERTED")'
-            command = f"python -c 'from diffusers import DiffusionPipeline; {loads}'"
+            loads = f"DiffusionPipeline.from_pretrained({name!r}).save_pretrained('CONVERTED')"
+            command = shlex.join(("python", "-c", f"from diffusers import DiffusionPipeline; {loads}"))
             raise ModelError(
                 f"the {role} model must have its weights in safetensors, since loading a pickle runs whatever code it "
                 f"holds; received {name!r} with {part}/{files[0].name}. If you trust its source, convert it: "

@@ -261,6 +261,11 @@ def _latent_rgb(ref: ModelRef) -> np.ndarray:
 
 def _load_parts(ref: ModelRef, dtype: Dtypes) -> tuple[Any, Any]:
     """The base's pipeline, and the refiner's or None, which shares its second text encoder and its VAE."""
+    if ref.config is not None and not any(is_file(name) for name in (ref.base, ref.refiner, ref.vae)):
+        raise ModelError(
+            f"config must be left out where neither base, refiner nor vae is a single .safetensors file; received "
+            f"{ref.config!r} beside {ref.base!r}. Example: --model FILE.safetensors --model-config FOLDER"
+        )
     other = {} if ref.vae is None else {"vae": _vae(ref, dtype["default"])}
     base = _pipeline(StableDiffusionXLPipeline, ref, "base", dtype, **other)
     _predicts(base.scheduler, ref)
@@ -281,7 +286,8 @@ def _predicts(scheduler: Any, ref: ModelRef) -> None:
         changes["rescale_betas_zero_snr"] = zero
     if zero:
         changes["timestep_spacing"] = "trailing"
-    scheduler.register_to_config(**changes)
+    defaults = [name for name in scheduler.config.get("_use_default_values", []) if name not in changes]
+    scheduler.register_to_config(**changes, _use_default_values=defaults)  # what stands there is not read again
 
 
 @contextmanager
@@ -407,20 +413,23 @@ def _reason(error: Exception) -> str:
 def _vae(ref: ModelRef, dtype: torch.dtype) -> AutoencoderKL:
     name, revision = str(ref.vae), ref.vae_revision
     check_no_pickle(name, "vae")
+    folder = None if is_file(name) else folder_of(name, "base/vae")
+    if folder is not None and (folder / "config.json").is_file():
+        check_is_drawn(json.loads((folder / "config.json").read_text()), "vae", "vae", name)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     try:
         if is_file(name):
             loaded = single_file.vae(file_of(name, "vae"), _configs(ref, "base"), dtype)
+        elif folder is not None:
+            variant = variant_of(folder, ["."])
+            loaded = AutoencoderKL.from_pretrained(str(folder), variant=variant, local_files_only=True, **options)
         else:
-            folder = folder_of(name, "base/vae")
-            if folder is None:
-                hub.check_pinned("vae", name, revision)
-            options = {"revision": revision} if folder is None else {"local_files_only": True}
-            variant = None if folder is None else variant_of(folder, ["."])
-            loaded = AutoencoderKL.from_pretrained(
-                str(folder or name), dtype=dtype, use_safetensors=True, variant=variant, **options
-            )
-            if folder is None:
-                hub.check_downloaded("vae", name, str(revision))
+            hub.check_pinned("vae", name, revision)
+            try:
+                loaded = AutoencoderKL.from_pretrained(name, revision=revision, **options)
+            except OSError:  # the hub's client, and diffusers where no file has the plain name
+                loaded = AutoencoderKL.from_pretrained(name, revision=revision, variant="fp16", **options)
+            hub.check_downloaded("vae", name, str(revision))
     except ModelError:
         raise
     except Exception as error:  # as in _refused

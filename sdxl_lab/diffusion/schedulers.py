@@ -21,10 +21,9 @@ from sdxl_lab.schedules import OWN, check_zero_snr
 
 @dataclass(frozen=True)
 class Spec:
-    """A diffusers class, its name in A1111, and the options that make it this scheduler."""
+    """A diffusers class, and the options that make it this scheduler."""
 
     cls: str
-    a1111: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -36,24 +35,24 @@ CURVES: Mapping[str, Mapping[str, Any]] = {
 KARRAS = CURVES["karras"]
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 TABLE: dict[str, Spec] = {
-    "euler": Spec("EulerDiscreteScheduler", "Euler"),
-    "euler_a": Spec("EulerAncestralDiscreteScheduler", "Euler a"),
-    "dpmpp_2m": Spec("DPMSolverMultistepScheduler", "DPM++ 2M"),
-    "dpmpp_2m_karras": Spec("DPMSolverMultistepScheduler", "DPM++ 2M Karras", KARRAS),
-    "dpmpp_2m_sde": Spec("DPMSolverMultistepScheduler", "DPM++ 2M SDE", SDE),
-    "dpmpp_2m_sde_karras": Spec("DPMSolverMultistepScheduler", "DPM++ 2M SDE Karras", {**SDE, **KARRAS}),
-    "dpmpp_sde": Spec("DPMSolverSDEScheduler", "DPM++ SDE"),
-    "unipc": Spec("UniPCMultistepScheduler", "UniPC"),
-    "ddim": Spec("DDIMScheduler", "DDIM"),
-    "ddpm": Spec("DDPMScheduler", "DDPM"),
-    "heun": Spec("HeunDiscreteScheduler", "Heun"),
-    "lms": Spec("LMSDiscreteScheduler", "LMS"),
-    "kdpm2": Spec("KDPM2DiscreteScheduler", "DPM2"),
-    "kdpm2_a": Spec("KDPM2AncestralDiscreteScheduler", "DPM2 a"),
-    "pndm": Spec("PNDMScheduler", "PLMS"),
-    "deis": Spec("DEISMultistepScheduler", "DEIS"),
-    "lcm": Spec("LCMScheduler", "LCM"),
-    "tcd": Spec("TCDScheduler", "TCD"),
+    "euler": Spec("EulerDiscreteScheduler"),
+    "euler_a": Spec("EulerAncestralDiscreteScheduler"),
+    "dpmpp_2m": Spec("DPMSolverMultistepScheduler"),
+    "dpmpp_2m_karras": Spec("DPMSolverMultistepScheduler", KARRAS),
+    "dpmpp_2m_sde": Spec("DPMSolverMultistepScheduler", SDE),
+    "dpmpp_2m_sde_karras": Spec("DPMSolverMultistepScheduler", {**SDE, **KARRAS}),
+    "dpmpp_sde": Spec("DPMSolverSDEScheduler"),
+    "unipc": Spec("UniPCMultistepScheduler"),
+    "ddim": Spec("DDIMScheduler"),
+    "ddpm": Spec("DDPMScheduler"),
+    "heun": Spec("HeunDiscreteScheduler"),
+    "lms": Spec("LMSDiscreteScheduler"),
+    "kdpm2": Spec("KDPM2DiscreteScheduler"),
+    "kdpm2_a": Spec("KDPM2AncestralDiscreteScheduler"),
+    "pndm": Spec("PNDMScheduler"),
+    "deis": Spec("DEISMultistepScheduler"),
+    "lcm": Spec("LCMScheduler"),
+    "tcd": Spec("TCDScheduler"),
 }
 
 # What a model's scheduler config says of the model, and so to a scheduler of any name.

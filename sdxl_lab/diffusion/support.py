@@ -80,7 +80,7 @@ def check_is_drawn(config: Mapping[str, Any], part: str, role: str, name: str) -
     for key, drawn in DRAWN[part].items():
         if key in config and config[key] not in drawn:
             value = config[key]
-            means = {value: CHANNELS.get(value)} if key == "in_channels" else MEANS
+            means: Mapping[Any, str | None] = {value: CHANNELS.get(value)} if key == "in_channels" else MEANS
             meaning = next(
                 (f": {family}" for piece, family in means.items() if family and str(piece) in str(value)), ""
             )

@@ -11,10 +11,21 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sdxl_lab import cli
 from sdxl_lab.cli import STOPPED, main
-from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
+from sdxl_lab.config import (
+    FreeU,
+    GenerationConfig,
+    ModelRef,
+    PerturbedAttention,
+    ProjectedGuidance,
+    RefinerConfig,
+    RuntimeProfile,
+    ZeroStar,
+)
 from sdxl_lab.diffusion import engine
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError
@@ -64,7 +75,11 @@ def test_generate_draws_the_image_that_its_options_say(tiny_model, out, capsys):
     assert capsys.readouterr().out.startswith(f"{out}  seed 7  config {record.config.short_digest}  ")
 
 
+<<<<<<< HEAD
 NEON = pinned(GenerationConfig(loras=["nano/neon:0.5", "nano/neon:1:0"])).loras
+=======
+COMMIT, SHA256 = "c0ffee" * 6 + "abcd", "5" * 64
+>>>>>>> w16
 OPTIONS = [
     ("--scheduler heun", {"scheduler": "heun"}),
     ("--steps 4", {"steps": 4}),
@@ -89,12 +104,46 @@ OPTIONS = [
     ("--no-refiner", {}),
     ("--watermark --width 512 --height 512", {"watermark": True, "width": 512, "height": 512}),
     ("--no-watermark", {}),
-    ("--vae a/vae --vae-revision v1", {"model": ModelRef(refiner="nano", vae="a/vae", vae_revision="v1")}),
+    ("--sigma-schedule beta --timestep-spacing linspace", {"sigma_schedule": "beta", "timestep_spacing": "linspace"}),
+    ("--sigmas 14.6 3 0.5 0 --steps 3", {"sigmas": (14.6, 3.0, 0.5), "steps": 3}),
+    ("--timesteps 999 499 --steps 2", {"timesteps": (999, 499), "steps": 2}),
+    ("--apg --without sigmas", {"apg": ProjectedGuidance()}),
+    (
+        "--apg-eta 0.5 --apg-threshold 9 --apg-momentum 0.1",
+        {"apg": ProjectedGuidance(eta=0.5, threshold=9, momentum=0.1)},
+    ),
+    ("--cfg-zero --zero-steps 1", {"cfg_zero": ZeroStar(zero_steps=1)}),
+    (
+        "--pag --pag-scale 2 --pag-adaptive 0.001 --pag-layers up",
+        {"pag": PerturbedAttention(scale=2, adaptive=0.001, layers="up")},
+    ),
+    (
+        "--freeu --freeu-b1 1.3 --freeu-b2 1.4 --freeu-s1 0.9 --freeu-s2 0.2",
+        {"freeu": FreeU(b1=1.3, b2=1.4, s1=0.9, s2=0.2)},
+    ),
+    (f"--vae a/vae --vae-revision {COMMIT}", {"model": ModelRef(refiner="nano", vae="a/vae", vae_revision=COMMIT)}),
     ("--revision abc", {"model": ModelRef(refiner="nano", revision="abc")}),
     (
-        "--refiner-model a/refiner --refiner-revision abc",
-        {"model": ModelRef(refiner="a/refiner", refiner_revision="abc")},
+        f"--refiner-model a/refiner --refiner-revision {COMMIT}",
+        {"model": ModelRef(refiner="a/refiner", refiner_revision=COMMIT)},
     ),
+    (
+        f"--sha256 {SHA256} --refiner-sha256 {SHA256} --vae ./vae --vae-sha256 {SHA256}",
+        {
+            "model": ModelRef(
+                refiner="nano", vae="./vae", **dict.fromkeys(("sha256", "refiner_sha256", "vae_sha256"), SHA256)
+            )
+        },
+    ),
+    (
+        f"--model-config a/config --config-revision {COMMIT}",
+        {"model": ModelRef(refiner="nano", config="a/config", config_revision=COMMIT)},
+    ),
+    (
+        "--prediction-type v_prediction --zero-snr",
+        {"model": ModelRef(refiner="nano", prediction_type="v_prediction", zero_snr=True)},
+    ),
+    ("--no-zero-snr", {"model": ModelRef(refiner="nano", zero_snr=False)}),
     ("--without refiner-model", {"model": ModelRef()}),
 ]
 
@@ -121,6 +170,31 @@ def test_an_option_changes_its_setting(words, changes, monkeypatch, tmp_path):
     (tmp_path / "config.toml").write_text(start.to_toml())
     found = asked_for(["--config", str(tmp_path / "config.toml"), *words.split()], monkeypatch)
     assert found == start.with_(**changes)
+
+
+def test_the_commit_that_the_hub_names_is_shown_taken_and_recorded(monkeypatch, capsys):
+    """Case 6: a hub id without a commit."""
+    from sdxl_lab.diffusion import hub
+
+    asked = []
+    monkeypatch.setattr(hub, "commit_of", lambda *named: (asked.append(named), COMMIT)[1])
+    found = asked_for(["--model", "org/model"], monkeypatch)
+    assert (found.model.base, found.model.revision) == ("org/model", COMMIT)
+    assert f"org/model: the commit is {COMMIT}" in capsys.readouterr().err
+    asked_for(["--model", "org/model", "--revision", "v2"], monkeypatch)
+    assert asked == [("org/model", "main"), ("org/model", "v2")]
+    assert asked_for(["--model", "org/model", "--revision", COMMIT], monkeypatch) == found
+    assert len(asked) == 2, "a commit is not asked for"
+
+
+def test_the_a1111_text_of_another_program_goes_over_what_one_starts_from(monkeypatch, tmp_path, capsys):
+    info = PngInfo()
+    info.add_text("parameters", "a (red) cat\nSteps: 4, Sampler: Euler a, Schedule type: Karras, Seed: 3, Model: xl")
+    Image.new("RGB", (8, 8)).save(tmp_path / "theirs.png", pnginfo=info)
+    found = asked_for(["--parameters", str(tmp_path / "theirs.png"), "--steps", "6"], monkeypatch)
+    taken = {"scheduler": "euler_a", "sigma_schedule": "karras", "prompt_syntax": "a1111"}
+    assert found == GenerationConfig(steps=6, **taken)
+    assert capsys.readouterr().err == "not taken: Model: xl\n"
 
 
 def test_generate_has_an_option_for_every_setting_with_its_help(capsys):

@@ -789,10 +789,17 @@ OTHER_MODELS = {
     "revision": {"revision": "0" * 40},
     "vae": {"vae": "nano"},
     "revision of the vae": {"vae_revision": "0" * 40},
+    "checksum": {"sha256": "0" * 64},
+    "checksum of the vae": {"vae_sha256": "0" * 64},
+    "configurations": {"config": "nano"},
+    "revision of the configurations": {"config_revision": "0" * 40},
+    "prediction": {"prediction_type": "v_prediction"},
+    "terminal signal": {"zero_snr": True},
 }
 OTHER_REFINERS = {
     "refiner": {"refiner": "nano"},
     "revision of the refiner": {"refiner_revision": "0" * 40},
+    "checksum of the refiner": {"refiner_sha256": "0" * 64},
 }
 
 

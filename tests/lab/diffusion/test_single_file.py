@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
-from sdxl_lab.diffusion import checkpoint, single_file
+from sdxl_lab.diffusion import checkpoint, schedulers, single_file
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import SDXL, ModelError, identity
 from sdxl_lab.diffusion.models import Models, load
@@ -56,6 +56,11 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def copied_lively(lively_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(lively_model, tmp_path / "lively"))
 
 
 def parameters(models: Models) -> dict[str, torch.Tensor]:
@@ -179,6 +184,20 @@ def test_prediction_and_terminal_signal_are_as_the_configuration_says_or_else_th
     names = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
     assert tuple(found[name] for name in names) == expected
     assert loaded.refiner.scheduler_config["prediction_type"] == "epsilon", "the refiner is another model"
+
+
+def test_what_a_scheduler_s_configuration_leaves_out_can_be_said(copied_lively):
+    """diffusers notes which of its options were left out, and reads no other value for them from a configuration."""
+    path = copied_lively / "base" / "scheduler" / "scheduler_config.json"
+    told = json.loads(path.read_text())
+    for name in ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing"):
+        del told[name]
+    path.write_text(json.dumps(told))
+    model = ModelRef(base=str(copied_lively), prediction_type="v_prediction", zero_snr=True)
+    pristine = load(model, CPU).base.scheduler_config
+    built = schedulers.build(GenerationConfig(scheduler="ddim"), pristine, seed=1)
+    assert (built.config.prediction_type, built.config.timestep_spacing) == ("v_prediction", "trailing")
+    assert built.alphas_cumprod[-1] == 0
 
 
 # --- which file ------------------------------------------------------------------------------------------------------
@@ -328,6 +347,11 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(files, lively_mod
     assert words[0] == "python"
     subprocess.run([sys.executable, *words[1:]], check=True, cwd=tmp_path)
     load(ref(files, lively_model, base=str(path.with_suffix(".safetensors"))), CPU)
+
+
+def test_configurations_without_a_file_are_refused_since_nobody_would_read_them(lively_model):
+    with pytest.raises(ModelError, match="config must be left out where neither base, refiner nor vae is a single"):
+        load(ModelRef(base=str(lively_model), config="nano"), CPU)
 
 
 # --- what is SDXL's own ----------------------------------------------------------------------------------------------

@@ -55,10 +55,13 @@ def test_another_family_is_refused_by_name(copied, part, says, said):
         load(ModelRef.named(str(copied)), CPU)
 
 
-def test_a_vae_of_another_family_is_refused_by_name(copied):
+@pytest.mark.parametrize(
+    ("says", "said"), [({"latent_channels": 16}, "16"), ({"_class_name": "AutoencoderTiny"}, "pre")]
+)
+def test_a_vae_of_another_family_is_refused_by_name(copied, says, said):
     path = copied / "base" / "vae" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"latent_channels": 16}))
-    with pytest.raises(ModelError, match="vae"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | says))
+    with pytest.raises(ModelError, match=rf"the vae model must be one .* whose vae has {next(iter(says))} .*{said}"):
         load(ModelRef(base="nano", vae=str(copied / "base" / "vae")), CPU)
 
 
