@@ -75,11 +75,8 @@ def test_generate_draws_the_image_that_its_options_say(tiny_model, out, capsys):
     assert capsys.readouterr().out.startswith(f"{out}  seed 7  config {record.config.short_digest}  ")
 
 
-<<<<<<< HEAD
 NEON = pinned(GenerationConfig(loras=["nano/neon:0.5", "nano/neon:1:0"])).loras
-=======
 COMMIT, SHA256 = "c0ffee" * 6 + "abcd", "5" * 64
->>>>>>> w16
 OPTIONS = [
     ("--scheduler heun", {"scheduler": "heun"}),
     ("--steps 4", {"steps": 4}),
