@@ -1,10 +1,26 @@
 """`python -m bench [NAME ...]`: run the benchmarks. Each prints a table and writes JSON and a plot."""
 
 import argparse
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import clip_truth, cost, engine, fleet, gpu, imports, lora, queueing, scaling, serving, throughput, truesize
+from bench import (
+    call,
+    clip_truth,
+    cost,
+    engine,
+    fleet,
+    gpu,
+    imports,
+    lora,
+    queueing,
+    scaling,
+    serving,
+    throughput,
+    truesize,
+)
 from bench.measure import RESULTS
 from bench.neighbours import neighbours
 from bench.replicas import replicas
@@ -28,6 +44,7 @@ BENCHMARKS: dict[str, Callable[[Size], None]] = {
     "lora": lora.main,
     "cancel": engine.cancel,
     "growth": engine.growth,
+    "call": call.main,
     "truesize": truesize.main,
     "clip-truth": clip_truth.main,
     "imports": imports.main,
@@ -54,4 +71,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the servers it has started end with it
     main()

@@ -32,7 +32,7 @@ POLICIES = {
     FIFO: Policy("fifo", queue=ANY),
     SHORTEST: Policy("shortest", queue=ANY),
 }
-PATIENCES, STRETCHES, SLACKS = (2.0, 5.0, 10.0, 20.0, 1e9), (1.5, 2.0, 3.0, 1e9), (0.1, 0.15, 0.2, 0.3)
+PATIENCES, STRETCHES, THRIFTS = (2.0, 5.0, 10.0, 20.0, 1e9), (1.5, 2.0, 3.0, 1e9), (1.0, 2.0, 4.0, 8.0, 1e9)
 AIMS = {"mean": {0.5: "", 0.7: "0.8", 0.85: "0.75"}, "short": {0.5: "3", 0.7: "3", 0.85: "5"}}
 OWN = f"p99 of {SHORT} steps"
 
@@ -136,11 +136,11 @@ def constants(count: int) -> dict[str, dict[str, dict[str, float]]]:
         for p, s in pairs
     }
     rates = {f"eager, {LOADS[1]:.0%}": LOADS[1] * single, f"eager, full calls, {LOADS[2]:.0%}": LOADS[2] * full}
-    slack = {
-        f"SLACK {s:g}": {name: tuned(EAGER, rate, count, (SHORTEST,), SLACK=s) for name, rate in rates.items()}
-        for s in SLACKS
+    thrift = {
+        f"THRIFT {t:g}": {name: tuned(EAGER, rate, count, (SHORTEST,), THRIFT=t) for name, rate in rates.items()}
+        for t in THRIFTS
     }
-    return found | slack
+    return found | thrift
 
 
 def main(size: Size) -> None:

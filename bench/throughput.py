@@ -5,25 +5,19 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-import torch
-
 from bench.baselines import Pipeline, PipelineRequest
 from bench.clients import rate
-from bench.engine import all_at_once, one_by_one
+from bench.engine import DTYPES, all_at_once, one_by_one
 from bench.isolated import isolated
 from bench.measure import Measurement, Report, alternate, ratios
 from bench.servers import server
 from bench.settings import FLOAT32, Body, Size, body, config_of
 from sdxl_lab.config import SCHEDULERS, GenerationConfig
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.processor import multiplies
 from sdxl_lab.job import ImageRequest
 
 # Schedulers that the static servers can use, too; without second-order ones, whose steps cost two calls.
 MIXED = [name for name in SCHEDULERS if name not in ("heun", "kdpm2", "kdpm2_a", "dpmpp_sde", "lcm", "tcd", "pndm")]
-
-# Where the processor does not multiply bfloat16 an image takes minutes in it.
-DTYPES = ("float32", "bfloat16") if multiplies(torch.bfloat16) else ("float32",)
 
 
 def bodies(size: Size, *, mixed: bool) -> Sequence[Body]:

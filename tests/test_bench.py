@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from bench import __main__ as bench
-from bench import clip_truth, fleet, imports, lora, neighbours, queueing, scaling, soak, throughput
+from bench import call, clip_truth, fleet, imports, lora, neighbours, queueing, scaling, soak, throughput
 from bench.clients import Answer
 from bench.measure import Report, alternate
+from bench.random_sdxl import new_unet
 from bench.settings import config_of
 from bench.simulate import Cost
 from sdxl_lab.diffusion.engine import Engine
@@ -65,6 +66,34 @@ def test_an_image_that_takes_too_long_is_cancelled_and_reckoned_by_its_steps(tin
         slow = engine.models.base.unet.forward
         monkeypatch.setattr(engine.models.base.unet, "forward", lambda *a, **k: time.sleep(0.1) or slow(*a, **k))
         assert neighbours._seconds(engine, tiny_config.with_(steps=100)) > 5
+
+
+@pytest.mark.slow
+def test_a_call_is_taken_apart_and_each_trial_is_set_against_diffusers_own(tiny_model, tmp_path, monkeypatch):
+    for name, value in {"ROWS": (2,), "isolated": in_this_process}.items():
+        monkeypatch.setattr(call, name, value)
+    for change in (lambda: monkeypatch.setenv(call.KEEPING[0], ""), lambda: monkeypatch.delenv(call.KEEPING[0])):
+        change()  # so that what the benchmark sets is taken back
+    bench.main(["call", "--model", str(tiny_model), "--folder", str(tmp_path), *SMALL])
+    trials, shares = (
+        json.loads((tmp_path / f"{name}.json").read_text())["values"] for name in ("call", "call-profile")
+    )
+    for trial in call.TRIALS:
+        assert all(0.01 < ratio < 100 for ratio in trials[f"2 rows: {trial}"])
+    for trial in (call.DIFFUSERS, call.LEAN, call.LAST):
+        found = {label: each[0] for label, each in shares.items() if label.startswith(f"2 rows, {trial}: ")}
+        whole = found.pop(f"2 rows, {trial}: {call.WHOLE}")
+        assert sum(found.values()) == pytest.approx(whole)
+        assert all(found[f"2 rows, {trial}: {kind}"] > 0 for kind in call.KINDS)
+
+
+def test_the_texts_share_of_a_call_is_counted_as_on_paper():
+    """SDXL has 10 transformer blocks of 640 channels and 60 of 1,280, and each projects 77 tokens of 2,048 twice."""
+    with torch.device("meta"):
+        share, megabytes = call.text_share(new_unet(), 1024)
+    channels = 10 * 640 + 60 * 1280
+    assert megabytes == pytest.approx(2 * 77 * channels * 2 / 1e6)
+    assert share * 6.76e12 == pytest.approx(2 * 2 * 77 * 2048 * channels, rel=0.01)
 
 
 @pytest.mark.slow
@@ -155,7 +184,13 @@ def test_fleets_are_simulated(tiny_model, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_orders_are_compared(tmp_path, capsys, monkeypatch):
-    for name, value in {"EACH": 300, "RUNS": 2, "PATIENCES": (1e9,), "STRETCHES": (1.5,), "SLACKS": (0.1, 0.3)}.items():
+    for name, value in {
+        "EACH": 300,
+        "RUNS": 2,
+        "PATIENCES": (1e9,),
+        "STRETCHES": (1.5,),
+        "THRIFTS": (1.0, 1e9),
+    }.items():
         monkeypatch.setattr(queueing, name, value)
     bench.main(["queueing", "--folder", str(tmp_path), "--images", "1"])
     found = json.loads((tmp_path / "queueing.json").read_text())
@@ -165,7 +200,7 @@ def test_orders_are_compared(tmp_path, capsys, monkeypatch):
     assert max(found["values"]["compiled, 85%: mean / one at a time"]) < 1
     constants = found["constants"]
     assert constants["PATIENCE 10, STRETCH 1.5"] != constants["PATIENCE 1e+09, STRETCH 3"]  # they reach the batcher
-    rows = [next(iter(constants[f"SLACK {slack}"].values()))["rows of a call"] for slack in (0.1, 0.3)]
+    rows = [next(iter(constants[f"THRIFT {thrift:g}"].values()))["rows of a call"] for thrift in (1e9, 1.0)]
     assert rows[0] > rows[1] > 2
     with Image.open(tmp_path / "queueing.png") as plot:
         assert plot.width > 500

@@ -16,10 +16,10 @@ from sdxl_lab.diffusion.latency import Forecast, Group, LatencyModel
 # An image's remaining time counts for half once it has waited this many times its own: between the two classics,
 # shortest remaining time first (no patience) and highest response ratio next (Hansen 1971).
 PATIENCE = 10.0
-# Nobody waits longer than this multiple of what first come, first served would have taken.
+# Who takes longer than this multiple of what first come, first served would have taken goes before everybody.
 STRETCH = 3.0
-# Rows that cost this much more than the cheapest are still cheap enough, where the call is smaller.
-SLACK = 0.1
+# What a cheaper row is worth to each row that waits for it, against what a longer call costs the rows that are in it.
+THRIFT = 4.0
 # So many calls of a row count are made before it is judged: the first one may be slow.
 TRIALS = 3
 # Larger calls are tried while one more doubling takes at least this share off the price of a row, ...
@@ -90,10 +90,11 @@ class Batcher:
     """Who is under way and who is in the next call.
 
     `max_active` bounds the images under way: memory. `max_rows` bounds the rows of one call; how many it takes is what
-    costs the least time a row, as `latency` measured it. While `exploring`, row counts of which too little is known
-    are tried first, where there is enough to fill them. With `order` "shortest" the image with the least remaining
-    time goes first, less so the longer it has waited, and none takes more than `STRETCH` times as long as first come,
-    first served would have taken; "fifo" is that order. A higher priority goes before, within the same bound.
+    `latency` measured to be cheap, and the more so the more rows are there. While `exploring`, row counts of which too
+    little is known are tried first, where there is enough to fill them. With `order` "shortest" the image with the
+    least remaining time goes first, less so the longer it has waited; one that would take more than `STRETCH` times as
+    long as first come, first served falls due, and goes before everybody (`bench.queueing.bound` says what that
+    guarantees). "fifo" is first come, first served. A higher priority goes before, but not before what is due.
     """
 
     latency: LatencyModel
@@ -105,6 +106,7 @@ class Batcher:
     _count: int = 0
     _busy_until: float = -math.inf  # when first come, first served would be done with all that has arrived
     _choices: dict[Group, tuple[int, float]] = field(default_factory=dict)
+    _rows: dict[tuple[Group, int], int] = field(default_factory=dict)
 
     # --- who is there ------------------------------------------------------------------------------------------------
 
@@ -238,13 +240,13 @@ class Batcher:
 
     def _limit(self, group: Group, room: int) -> int:
         """The rows of the next call: a count to be tried, if there are images to fill it, else the best known."""
+        sharing = [image for image in self._images.values() if image.group == group and not image.alone]
         untried = self._to_try(group)
         if untried is not None:
-            sharing = [image for image in self._images.values() if image.group == group and not image.alone]
             waiting = sorted((image.rows for image in sharing if not image.active), reverse=True)[:room]
             if sum(waiting) + sum(image.rows for image in sharing if image.active) >= untried:
                 return untried
-        return self.rows_of(group)
+        return self.rows_of(group, sum(image.rows for image in sharing))
 
     def _to_try(self, group: Group) -> int | None:
         return self.untried(group) if self.exploring else None
@@ -265,25 +267,39 @@ class Batcher:
     def _candidates(self) -> list[int]:
         return sorted({*(1 << power for power in range(1, self.max_rows.bit_length())), self.max_rows})
 
-    def rows_of(self, group: Group) -> int:
-        """The rows of a well filled call: the fewest whose price a row is within `SLACK` of the least."""
-        return self._choice(group)[0]
+    def rows_of(self, group: Group, there: int | None = None) -> int:
+        """The rows of a call where so many rows of the group are there; left out, of a well filled call.
+
+        The least of `THRIFT` times the seconds in which all of them have had a call of so many rows, the last one with
+        what is left, and the seconds of the first call. With few rows there it is small and soon over, with many it
+        costs the least time a row, and a larger call must be cheaper to be worth it.
+        """
+        if there is None:
+            return self._choice(group)[0]
+        if (group, there) not in self._rows:
+            self._rows[group, there] = min(self._measured(group), key=lambda rows: self._worth(group, there, rows))
+        return self._rows[group, there]
+
+    def _worth(self, group: Group, there: int, rows: int) -> tuple[float, int]:
+        calls, left = divmod(there, rows)
+        seconds = calls * self.latency.seconds(group, rows) + (self.latency.seconds(group, left) if left else 0.0)
+        return THRIFT * seconds + self.latency.seconds(group, min(rows, there)), rows
+
+    def _measured(self, group: Group) -> list[int]:
+        """The row counts to choose from; all that is allowed where nothing was measured."""
+        return [rows for rows in self.latency.measured(group) if rows <= self.max_rows] or [self.max_rows]
 
     def _choice(self, group: Group) -> tuple[int, float]:
-        """Rows of a well filled call, and seconds a row in it."""
+        """Rows of a well filled call, one with `max_rows` there, and seconds a row in it."""
         if group not in self._choices:
-            counts = [rows for rows in self.latency.measured(group) if rows <= self.max_rows]
-            prices = self.latency.prices(group, counts)
-            if not prices:
-                return self.max_rows, self.latency.seconds(group, self.max_rows) / self.max_rows
-            least = min(prices.values())
-            rows = min(rows for rows, price in prices.items() if price <= least * (1 + SLACK))
-            self._choices[group] = rows, prices[rows]
+            rows = self.rows_of(group, self.max_rows)
+            self._choices[group] = rows, self.latency.seconds(group, rows) / rows
         return self._choices[group]
 
     def measured(self) -> None:
         """The latency model has learnt: choose rows anew, and count everybody's time at the new price."""
         self._choices.clear()
+        self._rows.clear()
         for image in self._images.values():
             image.cost, image.left = self._cost(image.whole), self._cost(image.parts)
 
@@ -332,7 +348,7 @@ class Batcher:
     def twin(self) -> "Batcher":
         """The same images, to be played forward: it shares only the measurements, and tries nothing out."""
         images = {key: replace(image, parts=list(image.parts)) for key, image in self._images.items()}
-        return replace(self, exploring=False, _images=images, _choices=dict(self._choices))
+        return replace(self, exploring=False, _images=images, _choices=dict(self._choices), _rows=dict(self._rows))
 
 
 def _checked(work: Iterable[Part]) -> list[Part]:

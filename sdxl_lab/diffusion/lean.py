@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import Attention, BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -92,23 +91,36 @@ class LeanGEGLU(GEGLU):
         return gated
 
 
+class Pointwise(nn.Conv2d):
+    """A convolution of one pixel, as the matrix product that it is. torch takes one of two implementations by the
+    number of threads, which round differently; a product has the same bits with one thread as with two or four."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        mixed = torch.matmul(self.weight.flatten(1), pixels.flatten(2)).unflatten(2, pixels.shape[2:])
+        return mixed if self.bias is None else mixed.add_(self.bias[:, None, None])
+
+
 LEAN: dict[type[nn.Module], type[nn.Module]] = {
     ResnetBlock2D: LeanResnet,
     Transformer2DModel: LeanTransformer,
     BasicTransformerBlock: LeanBlock,
     GEGLU: LeanGEGLU,
+    nn.Conv2d: Pointwise,
 }
 
 
-def lighten(unet: UNet2DConditionModel) -> None:
+def lighten(model: nn.Module) -> None:
     """Give every block that `LEAN` has one for its leaner `forward`. Weights stay as they are."""
-    for module in unet.modules():
+    for module in model.modules():
         if type(module) in LEAN and _is_sdxls(module):
             module.__class__ = LEAN[type(module)]
 
 
 def _is_sdxls(module: nn.Module) -> bool:
     """Whether a block has the settings of SDXL's, which alone the lean ones know."""
+    if isinstance(module, nn.Conv2d):
+        pointwise = module.kernel_size == module.stride == module.dilation == (1, 1) and not any(module.padding)
+        return pointwise and module.groups == 1
     if isinstance(module, ResnetBlock2D):
         scaled = module.output_scale_factor != 1 or module.time_embedding_norm != "default" or module.skip_time_act
         resampled = module.upsample is not None or module.downsample is not None

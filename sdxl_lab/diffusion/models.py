@@ -197,8 +197,10 @@ def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:
     ]
     for part in parts:
         part.to(device).eval().requires_grad_(False)
-    if device.type == "cpu" and profile.channels_last:
-        base.vae.to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        lighten(base.vae)
+        if profile.channels_last:
+            base.vae.to(memory_format=torch.channels_last)
     second = _denoiser(refiner, profile) if refiner else None
     if device.type == "cpu":
         keep_allocations()  # from here on: what loading took for a moment goes back to the system

@@ -23,13 +23,14 @@ ROOT = Path(__file__).parents[2]
 KEY = "a-key-that-nobody-may-read"
 TOKEN = "Bearer a-token-of-the-proxy"
 
-# `python -m service`, whose engine is slow, or is stuck once it has begun an image.
+# `python -m service`, whose engine is slow, or is stuck once it has begun an image; so it calibrates nothing before.
 PROGRAM = """
 import sys, time
 from sdxl_lab.diffusion.engine import Engine
 from service.__main__ import main
 predict, pause = Engine._predict, float(sys.argv.pop())
 Engine._predict = lambda *given: time.sleep(pause) or predict(*given)
+Engine.calibrate = lambda *given: None
 sys.exit(main())
 """
 

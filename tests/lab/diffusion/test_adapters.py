@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -91,7 +91,10 @@ def _renamed(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], None]:
 
 
 def _without(key: str) -> Callable[[dict[str, torch.Tensor]], None]:
-    return lambda tensors: tensors.pop(key) and None
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[key]
+
+    return change
 
 
 def _with(key: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]:
@@ -275,6 +278,7 @@ def test_fused_projections_are_changed_like_their_parts() -> None:
     apart = answers()
     for each in (attn, cross):
         each.fuse_projections()
+        each.set_processor(FusedAttnProcessor2_0())
     holder.__dict__.pop("lora_targets")
     for one, other in zip(apart, answers(), strict=True):
         assert torch.allclose(one, other, atol=1e-5)
@@ -311,7 +315,7 @@ def test_images_with_and_without_loras_share_their_calls(
     counted = []
     predict = engine._predict
     monkeypatch.setattr(
-        engine, "_predict", lambda name, inputs, **more: counted.append(len(inputs)) or predict(name, inputs, **more)
+        engine, "_predict", lambda name, inputs, *more: counted.append(len(inputs)) or predict(name, inputs, *more)
     )
     configs = [
         tiny_config.with_(loras=refs) for refs in ([], [f"{one}:0.5"], [two], [one, f"{two}:-0.3"], [f"{one}:0"])

@@ -8,6 +8,7 @@ documentation, never taken from the code under test.
 import json
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -367,8 +368,9 @@ def two(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, st
 def drawn_with_loras(pipelines: Pipelines, request: ImageRequest) -> np.ndarray:
     """As diffusers does it: each loaded under a name of its own, then all set at once."""
     pipe = pipelines.base
-    for place, ref in enumerate(request.config.loras):
-        pipe.load_lora_weights(ref.source, adapter_name=f"number_{place}")
+    with warnings.catch_warnings(action="ignore"):  # PEFT warns of a second one
+        for place, ref in enumerate(request.config.loras):
+            pipe.load_lora_weights(ref.source, adapter_name=f"number_{place}")
     weights = [
         {"unet": ref.weight, "text_encoder": ref.text_weight, "text_encoder_2": ref.text_weight}
         for ref in request.config.loras

@@ -13,7 +13,7 @@ from torch import nn
 from sdxl_lab.config import RuntimeProfile
 from sdxl_lab.diffusion import models
 from sdxl_lab.diffusion.inventory import NANO
-from sdxl_lab.diffusion.lean import LEAN, lighten
+from sdxl_lab.diffusion.lean import LEAN, Pointwise, lighten
 
 CPU = RuntimeProfile(device="cpu", dtype="float32")
 
@@ -61,9 +61,10 @@ def test_a_lean_unet_answers_as_diffusers_own(unet, rows, fused, layout):
     assert answer(light, given).equal(answer(light, given)), "nor does a call leave anything to the next"
 
 
-def test_but_for_the_halves_of_a_geglu_the_bits_are_the_same(unet, monkeypatch):
+def test_but_for_the_halves_of_a_geglu_and_single_pixels_the_bits_are_the_same(unet, monkeypatch):
     """So what the others leave out is passes over memory, and no arithmetic."""
     monkeypatch.delitem(LEAN, GEGLU)
+    monkeypatch.delitem(LEAN, nn.Conv2d)
     light = copy.deepcopy(unet)
     lighten(light)
     assert torch.equal(answer(light, inputs(unet, 2)), answer(unet, inputs(unet, 2)))
@@ -73,7 +74,25 @@ def test_every_block_of_an_sdxl_is_made_lean(unet):
     light = copy.deepcopy(unet)
     lighten(light)
     assert {type(module) for module in light.modules()} >= set(LEAN.values())
-    assert not {type(module) for module in light.modules()} & set(LEAN)
+    left = {type(module) for module in light.modules()} & set(LEAN)
+    assert left == {nn.Conv2d}, "but for convolutions of more than a pixel"
+    assert not [each for each in light.modules() if type(each) is nn.Conv2d and each.kernel_size == (1, 1)]
+
+
+def test_a_lean_vae_answers_as_diffusers_own():
+    """Its only lean parts are the convolutions of one pixel, whose bits then do not depend on the number of threads."""
+    vae = models.AutoencoderKL.from_pretrained(NANO / "base" / "vae", variant="fp16", dtype=torch.float32).eval()
+    light = copy.deepcopy(vae)
+    lighten(light)
+    assert {type(module) for module in light.modules()} & set(LEAN.values()) == {Pointwise}
+    latents = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for (one,), (other,) in (
+            (light.decode(latents, return_dict=False), vae.decode(latents, return_dict=False)),
+            ((light.encode(pixels).latent_dist.mean,), (vae.encode(pixels).latent_dist.mean,)),
+        ):
+            assert (one - other).abs().max() <= 2e-5 * other.abs().max()
 
 
 class NotLinear(nn.Linear):
@@ -108,6 +127,10 @@ OTHER_SETTINGS = {
     "an attention with a residual of its own": lambda: block_with(residual_connection=True),
     "an attention of another processor": lambda: block_with(processor=object()),
     "a GEGLU with an adapter": geglu_with_an_adapter,
+    "a convolution of more pixels": lambda: nn.Conv2d(4, 4, 3),
+    "a convolution that skips pixels": lambda: nn.Conv2d(4, 4, 1, stride=2),
+    "a convolution with a border": lambda: nn.Conv2d(4, 4, 1, padding=1),
+    "a convolution in groups": lambda: nn.Conv2d(4, 4, 1, groups=2),
 }
 
 
