@@ -96,7 +96,7 @@ PROMPT = Setting(
 PROMPT_2 = Setting(
     kind=Text(1, MAX_PROMPT),
     label="Prompt 2",
-    help="what the second text encoder reads (left out: the prompt)",
+    help="what the base's second text encoder reads (left out: the prompt)",
     example="in the style of a woodcut",
     source="diffusers: prompt_2",
     client=True,
@@ -959,7 +959,7 @@ class GenerationConfig(Declared):
         Setting(
             kind=Text(1, MAX_PROMPT),
             label="Negative prompt 2",
-            help="what the second text encoder reads of it (left out: the negative prompt)",
+            help="what the base's second text encoder reads (left out: the negative prompt)",
             example="blurry",
             source="diffusers: negative_prompt_2",
             client=True,
@@ -1028,9 +1028,6 @@ class GenerationConfig(Declared):
         if self.apg is not None and self.cfg_zero is not None:
             rule = "left out where apg is not, since either takes the place of plain guidance"
             raise ConfigError("cfg_zero", self.cfg_zero.to_dict(), rule, "apg.momentum = -0.5")
-        if self.negative_prompt_2 is not None and self.negative_prompt is None:
-            rule = "left out where negative_prompt is"
-            raise ConfigError("negative_prompt_2", self.negative_prompt_2, rule, 'negative_prompt = "blurry"')
         tokens = [ref.token.casefold() for ref in self.embeddings]
         for place, token in enumerate(tokens):
             if token in tokens[:place]:

@@ -146,7 +146,11 @@ class _Open:
         """What stands there, where the bracket means no schedule."""
         nodes: list[_Node] = [self.bracket]
         for sign, part in zip(["", *self.signs], self.parts, strict=True):
-            nodes += [sign, *part] if sign else part
+            for node in [sign, *part]:
+                if isinstance(node, str) and isinstance(nodes[-1], str):  # few nodes, however deep the brackets are
+                    nodes[-1] += node
+                else:
+                    nodes.append(node)
         return nodes
 
     def closed(self) -> "list[_Node]":

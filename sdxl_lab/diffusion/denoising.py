@@ -151,7 +151,7 @@ def _cutoff(scheduler: SchedulerMixin, handover: float) -> int:
     return round(train - handover * train)
 
 
-KEPT = 8  # embeddings of one stage
+KEPT = 8  # chunks of embeddings that a stage keeps, beside those of its present step
 
 
 class Guidance(NamedTuple):
@@ -215,7 +215,14 @@ class Stage:
         self._steps = _steps(len(self.scheduler.timesteps), config.steps)[part]
         self.positives = self._prompts(request.words, request.words_2, config.clip_skip)
         # The pipelines skip layers for the positive prompt alone.
-        self.negatives = self._prompts(config.negative_prompt, config.negative_prompt_2) if guided else self.positives
+        negative, second = config.negative_prompt, config.negative_prompt_2
+        if negative is None and second is not None:
+            negative = ""  # the first encoder has nothing to read
+        self.negatives = self._prompts(negative, second) if guided else self.positives
+        if guided and not (negative or second):
+            # Empty chunks are all alike: with as many as the prompt has, both rows fit into one call.
+            chunks = (prompt.chunks for prompt in self.positives)
+            self.negatives = [each._replace(chunks=k) for each, k in zip(self.negatives, chunks, strict=True)]
         for prompts in (self.positives, self.negatives):
             if prompts:  # what cannot be embedded is refused before the first call
                 self._embedding(prompts[0])
@@ -240,11 +247,11 @@ class Stage:
 
     def _embedding(self, prompt: Prompt) -> Embedding:
         """A prompt's embedding. The last ones are kept here: the engine may forget them before the next step."""
-        if prompt not in self._embedded:
-            if len(self._embedded) == KEPT:
-                del self._embedded[next(iter(self._embedded))]
-            self._embedded[prompt] = self._embed(self.name, prompt)
-        return self._embedded[prompt]
+        found = self._embedded.pop(prompt, None) or self._embed(self.name, prompt)
+        self._embedded[prompt] = found  # now the last to go
+        while len(self._embedded) > 2 and sum(each.chunks for each in self._embedded.values()) > KEPT:
+            del self._embedded[next(iter(self._embedded))]
+        return found
 
     def _time_ids(self, size: tuple[int, int], device: torch.device) -> torch.Tensor:
         """The micro-conditioning (2, 5 or 6) of the unguided and the guided row."""

@@ -550,31 +550,32 @@ class Engine:
     def _predict(self, name: str, inputs: list[Rows], *loras: Applied) -> tuple[torch.Tensor, ...]:
         """The UNet's answer for every image's rows, with the LoRAs of each image, if any has some, in its rows."""
         rows = Rows.joined(inputs)
-        owners = [owner for owner, each in enumerate(inputs) for _ in each.timesteps]
-        found: dict[int, torch.Tensor] = {}
-        for places in rows.calls():
-            changed = [(loras[owner], 1) for owner in (owners[place] for place in places)] if loras else []
-            with self._loras.in_unet(changed) if loras else nullcontext():
-                found |= zip(places, self._answer(name, rows.at(places), bare=bool(loras)), strict=True)
-        answer = torch.stack([found[place] for place in range(len(owners))])
-        return answer.split([len(each.timesteps) for each in inputs])
+        counts = [len(each.timesteps) for each in inputs]
+        of_rows = [each for each, count in zip(loras, counts, strict=True) for _ in range(count)] if loras else []
+        calls = rows.calls()
+        if len(calls) == 1:
+            return self._answer(name, rows, of_rows).split(counts)
+        parts = [self._answer(name, rows.at(places), [of_rows[place] for place in places if loras]) for places in calls]
+        order = torch.tensor([place for places in calls for place in places]).argsort()
+        return torch.cat(parts)[order].split(counts)
 
-    def _answer(self, name: str, rows: Rows, *, bare: bool) -> torch.Tensor:
-        """One call of the UNet: its answer for every row, in float32. `bare`, without its graphs and its compiled
-        code."""
+    def _answer(self, name: str, rows: Rows, loras: list[Applied]) -> torch.Tensor:
+        """One call of the UNet: its answer for every row, in float32. With LoRAs in its rows it goes without its graphs
+        and its compiled code."""
         count, dtype = len(rows.timesteps), self.models.dtype
         if self.profile.compile:
             rows = rows.padded(1 << (count - 1).bit_length())
         unet = getattr(self.models, name).unet
-        answer: torch.Tensor = (adapters.bare(unet) if bare else unet)(
-            rows.latents.to(dtype),
-            rows.timesteps,
-            encoder_hidden_states=rows.text().to(dtype),
-            timestep_cond=rows.timestep_cond.to(dtype) if rows.timestep_cond.shape[1] else None,
-            added_cond_kwargs={"text_embeds": rows.pooled.to(dtype), "time_ids": rows.time_ids},
-            **rows.asked(self.models.device),
-            return_dict=False,
-        )[0]
+        with self._loras.in_unet([(each, 1) for each in loras]) if loras else nullcontext():
+            answer: torch.Tensor = (adapters.bare(unet) if loras else unet)(
+                rows.latents.to(dtype),
+                rows.timesteps,
+                encoder_hidden_states=rows.text().to(dtype),
+                timestep_cond=rows.timestep_cond.to(dtype) if rows.timestep_cond.shape[1] else None,
+                added_cond_kwargs={"text_embeds": rows.pooled.to(dtype), "time_ids": rows.time_ids},
+                **rows.asked(self.models.device),
+                return_dict=False,
+            )[0]
         return answer[:count].float()
 
     def _decode(self, finished: list[Work]) -> None:

@@ -49,9 +49,10 @@ class Prompt(NamedTuple):
     chunks: int = 1
 
     def read_by(self, encoders: int) -> tuple[str, ...]:
-        """The text that each of so many encoders reads. A refiner has the second one only."""
+        """The text that each of so many encoders reads. A refiner has one encoder, and reads the first text, as in
+        diffusers, although it is the base's second encoder."""
         first = self.text or ""
-        return (first, self.second or first)[-encoders:]
+        return (first, self.second or first)[:encoders]
 
 
 class Embedding(NamedTuple):

@@ -6,8 +6,9 @@ holds the checksum of the first, so a cell is there whole or not at all.
 """
 
 import hashlib
+import logging
 import time
-from collections.abc import Callable, Generator, ItemsView, Mapping, Sequence
+from collections.abc import Callable, Generator, ItemsView, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -33,6 +34,8 @@ from sdxl_lab.images import GeneratedImage, ImageError, open_image, read_record
 from sdxl_lab.job import ImageRequest, Job, JobState
 from sdxl_lab.record import Digest, Record, RecordError
 from sdxl_lab.version import __version__
+
+log = logging.getLogger(__name__)
 
 FOLDER = Path("runs/cache")
 LIBRARIES = ("diffusers", "torch", "transformers", "scipy", "torchsde", "invisible-watermark", "opencv-python")
@@ -139,6 +142,7 @@ class ImageCache:
         self._own: tuple[ModelRef, Engine] | None = None
         self.profile = engine.profile if engine else profile or RuntimeProfile()
         self._weights: dict[ModelRef, dict[str, str]] = {}
+        self._warned: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -226,6 +230,13 @@ class ImageCache:
         """Which words of a finished cell's texts were cut; None where none were."""
         notes = self._notes(key)
         return " ".join(notes.warnings) or None if notes else None
+
+    def warn(self, keys: Iterable[str]) -> None:
+        """Log which words of these cells' texts were cut, each once."""
+        for warning in filter(None, map(self.warning, keys)):
+            if warning not in self._warned:
+                self._warned.add(warning)
+                log.warning(warning)
 
     def _path(self, key: str, ending: str) -> Path:
         return self.folder / f"{key}.{ending}"

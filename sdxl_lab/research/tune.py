@@ -377,6 +377,7 @@ def _run_trial(plan: StudyPlan, study: Study, cached: ImageCache, trial: Trial) 
             if key in cached:  # drawn, but not measured: the settings are not at fault
                 raise SweepError(f"the metric of the study must measure every image; {failure}")
             raise give_up(f"cannot be drawn: {failure}")
+        cached.warn(keys)
         measured = [cached.values(key, [plan.metric])[plan.metric.name] for key in keys]
         for cell, value in zip(part, measured, strict=True):
             if not math.isfinite(value):

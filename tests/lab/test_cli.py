@@ -91,6 +91,8 @@ OPTIONS = [
     ("--clip-skip 2", {"clip_skip": 2}),
     ("--lora nano/neon:0.5 --lora nano/neon:1:0", {"loras": NEON}),
     ("--without lora", {"loras": ()}),
+    ("--prompt-syntax a1111", {"prompt_syntax": "a1111"}),
+    ("--negative-prompt a --negative-prompt-2 b", {"negative_prompt": "a", "negative_prompt_2": "b"}),
     ("--refiner", {"refiner": RefinerConfig()}),
     ("--refiner --handover 0.5", {"refiner": RefinerConfig(handover=0.5)}),
     ("--handover 0.5", {"refiner": RefinerConfig(handover=0.5)}),
@@ -524,3 +526,27 @@ def test_the_module_runs_as_a_program():
     answer = subprocess.run([sys.executable, "-m", "sdxl_lab", "--version"], cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode == 0
     assert answer.stdout.strip() == cli.__version__
+
+
+def test_both_prompts_come_from_an_image_unless_one_is_new(config_file, tmp_path, capsys):
+    first, again, other = (tmp_path / f"{name}.png" for name in ("first", "again", "other"))
+    assert main(["generate", "a cat", "--prompt-2", "a dog", "--config", str(config_file), "--out", str(first)]) == 0
+    assert main(["generate", "--like", str(first), "--out", str(again)]) == 0
+    assert main(["generate", "a boat", "--like", str(first), "--out", str(other)]) == 0
+    said = [(record.prompt, record.prompt_2) for record in map(read_record, (first, again, other))]
+    assert said == [("a cat", "a dog"), ("a cat", "a dog"), ("a boat", None)]
+    assert read_record(first) == read_record(again)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("2 of 75 tokens")
+
+
+def test_what_is_cut_is_told(config_file, tmp_path, capsys):
+    out = tmp_path / "x.png"
+    assert main(["generate", "cat " * 75 + "red hat", "--config", str(config_file), "--out", str(out)]) == 0
+    told = capsys.readouterr()
+    assert told.err.startswith("warning: prompt: the text encoders read 75 of its 77 tokens and cut 'red hat'")
+    assert told.out.strip().endswith("77 of 75 tokens")
+    options = ["--prompt-syntax", "a1111", "--config", str(config_file), "--out", str(out)]
+    assert main(["generate", "cat " * 80, *options]) == 0
+    told = capsys.readouterr()
+    assert not told.err
+    assert told.out.strip().endswith("80 tokens")

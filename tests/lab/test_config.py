@@ -13,6 +13,7 @@ from sdxl_lab.config import (
     MODELS,
     SCHEDULERS,
     ConfigError,
+    EmbeddingRef,
     FreeU,
     GenerationConfig,
     LoraRef,
@@ -78,6 +79,9 @@ EVERYTHING = GenerationConfig(
     crop=(8, 16),
     target_size=(264, 320),
     negative_prompt='blurry "é" \n日本',
+    negative_prompt_2="a dog",
+    prompt_syntax="a1111",
+    embeddings=(EmbeddingRef(token="my style", source="a/style.safetensors", sha256="0a" * 32),),
     clip_skip=2,
     refiner=RefinerConfig(handover=0.7, aesthetic_score=6.5, negative_aesthetic_score=2.0),
     watermark=True,
@@ -180,6 +184,9 @@ BAD = [
     (GenerationConfig, {"negative_prompt": "x" * 2001}, "negative_prompt must be text of 0 to 2000 characters"),
     (GenerationConfig, {"negative_prompt": "a\0b"}, "without NUL or lone surrogates"),
     (GenerationConfig, {"negative_prompt": "\ud83d"}, "without NUL or lone surrogates"),
+    (GenerationConfig, {"negative_prompt_2": ""}, "negative_prompt_2 must be text of 1 to 2000 characters"),
+    (GenerationConfig, {"prompt_syntax": "compel"}, "prompt_syntax must be one of plain, a1111; received 'compel'"),
+    (GenerationConfig, {"embeddings": 5}, "embeddings must be a list of at most 64 EmbeddingRef tables; received 5"),
     (GenerationConfig, {"model": "nano"}, "model must be a ModelRef; received 'nano'. Example: model.base = \"nano\""),
     (
         GenerationConfig,
@@ -270,6 +277,7 @@ def test_what_a_client_may_ask_for_has_its_limits():
         "width",
         "height",
         "negative_prompt",
+        "negative_prompt_2",
         "refiner",
     ]
     limited = {name: setting.limited_by for name, setting in settings.items() if setting.limited_by}
@@ -446,6 +454,9 @@ DEFAULTS = {
         "crop": (0, 0),
         "target_size": None,
         "negative_prompt": None,
+        "negative_prompt_2": None,
+        "prompt_syntax": "plain",
+        "embeddings": (),
         "clip_skip": None,
         "refiner": None,
         "refiner.handover": 0.8,
@@ -494,6 +505,16 @@ DIGESTS = [
     ({"original_size": [1024, 512]}, "1550b44c23f946a94b2954ff6d24102b05fa956a2dceceb94223377bcd8c1df0"),
     ({"crop": [8, 16]}, "5a44036722f8d061f0a84f7e203f83ab979c314cfb0c0c826d37906bf0faf403"),
     ({"target_size": [264, 320]}, "a695275cdd169472e915bbed36ab28c0c3a845bf262f8284d3873bd0571eed83"),
+    ({"negative_prompt_2": "a dog"}, "709e45b195e317fd8ec67ac9b27a30c0e9b0d350f28d2e25ac88d697f987d5a1"),
+    ({"prompt_syntax": "a1111"}, "b32dfa1ccafde05314752b25e51ca802b49b7a6d322e86bae2850efabefd903a"),
+    (
+        {"embeddings": [{"token": "style", "source": "style.safetensors"}]},
+        "32f689b58583d6904f26d46c8b860ad6dc12a2b53b7cbfdb29710d1a4d1f37bb",
+    ),
+    (
+        {"embeddings": [{"token": "style", "source": "style.safetensors", "sha256": "0" * 64}]},
+        "82084902606af95a08096c65e7f999c53e5124f9ffaa819a7814b78678d3bfb5",
+    ),
     ({"negative_prompt": ""}, "37c80b60941f51eccc220de785e71bb1f856691d82222ae71d5981c337afa57f"),
     ({"negative_prompt": 'blurry "é" \n日本'}, "db38c9413fa3383d84e06fa8d18dbc51ca6dfc08ccfe4c74dffdfb7a2b5b305a"),
     ({"refiner": {}}, "ecb659cfb313a5290cfbf25ab48522f2417fb2150e0e63df1be3b60af5471c87"),
@@ -822,3 +843,26 @@ def test_a_prompt_out_of_range_is_refused(prompt):
         ConfigError, match=r'prompt must be text of 1 to 2000 characters(?s:.*)prompt = "A cat in a hat"'
     ):
         checked_prompt(prompt)
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------------
+
+
+def test_an_embedding_is_read_from_the_word_of_a_command_line():
+    for words in ("ink=a/b.safetensors", "my ink=b.safetensors"):
+        assert EmbeddingRef.named(words).word == words
+    assert EmbeddingRef.named("a/b.safetensors") == EmbeddingRef(token="b", source="a/b.safetensors")
+
+
+@pytest.mark.parametrize("token", ["", " ink", "ink ", "a=b", "a,b", "x" * 101])
+def test_a_word_that_a_door_could_not_write_is_refused(token):
+    with pytest.raises(ConfigError, match="token must be 1 to 100 characters without = or comma"):
+        EmbeddingRef(token=token, source="x.safetensors")
+
+
+def test_embeddings_have_words_of_their_own():
+    with pytest.raises(ConfigError, match=r"embeddings\.1\.token must be a word of its own; received 'INK'"):
+        GenerationConfig(embeddings=["ink=a.safetensors", "INK=b.safetensors"])
+    one, other = (GenerationConfig(embeddings=[{"token": "ink", "source": s, "sha256": "0" * 64}]) for s in "ab")
+    assert one.digest == other.digest
+    assert one.changed({"embeddings.0.token": "oil"}).digest != one.digest

@@ -131,6 +131,35 @@ def test_the_a1111_text_says_what_applies(content, said, there):
     assert (said in a1111_parameters(content)) is there
 
 
+WRITTEN = [
+    ({"prompt": "a (red) cat [1]"}, {}, r"a \(red\) cat \[1\]"),
+    ({"prompt": "a (red:1.3) cat"}, {"prompt_syntax": "a1111"}, "a (red:1.3) cat"),
+    ({"prompt": "a cat"}, {"negative_prompt": "(blurry)"}, "a cat\nNegative prompt: \\(blurry\\)"),
+    (
+        {"prompt": "a cat"},
+        {"negative_prompt": "(blurry)", "prompt_syntax": "a1111"},
+        "a cat\nNegative prompt: (blurry)",
+    ),
+    (
+        {"prompt": "a <lora:ink:0.3> cat"},
+        {"prompt_syntax": "a1111", "loras": [{"source": "ink.safetensors"}, {"source": "oil.safetensors"}]},
+        "a <lora:ink:0.3> cat <lora:oil:1>\nSteps",
+    ),
+    ({"prompt": "a <lora:ink:0.3> cat"}, {"loras": [{"source": "ink.safetensors"}]}, "<lora:ink:1>\nSteps"),
+]
+
+
+@pytest.mark.parametrize(("said", "settings", "expected"), WRITTEN, ids=[expected for _, _, expected in WRITTEN])
+def test_prompts_are_written_in_a1111s_notation(said, settings, expected):
+    assert expected in a1111_parameters(record(GenerationConfig(**settings), **said))
+
+
+def test_embeddings_are_written_as_a1111_writes_them():
+    known = {"token": "ink", "source": "a.safetensors", "sha256": "ab" * 32}
+    refs = [known, {"token": "oil", "source": "b.safetensors"}]
+    assert 'TI hashes: "ink: abababababab, oil: unknown"' in a1111_parameters(record(GenerationConfig(embeddings=refs)))
+
+
 FOREIGN = {
     "no record": png(Image.new("RGB", (8, 8)), parameters="a cat\nSteps: 20"),
     "a JPEG": (lambda buffer: (Image.new("RGB", (8, 8)).save(buffer, "JPEG"), buffer.getvalue())[1])(io.BytesIO()),

@@ -6,7 +6,7 @@ The expected values were worked out from the program's source and its wiki, by h
 import string
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sdxl_lab.syntax import Piece, bare, escaped, networks, sections, texts, unweighed
@@ -134,6 +134,7 @@ WRITTEN = st.lists(
 ANY = WRITTEN | st.text()
 
 
+@settings(deadline=None, max_examples=60)
 @given(ANY)
 @example(text="(" * 2000)
 def test_no_text_is_an_error_and_no_word_is_lost(text):
@@ -145,6 +146,7 @@ def test_no_text_is_an_error_and_no_word_is_lost(text):
     networks(text)
 
 
+@settings(deadline=None, max_examples=60)
 @given(ANY)
 def test_a_text_comes_back_from_its_escaped_form(text):
     written = escaped(text)
@@ -160,6 +162,7 @@ PIECES = st.lists(
 )
 
 
+@settings(deadline=None, max_examples=60)
 @given(PIECES)
 def test_weights_come_back_as_they_are_written(pieces):
     written = "".join(f"({escaped(words)}:{weight:.3f})" for words, weight in pieces)
@@ -171,6 +174,7 @@ def test_weights_come_back_as_they_are_written(pieces):
     assert sections(written) == [tuple(expected)]
 
 
+@settings(deadline=None, max_examples=60)
 @given(ANY, st.integers(1, 30))
 def test_every_step_has_a_text_and_a_longer_run_says_the_same_in_time(text, steps):
     found = texts(text, steps)

@@ -80,10 +80,24 @@ def test_the_largest_seed_and_any_text_are_taken(client):
     assert read_record(client.get(body["url"]).content).prompt == prompt
 
 
-def test_a_prompt_beyond_77_tokens_is_drawn_with_a_warning(client):
-    body = client.post("/generate", json={"prompt": "a red circle " * 60, "negative_prompt": "blue " * 200}).json()
+def test_a_prompt_beyond_75_tokens_is_drawn_with_a_warning(client):
+    asked = {"prompt": "a red circle " * 25 + "in a hat", "negative_prompt": "blue " * 200}
+    body = client.post("/generate", json=asked).json()
     assert [warning.split(":")[0] for warning in body["warnings"]] == ["prompt", "negative_prompt"]
-    assert "77 tokens" in body["warnings"][0]
+    assert "read 75 of its 78 tokens and cut 'in a hat'" in body["warnings"][0]
+    told = client.get(f"/images/{body['id']}").json()
+    assert told["warnings"] == body["warnings"]
+    assert told["record"]["tokens"]["prompt"] == {"tokens": 78, "limit": 75, "beyond": "in a hat"}
+
+
+def test_a_second_prompt_is_drawn_and_told(client, promoted):
+    asked = {"prompt": "a ring", "prompt_2": "a boat", "negative_prompt": "a", "negative_prompt_2": "b", "seed": 3}
+    body = client.post("/generate", json=asked).json()
+    told = client.get(f"/images/{body['id']}").json()
+    assert (told["prompt"], told["prompt_2"]) == ("a ring", "a boat")
+    request = ImageRequest(promoted.with_(negative_prompt="a", negative_prompt_2="b"), "a ring", 3, prompt_2="a boat")
+    drawn = client.app.state.jobs.deployment.engine.draw(request).image
+    assert np.array_equal(np.asarray(open_image(client.get(body["url"]).content)), np.asarray(drawn))
 
 
 def test_many_images_at_once_with_long_prompts_all_come_out(client):

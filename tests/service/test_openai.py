@@ -444,3 +444,13 @@ class Watched:
         self.statuses.append(response.status_code)
         self.times.append(time.monotonic())
         self.retry_after.append(response.headers.get("retry-after"))
+
+
+def test_words_that_are_cut_are_told(client):
+    answer = client.images.generate(prompt="ring " * 75 + "boat", n=2)
+    assert len(answer.data) == 2
+    assert len(answer.warnings) == 1
+    assert "cut 'boat'" in answer.warnings[0]
+    *_, completed = client.images.generate(prompt="ring " * 75 + "boat", stream=True)
+    assert completed.warnings == answer.warnings
+    assert not hasattr(client.images.generate(prompt=PROMPT), "warnings")

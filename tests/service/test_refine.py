@@ -97,3 +97,17 @@ def test_a_key_stands_for_its_image_even_when_the_source_is_gone(client):
     assert client.post("/refine", json=asked, headers=keyed).json() == made
     assert client.post("/refine", json=asked | {"seed": 6}, headers=keyed).json()["type"] == "urn:sdxl-lab:key-reused"
     assert client.post("/refine", json=asked).json()["type"] == "urn:sdxl-lab:unknown-image"
+
+
+def test_second_prompts_go_with_the_first_ones(client):
+    both = {"prompt": "a ring", "prompt_2": "a boat", "negative_prompt": "a", "negative_prompt_2": "b"}
+    source = client.post("/generate", json=both | {"seed": 3}).json()["id"]
+
+    def said(**asked):
+        body = client.post("/refine", json={"id": source, **asked}).json()
+        record = read_record(client.get(body["url"]).content)
+        return (record.prompt, record.prompt_2, record.config.negative_prompt, record.config.negative_prompt_2)
+
+    assert said() == ("a ring", "a boat", "a", "b")
+    assert said(prompt="a cat", negative_prompt="c") == ("a cat", None, "c", None)
+    assert said(prompt_2="a cat", negative_prompt_2="c") == ("a ring", "a cat", "a", "c")

@@ -164,11 +164,13 @@ class Pipelines:
     def draw(self, request: ImageRequest) -> np.ndarray:
         """The image, float32 (height, width, 3) in [0, 1]."""
         config, scores = request.config, request.config.refiner or RefinerConfig()
+        # The pipelines pass over the second one where there is no first one.
+        negative = config.negative_prompt if config.negative_prompt_2 is None else config.negative_prompt or ""
         settings = {
             "prompt": request.prompt,
             "prompt_2": request.prompt_2,
             "negative_prompt_2": config.negative_prompt_2,
-            "negative_prompt": config.negative_prompt,
+            "negative_prompt": negative,
             "num_inference_steps": config.steps,
             "guidance_scale": config.guidance_scale,
             "guidance_rescale": config.guidance_rescale,

@@ -273,3 +273,15 @@ def test_an_image_of_another_model_is_refused_and_not_drawn_under_its_name(
     explorer.panel.generate.click()
     assert "loaded for" in explorer.panel.digest.value
     assert explorer.history == []
+
+
+def test_how_much_of_a_prompt_is_read_is_told_while_it_is_typed(explorer: Explorer) -> None:
+    set_(explorer, prompt="cat " * 75)
+    assert "prompt: 75 of 75 tokens" in explorer.panel.digest.value
+    assert not explorer.panel.wrong["prompt"].value
+    set_(explorer, prompt="cat " * 75 + "hat")
+    assert "prompt: 76 of 75 tokens" in explorer.panel.digest.value
+    assert "cut &#x27;hat&#x27;" in explorer.panel.wrong["prompt"].value
+    set_(explorer, prompt_syntax="a1111")
+    assert "prompt: 76 tokens" in explorer.panel.digest.value
+    assert not explorer.panel.wrong["prompt"].value

@@ -46,9 +46,31 @@ GIVEN = PLAIN.with_(sigmas=(14.615, 2.5, 0.125), steps=3, apg=ProjectedGuidance(
 TIMED = PLAIN.with_(timesteps=(999, 749, 499, 249), steps=4, scheduler="lcm", cfg_zero=ZeroStar())
 
 
+WORDY = PLAIN.with_(prompt_syntax="a1111", negative_prompt="a", negative_prompt_2="b")
+
+
+def test_a_second_prompt_is_left_out_by_leaving_it_empty() -> None:
+    request = ImageRequest(PLAIN, "A cat in a hat", 7, prompt_2="a boat")
+    values = values_of(request)
+    assert values["prompt_2"] == "a boat"
+    assert request_of(values, PLAIN) == request
+    assert request_of(values | {"prompt_2": ""}, PLAIN).prompt_2 is None
+    assert differences(request, ImageRequest(PLAIN, "A cat in a hat", 7)) == {"prompt_2": ("a boat", None)}
+
+
 @pytest.mark.parametrize(
     "config",
-    [PLAIN, GIVEN, TIMED, RICH, SIZED, ADAPTED, PLAIN.with_(negative_prompt=""), PLAIN.with_(negative_prompt="none")],
+    [
+        PLAIN,
+        GIVEN,
+        TIMED,
+        RICH,
+        SIZED,
+        ADAPTED,
+        WORDY,
+        PLAIN.with_(negative_prompt=""),
+        PLAIN.with_(negative_prompt="none"),
+    ],
 )
 def test_the_controls_give_back_the_job_they_were_filled_from(config: GenerationConfig) -> None:
     request = ImageRequest(config, "A cat in a hat", MAX_SEED)
@@ -62,9 +84,12 @@ def test_what_no_control_shows_comes_from_the_start() -> None:
     )
 
 
+OURS = {"prompt", "prompt_2", "seed"}
+
+
 def test_every_setting_but_the_model_has_its_controls() -> None:
     shown = {control.setting.name for control in controls().values()}
-    assert shown == {name for name in GenerationConfig.settings() if not name.startswith("model")} | {"prompt", "seed"}
+    assert shown == {name for name in GenerationConfig.settings() if not name.startswith("model")} | OURS
     names = [name for name in controls() if name.startswith(("guidance_interval", "crop", "refiner"))]
     assert names == [
         "guidance_interval",

@@ -406,3 +406,24 @@ def test_two_processes_give_the_table_of_one(file: Path) -> None:
     for key in one["image"].dropna():
         images = [ImageCache(file.parent / f"cache-of-{name}").image(key).image for name in ("one", "two")]
         assert max_difference(*images) <= 1.01 / 255
+
+
+def test_a_second_prompt_is_an_axis_and_a_part_of_the_cell() -> None:
+    sweep = Sweep.product(GenerationConfig(), {"prompt": PROMPT, "prompt_2": ["none", "a boat"]})
+    assert [cell.prompt_2 for cell in sweep.cells] == [None, "a boat"]
+    assert settings(sweep, "prompt_2") == [(None,), ("a boat",)]
+    with ImageCache() as cached:
+        keys = {cached.key(cell) for cell in sweep.cells}
+        assert len(keys) == 2
+        assert cached.key(Sweep.product(GenerationConfig(), {"prompt": PROMPT}).cells[0]) in keys
+
+
+def test_the_table_tells_which_words_were_cut(engine: Engine, tiny_config: GenerationConfig, tmp_path: Path) -> None:
+    axes = {"prompt": ["cat " * 75 + "hat", "cat"], "prompt_syntax": ["plain", "a1111"]}
+    sweep = Sweep.product(tiny_config.with_(steps=1), axes)
+    table = run_sweep(sweep, out=tmp_path / "out", cache=tmp_path / "cache", engine=engine)
+    told = table["warning"].isna().tolist()
+    assert told == [False, True, True, True]
+    assert "cut 'hat'" in table["warning"][0]
+    again = run_sweep(sweep, out=tmp_path / "out", cache=tmp_path / "cache", engine=engine)
+    assert again["warning"][0] == table["warning"][0]
