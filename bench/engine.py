@@ -181,6 +181,7 @@ RUNTIMES: dict[str, dict[str, Any]] = {
     "channels_last": {"channels_last": True},
     "fuse_qkv": {"fuse_qkv": True},
     "compile": {"compile": True},
+    "float8 storage": {"storage": "float8"},
 }
 for _half in DTYPES[1:]:
     RUNTIMES |= {

@@ -4,6 +4,7 @@ What has no setting here is handed back by name: a model is not known by its fil
 schedules there is none. Imports no torch; the text that this project writes is `images.py`'s.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -45,6 +46,7 @@ def read(text: str) -> Told:
         if name in pairs and (found := take(pairs[name])) is not None:
             settings |= found
             del pairs[name]
+    settings |= _hires(pairs)
     seed = pairs.pop("Seed", None)
     return Told("\n".join(lines[:cut]).strip(), None if seed is None else int(seed), settings, pairs)
 
@@ -74,6 +76,21 @@ def _clip_skip(text: str) -> dict[str, Any] | None:
     return {"clip_skip": int(text) - 2} if text.isdecimal() and int(text) >= 2 else None
 
 
+def _hires(pairs: dict[str, str]) -> dict[str, Any]:
+    """The second pass, where its upscaler is here, too; its names are taken out of the pairs. A1111 counts the steps
+    that it makes, ours are those of the whole schedule, of which the strength is made."""
+    upscaler = UPSCALERS.get(pairs.get("Hires upscaler", ""))
+    if upscaler is None or not {"Hires upscale", "Denoising strength"} <= set(pairs):
+        return {}
+    strength = float(pairs.pop("Denoising strength"))
+    found = {"hires.scale": float(pairs.pop("Hires upscale")), "hires.strength": strength, "hires.upscaler": upscaler}
+    del pairs["Hires upscaler"]
+    if made := int(pairs.pop("Hires steps", 0)):
+        found["hires.steps"] = math.ceil(round(made / strength, 6))
+    return found
+
+
+UPSCALERS = {"Latent": "latent", "Lanczos": "lanczos"}
 TAKEN: Mapping[str, Callable[[str], dict[str, Any] | None]] = {
     "Steps": lambda text: {"steps": int(text)},
     "CFG scale": lambda text: {"guidance_scale": float(text)},

@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdxl_lab.config import MAX_SEED, PROMPT_2, ConfigError, GenerationConfig
+from sdxl_lab.config import FIT, MASK_BLUR, MAX_SEED, PROMPT_2, STRENGTH, ConfigError, GenerationConfig
 from sdxl_lab.declaration import Choice, Falling, Kind, Pair, Setting, Switch, Table, Tables, Text
 from sdxl_lab.notebook.runner import NotebookError
 from sdxl_lab.version import __version__
 
 STOPPED = 130  # what a shell expects of a program ended by Ctrl-C
+SOURCE = (STRENGTH, MASK_BLUR, FIT)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,6 +43,16 @@ def parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--prompt-2", metavar="TEXT", help=PROMPT_2.help)
     generate.add_argument("--seed", type=int, help=f"0 to {MAX_SEED}; random where none is given")
+    source = generate.add_argument_group("source image", "what the image starts from, instead of noise alone")
+    source.add_argument("--source", type=Path, metavar="FILE", help="an image that the base goes over again")
+    source.add_argument("--mask", type=Path, metavar="FILE", help="white where the source is painted anew")
+    for setting in SOURCE:
+        source.add_argument(
+            f"--{setting.option}",
+            dest=setting.name,
+            help=f"{_help(setting)}; default {setting.default}",
+            **_form(setting.kind),
+        )
     _add_settings(generate)
     generate.set_defaults(run=_generate)
 
@@ -201,7 +212,7 @@ def _changes(asked: argparse.Namespace) -> dict[str, Any]:
 def _generate(asked: argparse.Namespace) -> None:
     from sdxl_lab.diffusion.lora_files import pinned
 
-    refined = None
+    record = None
     prompt, seed, second = asked.prompt, asked.seed, asked.prompt_2
     if asked.like:
         from sdxl_lab.images import read_record
@@ -211,7 +222,6 @@ def _generate(asked: argparse.Namespace) -> None:
         if prompt is None:  # a new prompt does away with both of the image's
             prompt, second = record.prompt, second or record.prompt_2
         seed = seed if seed is not None else record.seed
-        refined = record if record.source is not None else None
     elif asked.config:
         config = GenerationConfig.from_toml(asked.config)
     else:
@@ -231,10 +241,12 @@ def _generate(asked: argparse.Namespace) -> None:
     from sdxl_lab.diffusion.engine import Engine
     from sdxl_lab.job import ImageRequest
 
-    request = ImageRequest(config, prompt, seed, prompt_2=second)
+    source = _given_source(asked, record)
+    request = ImageRequest(config, prompt, seed, source, second)
     with Engine.load(config) as engine:
-        if refined is not None:
-            request = dataclasses.replace(request, source=_source(engine, refined))
+        if source is None and record is not None and record.source is not None:
+            again = _source(engine, record, _mask(asked))
+            request = dataclasses.replace(request, source=dataclasses.replace(again, **_said(asked)))
         tokens = engine.tokens(request)
         for name, count in tokens.items():
             if warning := count.warning(name):
@@ -270,14 +282,58 @@ def _with_commits(config: GenerationConfig) -> GenerationConfig:
     return config.with_(model=model)
 
 
-def _source(engine: Any, record: Any) -> Any:
-    """The image that a refined one started from, drawn again from the record inside its record."""
+def _said(asked: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of how the source is taken."""
+    return {s.name: getattr(asked, s.name) for s in SOURCE if getattr(asked, s.name) is not None}
+
+
+def _mask(asked: argparse.Namespace) -> Any:
+    from sdxl_lab.images import open_image
+
+    return None if asked.mask is None else open_image(asked.mask)
+
+
+def _given_source(asked: argparse.Namespace, record: Any) -> Any:
+    """The source image in a file; what is not said of it is as in the `record` of an image to be like. None where there
+    is none, or it is to be drawn again. Raises `ConfigError` where a file is missing."""
+    from sdxl_lab.images import open_image
+    from sdxl_lab.job import SourceImage
+
+    known = None if record is None else record.source_image
+    if asked.source is None:
+        if known is not None and record.source is None:
+            rule = f"the file that the image started from, whose pixels have the sha256 {known.sha256}"
+            raise ConfigError("source", None, rule, "--source=cat.png")
+        given = [name for name in ("mask", *_said(asked)) if getattr(asked, name) is not None]
+        if given and (record is None or record.strength is None):
+            raise ConfigError(given[0], getattr(asked, given[0]), "left out without a source", "--source=cat.png")
+        return None
+    before = {}
+    if known is not None:
+        before = {"strength": record.strength, "fit": known.fit, "stage": known.stage}
+        before |= {} if known.mask_blur is None else {"mask_blur": known.mask_blur}
+    source = SourceImage(open_image(asked.source), mask=_mask(asked), **(before | _said(asked)))
+    for name in [] if known is None else source.differs(known):
+        print(f"warning: the {name} is another one than that of {asked.like}", file=sys.stderr)
+    return source
+
+
+def _source(engine: Any, record: Any, mask: Any = None) -> Any:
+    """The image that another one started from, drawn again from the record inside its record. Raises `ConfigError`
+    where there was a mask, which no record holds."""
     from sdxl_lab.job import ImageRequest, SourceImage
 
-    parent = record.source
+    parent, known = record.source, record.source_image
     above = _source(engine, parent) if parent.source is not None else None
     request = ImageRequest(parent.config, parent.prompt, parent.seed, above, parent.prompt_2)
-    return SourceImage(engine.draw(request).image, record.strength, parent)
+    if known is None:  # 0.1.0 had nothing but the refiner
+        return SourceImage(engine.draw(request).image, record.strength, parent, mask, stage="refiner")
+    if known.mask_sha256 is not None and mask is None:
+        rule = f"the file with the image's mask, whose pixels have the sha256 {known.mask_sha256}"
+        raise ConfigError("mask", None, rule, "--mask=mask.png")
+    blur = {} if known.mask_blur is None else {"mask_blur": known.mask_blur}
+    how = {"mask": mask, "fit": known.fit, "stage": known.stage, **blur}
+    return SourceImage(engine.draw(request).image, record.strength, parent, **how)
 
 
 def _draw(engine: Any, request: Any) -> Any:

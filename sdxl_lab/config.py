@@ -37,6 +37,8 @@ from sdxl_lab.schedules import FEWER_STEPS, MAX_STEPS, SCHEDULERS
 
 __all__ = [
     "FEWER_STEPS",
+    "FIT",
+    "MASK_BLUR",
     "MAX_PROMPT",
     "MAX_SEED",
     "MAX_STEPS",
@@ -45,10 +47,12 @@ __all__ = [
     "PROMPT_2",
     "SCHEDULERS",
     "SEED",
+    "STRENGTH",
     "ConfigError",
     "EmbeddingRef",
     "FreeU",
     "GenerationConfig",
+    "HiresConfig",
     "LoraRef",
     "ModelRef",
     "OfferedLora",
@@ -101,6 +105,31 @@ PROMPT_2 = Setting(
     source="diffusers: prompt_2",
     client=True,
 ).declared("prompt_2", str | None, None)
+STRENGTH = Setting(
+    kind=Number(0, 1),
+    label="Strength",
+    help="how much of the noise schedule is gone through again, above 0: 1 keeps next to nothing of the source",
+    example=0.6,
+    source="Meng et al. 2021 (arXiv 2108.01073); diffusers: strength",
+    step=0.05,
+).declared("strength", float, 0.6)
+FIT = Setting(
+    kind=Choice(("crop", "stretch")),
+    label="Fit",
+    help="how a source of another size becomes the image's: crop scales it until it covers the image and cuts what "
+    "juts out on two sides, stretch scales each side",
+    example="crop",
+    source="diffusers: resize_mode of VaeImageProcessor; A1111: resize mode",
+).declared("fit", str, "crop")
+MASK_BLUR = Setting(
+    kind=Number(0, 256),
+    label="Mask blur",
+    help="the radius of a Gaussian blur that rounds the mask's edge, before it is cut at one half",
+    example=4.0,
+    unit="pixels",
+    source="diffusers: VaeImageProcessor.blur; A1111: mask blur",
+    step=1,
+).declared("mask_blur", float, 0.0)
 SEED = Setting(
     kind=Whole(0, MAX_SEED),
     label="Seed",
@@ -545,6 +574,61 @@ class RefinerConfig(Declared):
             step=0.5,
         ),
     ] = 2.5
+
+
+class HiresConfig(Declared):
+    """Two passes: the image is drawn at the configuration's width and height, enlarged, and gone over again at the
+    size that this makes. The second pass is image to image by the same models."""
+
+    EXAMPLE: ClassVar[str] = "scale"
+
+    scale: Annotated[
+        float,
+        Setting(
+            kind=Number(1, 8),
+            label="Hires scale",
+            help="how much longer each side of the image becomes, down to a multiple of 8 pixels",
+            example=2.0,
+            source="A1111: hires fix, upscale by",
+            step=0.25,
+            option="hires-scale",
+        ),
+    ] = 2.0
+    strength: Annotated[
+        float,
+        Setting(
+            kind=Number(0.01, 1),
+            label="Hires strength",
+            help="how much of the noise schedule the second pass goes through",
+            example=0.6,
+            source="diffusers: strength; A1111: denoising strength",
+            step=0.05,
+            option="hires-strength",
+        ),
+    ] = 0.6
+    steps: Annotated[
+        int | None,
+        Setting(
+            kind=STEPS,
+            label="Hires steps",
+            help="steps of the whole schedule of which the second pass makes the strength's part (left out: as many as "
+            "the first pass has)",
+            example=20,
+            source="diffusers: num_inference_steps",
+            option="hires-steps",
+        ),
+    ] = None
+    upscaler: Annotated[
+        str,
+        Setting(
+            kind=Choice(("latent", "lanczos")),
+            label="Hires upscaler",
+            help="latent: the latents are enlarged, bilinear; lanczos: the decoded image is, and encoded again",
+            example="latent",
+            source="A1111: upscaler",
+            option="hires-upscaler",
+        ),
+    ] = "latent"
 
 
 class ProjectedGuidance(Declared):
@@ -1008,6 +1092,16 @@ class GenerationConfig(Declared):
             client=True,
         ),
     ] = None
+    hires: Annotated[
+        HiresConfig | None,
+        Setting(
+            kind=Table(HiresConfig),
+            label="Hires",
+            help="whether the image is drawn small, enlarged and gone over again",
+            example={"scale": 2.0},
+            source="A1111: hires fix",
+        ),
+    ] = None
     watermark: Annotated[
         bool,
         Setting(
@@ -1040,14 +1134,50 @@ class GenerationConfig(Declared):
                 f"left out, since the model {self.model.base!r} has no refiner",
                 "model = nano",
             )
-        if self.watermark and self.width * self.height < 256 * 256:
+        if self.hires is not None:
+            self._check_hires(self.hires)
+        width, height = self.drawn_size
+        if self.watermark and width * height < 256 * 256:
             raise ConfigError(
                 "watermark",
-                f"true at {self.width}x{self.height}",
+                f"true at {width}x{height}",
                 "false below 256x256 pixels of area, where invisible-watermark cannot write its bits",
                 "width = 256, height = 256",
             )
         return self
+
+    def _check_hires(self, hires: HiresConfig) -> None:
+        if max(self.drawn_size) > SIDE.high:
+            rule = f"one that makes no side longer than {SIDE.high} pixels"
+            raise ConfigError("hires.scale", hires.scale, rule, SIDE.high / max(self.width, self.height))
+        given = next((name for name in ("sigmas", "timesteps") if getattr(self, name) is not None), None)
+        if given and hires.steps not in (None, self.steps):
+            rule = f"left out, or {self.steps}, where {given} are given for {self.steps} steps"
+            raise ConfigError("hires.steps", hires.steps, rule, self.steps)
+        steps = hires.steps or self.steps
+        if int(steps * hires.strength) < 1:
+            rule = f"at least 1/steps, here {1 / steps:.3g}, or no step is left"
+            raise ConfigError("hires.strength", hires.strength, rule, 0.6)
+        try:
+            self.second_pass()
+        except ConfigError as error:  # so many steps may break a rule of the scheduler
+            if error.field != "steps":
+                raise
+            raise ConfigError("hires.steps", error.received, error.rule, error.example) from None
+
+    @property
+    def drawn_size(self) -> tuple[int, int]:
+        """Width and height of the image in pixels: the second pass's where there is one."""
+        if self.hires is None:
+            return self.width, self.height
+        width, height = (int(side * self.hires.scale) // 8 * 8 for side in (self.width, self.height))
+        return width, height
+
+    def second_pass(self) -> "GenerationConfig":
+        """The configuration as the second pass has it. Raises `ConfigError`."""
+        steps = self.hires.steps if self.hires and self.hires.steps else self.steps
+        width, height = self.drawn_size
+        return self.with_(width=width, height=height, steps=steps, hires=None)
 
     @classmethod
     def for_model(cls, name: str, **changes: Any) -> "GenerationConfig":
@@ -1366,6 +1496,45 @@ class RuntimeProfile(Declared):
             example=True,
         ),
     ] = False
+    storage: Annotated[
+        str,
+        Setting(
+            kind=Choice(("own", "float8")),
+            label="Storage",
+            help="what the UNets' weights are kept in (own: the data type; float8: a quarter of float32's memory, half "
+            "of float16's, cast layer by layer as they are used, without LoRAs)",
+            example="float8",
+        ),
+    ] = "own"
+    tile_above: Annotated[
+        int,
+        Setting(
+            kind=Whole(64, 65_536),
+            label="Tiles above",
+            help="the side of an image above which the VAE has it in overlapping tiles, which takes less memory and "
+            "moves pixels a little",
+            example=1536,
+            unit="pixels",
+        ),
+    ] = 2048
+    preview_decoder: Annotated[
+        str | None,
+        Setting(
+            kind=MODEL,
+            label="Preview decoder",
+            help="a small decoder for previews, an AutoencoderTiny: a folder, or a hub id at a commit, org/name@COMMIT "
+            "(left out: a linear map of the latents)",
+            example="taesdxl",
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "RuntimeProfile":
+        for name in ("compile", "graphs"):
+            if self.storage == "float8" and getattr(self, name):
+                rule = f"own with {name}, since float8's weights are cast while a call runs"
+                raise ConfigError("storage", self.storage, rule, "own")
+        return self
 
 
 def checked_prompt(prompt: object, setting: Setting = PROMPT) -> str | None:

@@ -133,11 +133,10 @@ def a1111_parameters(record: ImageRecord) -> str:
     }
     if config.model.vae is not None:
         settings |= _a1111_weights("VAE", config.model.vae, config.model.vae_sha256)
-    if record.source is not None:
-        settings["Denoising strength"] = record.strength
+    settings |= _a1111_passes(record)
     if config.clip_skip is not None:
         settings["Clip skip"] = config.clip_skip + 2  # A1111 counts from the last layer, which is its 1
-    if record.source is None and config.refiner is not None:
+    if record.stage != "refiner" and config.refiner is not None:
         name, *checksum = _a1111_weights("", str(config.model.refiner), config.model.refiner_sha256).values()
         settings["Refiner"] = f"{name} [{checksum[0]}]" if checksum else name
         settings["Refiner switch at"] = config.refiner.handover
@@ -158,6 +157,22 @@ def a1111_parameters(record: ImageRecord) -> str:
         lines.append(f"Negative prompt: {written(config.negative_prompt)}")
     lines.append(", ".join(f"{key}: {value}" for key, value in settings.items()))
     return "\n".join(lines)
+
+
+def _a1111_passes(record: ImageRecord) -> dict[str, Any]:
+    """What A1111 says of a source image or of a second pass, whose steps it counts as they are made."""
+    config, hires = record.config, record.config.hires
+    if record.strength is not None:
+        blur = record.source_image.mask_blur if record.source_image else None
+        return {"Denoising strength": record.strength} | ({"Mask blur": blur} if blur else {})
+    if hires is None:
+        return {}
+    return {
+        "Denoising strength": hires.strength,
+        "Hires upscale": hires.scale,
+        "Hires steps": int((hires.steps or config.steps) * hires.strength),
+        "Hires upscaler": hires.upscaler.capitalize(),
+    }
 
 
 def _a1111_weights(kind: str, name: str, sha256: str | None) -> dict[str, str]:

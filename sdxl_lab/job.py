@@ -25,7 +25,7 @@ from PIL import Image
 from sdxl_lab.config import PROMPT_2, ConfigError, GenerationConfig, LoraRef, checked_prompt, checked_seed
 from sdxl_lab.errors import Cancelled
 from sdxl_lab.images import GeneratedImage
-from sdxl_lab.record import ImageRecord
+from sdxl_lab.source import SourceImage
 from sdxl_lab.syntax import Network, networks
 
 log = logging.getLogger(__name__)
@@ -33,19 +33,9 @@ Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True)
-class SourceImage:
-    """The image that an image-to-image request starts from, the record that repeats it, and how much of the noise
-    schedule is gone through again (`strength`, above 0 to 1)."""
-
-    image: Image.Image
-    strength: float
-    record: ImageRecord
-
-
-@dataclass(frozen=True)
 class ImageRequest:
-    """What is asked: a configuration, a prompt, a seed. With `source`, the refiner goes over that image again. With
-    `prompt_2`, the second text encoder reads that.
+    """What is asked: a configuration, a prompt, a seed. With `source`, the image starts from that one. With `prompt_2`,
+    the second text encoder reads that.
 
     Raises `ConfigError` when something is out of its range, before any work.
     """
@@ -64,14 +54,21 @@ class ImageRequest:
         if self.source is None:
             return
         strength = self.source.strength
-        if not (isinstance(strength, int | float) and 0 < strength <= 1):
-            raise ConfigError("strength", strength, "a number above 0, at most 1", 0.3)
         if int(self.config.steps * strength) < 1:
             raise ConfigError(
                 "strength", strength, f"at least 1/steps, here {1 / self.config.steps:.3g}, or no step is left", 0.3
             )
-        if self.config.model.refiner is None:
+        if self.source.stage == "base" and self.config.hires is not None:
+            rule = "left out where there is a source image, which a second pass is already"
+            raise ConfigError("hires", self.config.hires.to_dict(), rule, "hires = none")
+        if self.source.stage == "refiner" and self.config.model.refiner is None:
             raise ConfigError("model", self.config.model.base, "one with a refiner, since refining was asked", "nano")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the image in pixels."""
+        drawn = self.config.drawn_size
+        return drawn if self.source is None else self.source.size(drawn)
 
     @property
     def loras(self) -> tuple[LoraRef, ...]:

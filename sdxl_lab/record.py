@@ -7,7 +7,7 @@ own, or refuses it with the command that migrates it. Imports no torch.
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -131,12 +131,27 @@ class TokenCount(BaseModel):
         )
 
 
+class SourceRecord(BaseModel):
+    """What an image started from: the checksum of the upright RGB pixels, their width and height, which `stage` went
+    over them, how they were fitted, and the same of a mask."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    sha256: Digest
+    size: tuple[int, int]
+    stage: Literal["base", "refiner"]
+    fit: str
+    mask_sha256: Digest | None = None
+    mask_blur: float | None = None
+
+
 class ImageRecord(Record):
     """What an image was made of, and all that makes it again.
 
     `sampler` is A1111's name of the scheduler, `scheduler` its class and whole config as it was used. `unet_calls` and
-    `unet_rows` are by stage, base and refiner. `weights` is the identity of the models by role. A refined image has its
-    `source`'s record and the `strength`. One that a service drew has its `id`, the digest of the configuration that was
+    `unet_rows` are by stage, base and refiner. `weights` is the identity of the models by role. An image that started
+    from another one has the `strength` and that one's `source_image`, and if it was drawn here its record as `source`;
+    one of 0.1.0 has that alone. One that a service drew has its `id`, the digest of the configuration that was
     `promoted` there, and the names of the settings that the client has `overridden`. `tokens` says how much of each of
     its texts was read; an image of 0.1.0 has none.
     """
@@ -162,6 +177,14 @@ class ImageRecord(Record):
     overridden: Annotated[tuple[str, ...] | None, Field(examples=[["steps"]])] = None
     prompt_2: Annotated[str | None, Field(min_length=1, max_length=MAX_PROMPT)] = None
     tokens: Annotated[dict[str, TokenCount] | None, Field(examples=[{"prompt": {"tokens": 5, "limit": 75}}])] = None
+    source_image: SourceRecord | None = None
+
+    @property
+    def stage(self) -> Literal["base", "refiner"] | None:
+        """Which stage went over the source; None for an image from noise."""
+        if self.source_image is not None:
+            return self.source_image.stage
+        return None if self.source is None else "refiner"  # in 0.1.0 nothing else did
 
     @property
     def words(self) -> str:

@@ -179,6 +179,21 @@ class Settings(BaseSettings):
     compile: Annotated[bool, _read(_switch)] = Field(
         default=False, description="true: compile the UNets, which takes minutes at the first start"
     )
+    storage: Annotated[str, _profile("storage")] = Field(
+        default="own",
+        description="own, or float8: the UNets' weights take half of float16's memory, are cast as they are used, and "
+        "no LoRA can be applied",
+    )
+    tile_above: Annotated[int, _count(64, 65_536)] = Field(
+        default=2048,
+        description="the side in pixels above which an image is decoded in tiles, which takes less memory; where it "
+        "runs out, smaller ones are, too",
+    )
+    preview_decoder: Annotated[str, _profile("preview_decoder")] = Field(
+        default="",
+        description="a small decoder for previews (TAESD): a folder, or org/name@COMMIT of the hub; without it, a "
+        "linear map",
+    )
     attest: Annotated[Attest, _one_of(Attest)] = Field(
         default="strict",
         description="whether the slot's golden images are drawn again and compared before serving. If they differ, "
@@ -232,6 +247,9 @@ class Settings(BaseSettings):
             order=self.order,
             exact=self.exact,
             compile=self.compile,
+            storage=self.storage,
+            tile_above=self.tile_above,
+            preview_decoder=self.preview_decoder or None,
         )
 
 

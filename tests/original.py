@@ -176,8 +176,9 @@ def written(weights: Weights, path: Path, **words: str) -> Path:
         header[name] = {"dtype": dtype, "shape": list(weight.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    beside = path.with_name(f"{path.name}.part")  # what it replaces may be mapped into memory
+    with beside.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for weight in weights.values():
             file.write(weight.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return path
+    return beside.replace(path)

@@ -487,6 +487,7 @@ class Loras:
         self._unet = denoiser.unet.unet if isinstance(denoiser.unet, Graphed) else denoiser.unet
         self._modules = {"unet": self._unet, "text_encoder": first, "text_encoder_2": second}
         self._names = {part: f"the model's {part.replace('_', ' ').replace('unet', 'UNet')}" for part in self._modules}
+        self._cast = any("forward" in layer.__dict__ for layer in self._unet.modules())
         self._kept: OrderedDict[tuple[str, ...], Adapter] = OrderedDict()
         self.loads = 0  # files read since the start
 
@@ -504,6 +505,11 @@ class Loras:
         """These LoRAs, loaded, as an image has them; as long as it is under way it keeps them. Raises `ModelError`."""
         if not refs:
             return NONE
+        if self._cast:
+            raise ModelError(
+                "a LoRA must be applied to weights that are stored as they are computed with; received "
+                f'{refs[0].word!r} where a hook casts them. Example: storage = "own"'
+            )
         unet: dict[str, float] = {}
         text: dict[str, float] = {}
         for ref in refs:

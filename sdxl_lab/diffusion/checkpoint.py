@@ -37,7 +37,8 @@ FOREIGN = {
     "clip_l": "an embedding",
     "emb_params": "an embedding",
 }
-CHANNELS = {8: "a model that edits images by instruction", 9: "an inpainting model"}
+INPAINTING = 9  # channels of a UNet that sees a mask and the masked image's latents beside its own
+CHANNELS = {8: "a model that edits images by instruction", INPAINTING: "an inpainting model"}
 
 
 class Header(NamedTuple):
@@ -117,9 +118,11 @@ def check(path: Path, role: str, found: Header, elsewhere: frozenset[str] = froz
             "Example: sd_xl_base_1.0.safetensors"
         )
     channels = found.shapes[LATENTS][1] if LATENTS in found.shapes else None
-    if channels != 4:
+    drawn = (4,) if role == "refiner" else (4, INPAINTING)
+    if channels not in drawn:
         meaning = CHANNELS.get(channels or 0, "another family")
         raise ModelError(
-            f"{rule}, whose unet takes 4 channels, which the engine draws; {received} with {channels}: {meaning}. "
+            f"{rule}, whose unet takes {' or '.join(map(str, drawn))} channels, which the engine draws; {received} "
+            f"with {channels}: {meaning}. "
             "Example: sd_xl_base_1.0.safetensors"
         )

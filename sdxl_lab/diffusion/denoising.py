@@ -2,16 +2,23 @@
 
 A `Trajectory` owns its schedulers, its generator and its latents. It gives the rows of its next UNet call and takes the
 UNet's answer; who else shares that call it does not know. Step by step it does what diffusers'
-`StableDiffusionXLPipeline` and `StableDiffusionXLImg2ImgPipeline` do for one image, draw for draw.
+`StableDiffusionXLPipeline`, `StableDiffusionXLImg2ImgPipeline` and `StableDiffusionXLInpaintPipeline` do for one image,
+draw for draw.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import SchedulerMixin
+from PIL import Image
+from torch.nn import functional
 
 from sdxl_lab.config import ConfigError, RefinerConfig
 from sdxl_lab.diffusion import guiders, schedulers
@@ -19,10 +26,12 @@ from sdxl_lab.diffusion.attention import PERTURBED, PLACES, perturbs
 from sdxl_lab.diffusion.batching import Part
 from sdxl_lab.diffusion.freeu import SCALED, scalable, scales
 from sdxl_lab.diffusion.latency import Group
-from sdxl_lab.diffusion.models import Denoiser, Models
+from sdxl_lab.diffusion.models import Denoiser, Models, to_tensor
 from sdxl_lab.diffusion.prompts import Embedding, Prompt
+from sdxl_lab.images import finish
 from sdxl_lab.job import ImageRequest
 from sdxl_lab.schedules import sampler
+from sdxl_lab.source import SourceImage
 from sdxl_lab.syntax import texts
 
 DenoiserName = Literal["base", "refiner"]
@@ -32,10 +41,10 @@ LARGEST = 1000.0  # the largest noise level that a guidance interval can name: i
 
 
 class Rows(NamedTuple):
-    """UNet inputs, one row to three (unguided, guided, perturbed): latents (n, 4, h, w), timesteps (n,), for each row
-    its text (1, 77 x chunks, width), pooled text (n, projection), micro-conditioning (n, 5 or 6), on the CPU the codes
-    (n,) of the blocks in which a row is perturbed, 0 for none, and FreeU's scales (n, 4), 1 for none; and what tells a
-    distilled UNet the guidance scale (n, its width), which has no columns for others."""
+    """UNet inputs, one row to three (unguided, guided, perturbed): latents (n, 4 or 9, h, w), timesteps (n,), for each
+    row its text (1, 77 x chunks, width), pooled text (n, projection), micro-conditioning (n, 5 or 6), on the CPU the
+    codes (n,) of the blocks in which a row is perturbed, 0 for none, and FreeU's scales (n, 4), 1 for none; and what
+    tells a distilled UNet the guidance scale (n, its width), which has no columns for others."""
 
     latents: torch.Tensor
     timesteps: torch.Tensor
@@ -114,10 +123,31 @@ def rows_of(request: ImageRequest) -> int:
     return 1 + (config.guidance_scale > 1) + (config.pag is not None and config.pag.scale > 0)
 
 
-def calls_of(request: ImageRequest) -> int:
-    """The UNet calls an image takes, by its settings alone: a second-order scheduler may make one less."""
-    strength = 1 if request.source is None else request.source.strength
-    return max(1, int(request.config.steps * strength) * schedulers.order(request.config.scheduler))
+def parts_of(request: ImageRequest, factor: int = 8) -> list[Part]:
+    """An image's UNet calls by its settings alone: a second-order scheduler may make one less. A latent is `factor`
+    pixels wide."""
+    config, source = request.config, request.source
+    rows, order = rows_of(request), schedulers.order(config.scheduler)
+
+    def through(size: tuple[int, int], steps: int, strength: float) -> list[Part]:
+        """Base and refiner, for the last part of the schedule that the strength leaves."""
+        width, height = size
+        base, refiner = (Group(name, height // factor, width // factor) for name in ("base", "refiner"))
+        calls = max(1, int(steps * strength) * order)
+        if source is not None and source.stage == "refiner":
+            return [Part(refiner, rows, calls)]
+        if config.refiner is None:
+            return [Part(base, rows, calls)]
+        left_out = steps * order - calls
+        first = min(calls, max(1, round(steps * order * config.refiner.handover) - left_out))
+        return [Part(base, rows, first), Part(refiner, rows, calls - first)]
+
+    if source is not None:
+        return through(request.size, config.steps, source.strength)
+    parts = through((config.width, config.height), config.steps, 1)
+    if config.hires is not None:
+        parts += through(config.drawn_size, config.hires.steps or config.steps, config.hires.strength)
+    return parts
 
 
 def base_stop(scheduler: SchedulerMixin, handover: float) -> int:
@@ -165,6 +195,15 @@ class Guidance(NamedTuple):
         return 1 + self.by_text + (self.by_attention > 0)
 
 
+class Kept(NamedTuple):
+    """What an image keeps outside of its mask (1, 1, h, w), which is 1 where it is painted anew: the clean latents and
+    the noise (1, 4, h, w) that is added to them for each step."""
+
+    mask: torch.Tensor
+    clean: torch.Tensor
+    noise: torch.Tensor
+
+
 class Seen(NamedTuple):
     """A step as the UNet saw it: the scaled latents it was given, its prediction after guidance, the noise level."""
 
@@ -177,8 +216,12 @@ class Stage:
     """A stretch of the schedule under one UNet.
 
     `stretch` says which of the scheduler's timesteps it has, once they are set. `size` is the image's (height, width)
-    in pixels. `embed` gives the prompts' embeddings.
+    in pixels. `embed` gives the prompts' embeddings. `kept` is put back after each step. `beside` (1, 5, h, w) is what
+    an inpainting UNet of nine channels sees beside the latents: the mask and the latents of the masked image.
     """
+
+    kept: Kept | None = None
+    beside: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -191,7 +234,7 @@ class Stage:
         size: tuple[int, int],
         device: torch.device,
     ) -> None:
-        self.name, self.denoiser, self.config = name, denoiser, request.config
+        self.name, self.denoiser, self.config, self.size = name, denoiser, request.config, size
         config = request.config
         self.scheduler = schedulers.build(config, denoiser.scheduler_config, seed=request.seed)
         schedulers.set_timesteps(self.scheduler, config, device)
@@ -203,9 +246,7 @@ class Stage:
         self.seen: Seen | None = None
         guided = config.guidance_scale > 1 and denoiser.unet.config.time_cond_proj_dim is None
         zeros = config.cfg_zero.zero_steps if config.cfg_zero else 0
-        self.zeros = max(
-            0, zeros - part.start
-        )  # of this stage's calls: they are counted from the first of the schedule
+        self.zeros = max(0, zeros - part.start)  # they are counted from the schedule's first call, not the stage's
         self.guidance = [self._guidance(guided, index) for index in range(len(self.timesteps))]
         self.guider = guiders.guider_of(config)
         self.place = 0 if config.pag is None else self._place(config.pag.layers)
@@ -317,13 +358,14 @@ class Stage:
         timestep, guidance = self.timesteps[self.index], self.guidance[self.index]
         self._scaled = scaled = self.scheduler.scale_model_input(latents, timestep)
         positive = self._embedding(self.positives[self.index])
+        given = scaled if self.beside is None else torch.cat([scaled, self.beside], 1)
         rows = [(positive, 1, 0)]  # embedding, micro-conditioning, code
         if guidance.by_text:
             rows.insert(0, (self._embedding(self.negatives[self.index]), 0, 0))
         if guidance.by_attention:
             rows.append((positive, 1, self.place))
         return Rows(
-            torch.cat([scaled] * len(rows)),
+            torch.cat([given] * len(rows)),
             timestep.float().repeat(len(rows)),
             tuple(embedding.hidden for embedding, _, _ in rows),
             torch.cat([embedding.pooled for embedding, _, _ in rows]),
@@ -341,7 +383,16 @@ class Stage:
         timestep = self.timesteps[self.index]
         after = self.scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
         self.index += 1
-        return after.to(latents.dtype)
+        return self._with_kept(after.to(latents.dtype))
+
+    def _with_kept(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents with what the image keeps put back, as noisy as the next step finds it; after the last, clean."""
+        if self.kept is None:
+            return latents
+        mask, known, noise = self.kept
+        if not self.finished:
+            known = self.scheduler.add_noise(known, noise, self.timesteps[self.index : self.index + 1])
+        return (1 - mask) * known + mask * latents
 
     def _guided(self, predictions: torch.Tensor) -> torch.Tensor:
         """The prediction (1, 4, h, w) that the rows of a call make together."""
@@ -389,54 +440,58 @@ class Trajectory:
         self._last: Stage | None = None
         self._embed = embed
         self.generator = torch.Generator("cpu").manual_seed(request.seed)
-        if request.source is not None:
-            refiner, steps, strength = self._refiner(), request.config.steps, request.source.strength
-            clean = models.encode(request.source.image, self.generator)
-            self.stages = [
-                self._stage(
-                    "refiner", refiner, clean, lambda scheduler: slice(strength_start(scheduler, steps, strength), None)
-                )
-            ]
-            self.latents = self._noised(clean, self.stages[0])
-        else:
-            noise = self._noise(request.config.height, request.config.width)
-            self.stages = self._ensemble(request.config.refiner, noise)
-            self.latents = noise * self.stages[0].scheduler.init_noise_sigma
+        self._mask: torch.Tensor | None = None
+        self._check_refiner()
+        width, height = request.size if request.source else (request.config.width, request.config.height)
+        self.stages = self._pass(request, (height, width), None if request.source is None else request.source.strength)
+        self._second: Stage | None = None  # where the second pass begins
+        if request.source is None and (hires := request.config.hires) is not None:
+            again = replace(request, config=request.config.second_pass())
+            more = self._pass(again, (again.config.height, again.config.width), hires.strength)
+            self._second = more[0]
+            self.stages += more
         for stage in self.stages:
             if not len(stage.timesteps):
-                steps, rule = request.config.steps, "enough that both base and refiner get one"
-                raise ConfigError("steps", steps, f"{rule} ({stage.name} has none)", 25)
+                raise self._without_a_step(stage)
         self.total = sum(len(stage.timesteps) for stage in self.stages)
+        self.latents = self._begun(self.stages[0], request.source)
 
-    def _ensemble(self, refiner: RefinerConfig | None, latents: torch.Tensor) -> list[Stage]:
+    def _without_a_step(self, stage: Stage) -> ConfigError:
+        hires, source = self.request.config.hires, self.request.source
+        if stage.name == "base" and (source is not None or stage is self._second):
+            name, strength = ("strength", source.strength) if source else ("hires.strength", hires and hires.strength)
+            return ConfigError(name, strength, "large enough that the base gets a step before the refiner goes on", 0.8)
+        rule = f"enough that both base and refiner get one ({stage.name} has none)"
+        return ConfigError("steps", self.request.config.steps, rule, 25)
+
+    def _check_refiner(self) -> None:
+        """An inpainting UNet of nine channels leaves what is outside of the mask noisy: no refiner can go on there."""
+        config, source = self.request.config, self.request.source
+        if self.models.base.inpaints and config.refiner is not None and (source is None or source.stage == "base"):
+            rule = "left out with a base of nine channels, which a refiner of four cannot follow"
+            raise ConfigError("refiner", config.refiner.to_dict(), rule, "refiner = none")
+
+    def _pass(self, request: ImageRequest, size: tuple[int, int], strength: float | None) -> list[Stage]:
+        """The stages that go through the noise schedule once, or with a strength through the last part of it. `size` is
+        (height, width) in pixels."""
+        steps, refiner = request.config.steps, request.config.refiner
+
+        def start(scheduler: SchedulerMixin) -> int:
+            return 0 if strength is None else strength_start(scheduler, steps, strength)
+
+        stage = partial(Stage, request=request, embed=self._embed, size=size, device=self.models.device)
+        if request.source is not None and request.source.stage == "refiner":
+            return [stage("refiner", self._refiner(), stretch=lambda scheduler: slice(start(scheduler), None))]
         base = self.models.base
         if refiner is None:
-            return [self._stage("base", base, latents, lambda _: slice(0, None))]
+            return [stage("base", base, stretch=lambda scheduler: slice(start(scheduler), None))]
         handover = refiner.handover
         return [
-            self._stage("base", base, latents, lambda scheduler: slice(0, base_stop(scheduler, handover))),
-            self._stage(
-                "refiner", self._refiner(), latents, lambda scheduler: slice(refiner_start(scheduler, handover), None)
+            stage("base", base, stretch=lambda scheduler: slice(start(scheduler), base_stop(scheduler, handover))),
+            stage(
+                "refiner", self._refiner(), stretch=lambda scheduler: slice(refiner_start(scheduler, handover), None)
             ),
         ]
-
-    def _stage(
-        self,
-        name: DenoiserName,
-        denoiser: Denoiser,
-        latents: torch.Tensor,
-        stretch: Callable[[SchedulerMixin], slice],
-    ) -> Stage:
-        height, width = (side * self.models.scale_factor for side in latents.shape[-2:])
-        return Stage(
-            name,
-            denoiser,
-            self.request,
-            stretch,
-            embed=self._embed,
-            size=(height, width),
-            device=self.models.device,
-        )
 
     def _refiner(self) -> Denoiser:
         if self.models.refiner is None:
@@ -445,14 +500,83 @@ class Trajectory:
             )
         return self.models.refiner
 
-    def _noise(self, height: int, width: int) -> torch.Tensor:
-        factor = self.models.scale_factor
-        shape = (1, self.models.vae.config.latent_channels, height // factor, width // factor)
+    # --- what a stage begins with ------------------------------------------------------------------------------------
+
+    def _begun(self, stage: Stage, source: SourceImage | None) -> torch.Tensor:
+        """The latents that the first stage begins with. The generator draws in the order of diffusers' pipelines: the
+        posterior of the source, the noise, the posterior of the masked source."""
+        height, width = stage.size
+        pixels, mask = None, None
+        if source is not None:
+            pixels, mask = source.fitted((width, height)), source.fitted_mask((width, height))
+        if mask is None and not stage.denoiser.inpaints:
+            if pixels is None:
+                return self._noise(stage) * stage.scheduler.init_noise_sigma
+            return self._noised(self.models.encode(pixels, self.generator), stage)
+        if mask is None:  # an inpainting UNet paints everything anew
+            mask = np.ones((height, width), dtype=np.float32)
+        return self._masked(stage, pixels, torch.from_numpy(mask)[None, None].to(self.models.device))
+
+    def _masked(self, stage: Stage, pixels: Image.Image | None, mask: torch.Tensor) -> torch.Tensor:
+        """The same where a mask (1, 1, height, width) says what is painted anew; without `pixels`, all of it."""
+        inpaints = stage.denoiser.inpaints
+        whole = self.request.source is None or self.request.source.strength == 1
+        clean = None if pixels is None or (whole and inpaints) else self.models.encode(pixels, self.generator)
+        noise = self._noise(stage)
+        begun = noise * stage.scheduler.init_noise_sigma
+        if not whole:
+            assert clean is not None
+            begun = stage.scheduler.add_noise(clean, noise, stage.timesteps[:1])
+        small = functional.interpolate(mask, size=noise.shape[-2:])
+        if inpaints:
+            stage.beside = self._beside(pixels, mask, small)
+            return begun
+        assert clean is not None
+        # diffusers draws the masked source's posterior for every UNet, be it that only one of nine channels sees it.
+        torch.randn(noise.shape, generator=self.generator, dtype=self.models.vae.dtype)
+        self._mask, stage.kept = small, Kept(small, clean, noise)
+        return begun
+
+    def _beside(self, pixels: Image.Image | None, mask: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
+        """What an inpainting UNet sees beside the latents (1, 5, h, w); what is masked is grey."""
+        size = mask.shape[-2:]
+        image = torch.zeros(1, 3, *size) if pixels is None else to_tensor(pixels)
+        hidden = self.models.encode(image.to(mask.device) * (mask < 0.5), self.generator)
+        return torch.cat([small, hidden], 1)
+
+    def _enlarged(self, stage: Stage) -> torch.Tensor:
+        """The latents that the second pass begins with, from those that the first one has left."""
+        hires = self.request.config.hires
+        assert hires is not None
+        height, width = stage.size
+        if hires.upscaler == "latent":
+            size = [height // self.models.scale_factor, width // self.models.scale_factor]
+            clean = functional.interpolate(self.latents, size=size, mode="bilinear", antialias=False)
+        else:
+            image = finish(self.models.decode(self.latents)[0], watermark=False)
+            clean = self.models.encode(image.resize((width, height), Image.Resampling.LANCZOS), self.generator)
+        noised = self._noised(clean, stage)
+        if stage.denoiser.inpaints:
+            mask = torch.ones(1, 1, height, width, device=self.models.device)
+            stage.beside = self._beside(None, mask, functional.interpolate(mask, size=clean.shape[-2:]))
+        return noised
+
+    def _noise(self, stage: Stage) -> torch.Tensor:
+        height, width = (side // self.models.scale_factor for side in stage.size)
+        shape = (1, self.models.vae.config.latent_channels, height, width)
         return torch.randn(shape, generator=self.generator).to(self.models.device)
 
     def _noised(self, latents: torch.Tensor, stage: Stage) -> torch.Tensor:
-        noise = torch.randn(latents.shape, generator=self.generator, dtype=latents.dtype).to(latents.device)
-        return stage.scheduler.add_noise(latents, noise, stage.timesteps[:1])
+        return stage.scheduler.add_noise(latents, self._noise(stage), stage.timesteps[:1])
+
+    def _handed_on(self) -> torch.Tensor:
+        """The latents as the next stage takes them over from the last one."""
+        stage = self.stage
+        if stage is self._second:
+            return self._enlarged(stage)
+        if self._mask is not None:  # as diffusers' refiner has it: what the base left is what is kept
+            stage.kept = Kept(self._mask, self.latents, self._noise(stage))
+        return self.latents
 
     @property
     def stage(self) -> Stage:
@@ -468,7 +592,8 @@ class Trajectory:
         return self._group(self.stage)
 
     def _group(self, stage: Stage) -> Group:
-        return Group(stage.name, *self.latents.shape[-2:])
+        height, width = (side // self.models.scale_factor for side in stage.size)
+        return Group(stage.name, height, width)
 
     def parts(self) -> list[Part]:
         """The calls that are left, as the batcher counts them: runs of calls with the same rows."""
@@ -489,9 +614,11 @@ class Trajectory:
 
     def take(self, prediction: torch.Tensor) -> None:
         """The UNet's answer to `inputs()`, of the same number of rows."""
-        self._last = self.stage
-        self.latents = self._last.take(prediction, self.latents, self.generator)
+        self._last = last = self.stage
+        self.latents = last.take(prediction, self.latents, self.generator)
         self.calls += 1
+        if last.finished and not self.done:
+            self.latents = self._handed_on()
 
     def denoised(self) -> torch.Tensor | None:
         """The clean latents that the last step points to, None before the first. Any thread may ask."""
@@ -502,6 +629,14 @@ class Trajectory:
         return StageOutcome(
             sampler=sampler(self.request.config.scheduler),
             scheduler=schedulers.effective(self.stages[-1].scheduler),
-            unet_calls={stage.name: len(stage.timesteps) for stage in self.stages},
-            unet_rows={stage.name: stage.total_rows for stage in self.stages},
+            unet_calls=_by_stage((stage.name, len(stage.timesteps)) for stage in self.stages),
+            unet_rows=_by_stage((stage.name, stage.total_rows) for stage in self.stages),
         )
+
+
+def _by_stage(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """The sum for each stage: two passes have the same ones."""
+    found: Counter[str] = Counter()
+    for name, count in counts:
+        found[name] += count
+    return dict(found)

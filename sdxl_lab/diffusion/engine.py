@@ -27,8 +27,8 @@ from PIL import Image
 from sdxl_lab.config import GenerationConfig, LoraRef, RuntimeProfile
 from sdxl_lab.diffusion import adapters, inversions
 from sdxl_lab.diffusion.adapters import Applied, Loras
-from sdxl_lab.diffusion.batching import Batcher, Part
-from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, calls_of, rows_of
+from sdxl_lab.diffusion.batching import Batcher
+from sdxl_lab.diffusion.denoising import DenoiserName, Rows, Trajectory, parts_of, rows_of
 from sdxl_lab.diffusion.inventory import differing, identity
 from sdxl_lab.diffusion.latency import Forecast, Group, LatencyModel
 from sdxl_lab.diffusion.models import Models, load, settled
@@ -189,7 +189,12 @@ class Engine:
         """`Job.preview`."""
         work = self._works.get(job)
         latents = work.trajectory.denoised() if work and work.trajectory else None
-        return None if latents is None else preview(latents[0].float().cpu().numpy(), self.models.latent_rgb)
+        if latents is None:
+            return None
+        sketch = self.models.sketched(latents)
+        if sketch is not None:
+            return Image.fromarray((sketch * 255).round().astype("uint8"))
+        return preview(latents[0].float().cpu().numpy(), self.models.latent_rgb)
 
     def cancel(self, job: Job[Any]) -> None:
         """The next tick sees the job's `cancel_reason`."""
@@ -235,25 +240,13 @@ class Engine:
             self._forecasts, self._forecast_made, self._forecast_took = forecasts, now, time.monotonic() - now
         return forecasts
 
-    def _parts(self, request: ImageRequest) -> list[Part]:
-        """A waiting image's work, by its settings alone."""
-        config, calls, rows = request.config, calls_of(request), rows_of(request)
-        width, height = (config.width, config.height) if request.source is None else request.source.image.size
-        factor = self.models.scale_factor
-        base, refiner = (Group(name, height // factor, width // factor) for name in ("base", "refiner"))
-        if request.source is not None:
-            return [Part(refiner, rows, calls)]
-        if config.refiner is None:
-            return [Part(base, rows, calls)]
-        first = min(calls, max(1, round(calls * config.refiner.handover)))
-        return [Part(base, rows, first), Part(refiner, rows, calls - first)]
-
     def calibrate(self, config: GenerationConfig, seconds: float = 3.0) -> None:
         """Measure what calls of a few row counts take, before anybody waits for an image: a new engine learns it from
-        its first images else. Ends after so many seconds, at once where the configuration's size is known from an
+        its first images else. Ends after so many seconds for each size, at once for one that is known from an
         earlier start; a compiled UNet is called until all its row counts are compiled. Raises `EngineStopped`."""
         limit = math.inf if self.profile.compile else seconds
-        self._do(lambda: self._calibrate(ImageRequest(config, "a calibration", 0), limit))
+        for each in (config, *((config.second_pass(),) if config.hires else ())):
+            self._do(partial(self._calibrate, ImageRequest(each, "a calibration", 0), limit))
 
     def _do(self, chore: Callable[[], object]) -> None:
         """Have the engine's thread do it between two calls, and wait. Raises what it raises, or `EngineStopped`."""
@@ -323,7 +316,7 @@ class Engine:
         self._check_models(job.request)
         if on_step is not None:
             job.watch(_on_step(on_step))
-        parts, alone = self._parts(job.request), self.profile.exact if exact is None else exact
+        parts, alone = parts_of(job.request, self.models.scale_factor), self.profile.exact if exact is None else exact
         with self._wake:
             if not self.healthy:
                 raise EngineStopped(self.failure or "the engine is closed")
@@ -340,7 +333,9 @@ class Engine:
         """An image must not be drawn by one model and recorded under the name of another. A refiner that a request
         does not use may be another one."""
         asked, own = request.config.model, self.models.ref
-        refines = request.config.refiner is not None or request.source is not None
+        refines = request.config.refiner is not None or (
+            request.source is not None and request.source.stage == "refiner"
+        )
         if any(role != "refiner" or refines for role in differing(own, asked)):
             raise ModelMismatch(asked.to_dict(), f"the one that this engine was loaded for, {own.to_dict()}", own.base)
 
@@ -619,6 +614,11 @@ class Engine:
         threads = self._exact_threads if exact and self._on_cpu else self.profile.threads
         return self.runtime | self.profile.with_(exact=exact, threads=threads).to_dict()
 
+    def _tiles(self, trajectory: Trajectory) -> dict[str, int]:
+        """The side of the tiles that the VAE had the image in, if it did."""
+        tile = self.models.tile(*trajectory.stages[-1].size)
+        return {} if tile is None else {"vae_tile": tile}
+
     def _record(self, work: Work) -> ImageRecord:
         """All that decides the image's pixels: the only place where such a record begins."""
         assert work.trajectory is not None
@@ -632,9 +632,10 @@ class Engine:
             source=None if request.source is None else request.source.record,
             strength=None if request.source is None else request.source.strength,
             weights=self.weights | dict(work.loras.weights) | inversions.identities(request.config.embeddings),
-            runtime=self._runtime(work.exact),
+            runtime=self._runtime(work.exact) | self._tiles(work.trajectory),
             libraries={module.__name__: module.__version__ for module in (diffusers, torch, transformers)},
             prompt_2=request.prompt_2,
+            source_image=None if request.source is None else request.source.to_record(),
             tokens=self.tokens(request),
             **work.trajectory.outcome()._asdict(),
         )
@@ -654,7 +655,7 @@ def _decides_latency(profile: RuntimeProfile, weights: dict[str, str]) -> dict[s
         "weights": weights,
         **{
             name: getattr(profile, name)
-            for name in ("dtype", "threads", "channels_last", "fuse_qkv", "compile", "exact")
+            for name in ("dtype", "threads", "channels_last", "fuse_qkv", "compile", "exact", "storage")
         },
     }
 

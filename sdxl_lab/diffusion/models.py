@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ import torch
 import transformers
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from huggingface_hub import snapshot_download
 from PIL import Image
 
@@ -49,6 +51,7 @@ from sdxl_lab.diffusion.inversions import PARTS, vectors_of
 from sdxl_lab.diffusion.lean import lighten
 from sdxl_lab.diffusion.prompts import Chunk, Embedding, Prompt, chunks_of, encode
 from sdxl_lab.diffusion.support import check_folder_is_drawn, check_is_drawn
+from sdxl_lab.diffusion.vae_memory import VaeMemory
 from sdxl_lab.environment import keep_allocations
 from sdxl_lab.files import cache_folder
 
@@ -72,6 +75,11 @@ class Denoiser:
     scheduler_config: Mapping[str, Any]
     zero_negative: bool
     aesthetic: bool
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet sees a mask and the masked image beside the latents, in nine channels."""
+        return bool(self.unet.config.in_channels == checkpoint.INPAINTING)
 
     @torch.no_grad()
     def embed(self, prompt: Prompt) -> Embedding:
@@ -109,7 +117,8 @@ class Denoiser:
 @dataclass(frozen=True)
 class Models:
     """An SDXL on a device; `dtype` is the UNets'. `refiner` is None where the configuration has none. `latent_rgb`
-    (5, 3) is the linear map from latents to pixels that previews use. `ref` is what was asked for."""
+    (5, 3) is the linear map from latents to pixels that previews use, where there is no `tiny` decoder for them. `ref`
+    is what was asked for. `memory` is what the VAE may take."""
 
     base: Denoiser
     refiner: Denoiser | None
@@ -118,6 +127,8 @@ class Models:
     dtype: torch.dtype
     latent_rgb: np.ndarray
     ref: ModelRef
+    memory: VaeMemory = field(default_factory=VaeMemory)
+    tiny: AutoencoderTiny | None = None
 
     @property
     def scale_factor(self) -> int:
@@ -128,9 +139,9 @@ class Models:
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         """Latents (n, 4, h, w) to pixels (n, 8h, 8w, 3), float32 in [0, 1]. Where a VAE of half precision overflows,
         as SDXL's own does in float16, those images alone are decoded again in float32. On a CPU one image at a time is
-        decoded, whose activations stay in the cache and in the process."""
-        portions = latents.split(1 if self.device.type == "cpu" else len(latents))
-        images, dtype = torch.cat([self._decoded(each) for each in portions]), self.vae.dtype
+        decoded, whose activations stay in the cache and in the process. Where memory runs out, half of the images at a
+        time are; then each in tiles. Raises `torch.OutOfMemoryError` where the smallest tiles are too large."""
+        images, dtype = self._decoded(latents), self.vae.dtype
         broken, pixels = ~torch.isfinite(images).flatten(1).all(1), _pixels(images)
         if dtype != torch.float32 and broken.any():
             log.warning("the VAE overflowed in %s: decoding again in float32", dtype)
@@ -143,19 +154,67 @@ class Models:
 
     def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
         mean, deviation = self._statistics()
-        latents = latents.to(self.vae.dtype) * deviation / self.vae.config.scaling_factor + mean
-        images: torch.Tensor = self.vae.decode(latents, return_dict=False)[0]
+        scaled = latents.to(self.vae.dtype) * deviation / self.vae.config.scaling_factor + mean
+        most = 1 if self.device.type == "cpu" else len(latents)
+        return self.memory.within(self._decode_tiled, scaled, self._side(latents), most)
+
+    def _decode_tiled(self, latents: torch.Tensor, tile: int | None) -> torch.Tensor:
+        with self._tiles(tile):
+            images: torch.Tensor = self.vae.decode(latents, return_dict=False)[0]
         return images
 
+    @contextmanager
+    def _tiles(self, tile: int | None) -> Iterator[None]:
+        """The VAE in tiles of so many pixels a side, as diffusers has them, or whole."""
+        vae = self.vae
+        before = vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size
+        if tile is not None:
+            vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = True, tile, tile // self.scale_factor
+        try:
+            yield
+        finally:
+            vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = before
+
+    def _side(self, latents: torch.Tensor) -> tuple[int, int]:
+        height, width = latents.shape[-2:]
+        return height * self.scale_factor, width * self.scale_factor
+
+    def tile(self, height: int, width: int) -> int | None:
+        """The side of the tiles in which the VAE has an image of this size, in pixels; None where it has it whole."""
+        return self.memory.tile((height, width))
+
     @torch.no_grad()
-    def encode(self, image: Image.Image, generator: torch.Generator) -> torch.Tensor:
-        """An image to one latent (1, 4, h, w) in float32, sampled from the posterior as img2img does."""
+    def encode(self, image: Image.Image | torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """An image, or its pixels (1, 3, 8h, 8w) in [-1, 1], to one latent (1, 4, h, w) in float32, sampled from the
+        posterior as img2img does; in tiles as `decode` has them."""
         mean, deviation = self._statistics()
-        pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)[None]
-        pixels = (2 * pixels - 1).to(self.device, self.vae.dtype)
-        latents = self.vae.encode(pixels).latent_dist.sample(generator)
+        pixels = image if isinstance(image, torch.Tensor) else to_tensor(image)
+        height, width = pixels.shape[-2:]
+        moments = self.memory.within(self._encode_tiled, pixels.to(self.device, self.vae.dtype), (height, width), 1)
+        latents = DiagonalGaussianDistribution(moments).sample(generator)
         scaled: torch.Tensor = ((latents - mean) * self.vae.config.scaling_factor / deviation).float()
         return scaled
+
+    def _encode_tiled(self, pixels: torch.Tensor, tile: int | None) -> torch.Tensor:
+        with self._tiles(tile):
+            moments: torch.Tensor = self.vae.encode(pixels).latent_dist.parameters
+        return moments
+
+    @torch.inference_mode()
+    def sketched(self, latents: torch.Tensor) -> np.ndarray | None:
+        """What latents (1, 4, h, w) will look like by the `tiny` decoder: pixels (8h, 8w, 3), float32 in [0, 1]; None
+        where there is none. With one thread, since whoever asks must not slow the engine's calls."""
+        if self.tiny is None:
+            return None
+        threads = torch.get_num_threads()
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
+        try:
+            scaled = latents.to(self.tiny.dtype) / self.tiny.config.scaling_factor
+            return _pixels(self.tiny.decode(scaled, return_dict=False)[0])[0]
+        finally:
+            if self.device.type == "cpu":
+                torch.set_num_threads(threads)
 
     def _statistics(self) -> tuple[torch.Tensor | float, torch.Tensor | float]:
         """The VAE's per-channel mean and deviation where its config has them, as fine-tuned SDXL VAEs may."""
@@ -166,6 +225,11 @@ class Models:
             torch.tensor(v, device=self.device, dtype=self.vae.dtype).view(1, -1, 1, 1) for v in (mean, deviation)
         ]
         return shaped[0], shaped[1]
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """An image as the VAE takes it: (1, 3, height, width) in [-1, 1], float32."""
+    return 2 * torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)[None] - 1
 
 
 def _pixels(images: torch.Tensor) -> np.ndarray:
@@ -202,9 +266,41 @@ def load(ref: ModelRef, profile: RuntimeProfile | None = None) -> Models:
         if profile.channels_last:
             base.vae.to(memory_format=torch.channels_last)
     second = _denoiser(refiner, profile) if refiner else None
+    tiny = None
+    if profile.preview_decoder is not None:
+        with loading():
+            tiny = preview_decoder(profile.preview_decoder, base.vae.dtype).to(device).eval().requires_grad_(False)
     if device.type == "cpu":
         keep_allocations()  # from here on: what loading took for a moment goes back to the system
-    return Models(_denoiser(base, profile), second, base.vae, device, dtype, _latent_rgb(ref), ref)
+    memory = VaeMemory(profile.tile_above, base.vae.config.sample_size)
+    return Models(_denoiser(base, profile), second, base.vae, device, dtype, _latent_rgb(ref), ref, memory, tiny)
+
+
+def preview_decoder(name: str, dtype: torch.dtype) -> AutoencoderTiny:
+    """A small decoder of SDXL's latents, from a folder or a hub id at a commit. Raises `ModelError`."""
+    place, _, revision = name.partition("@")
+    path = Path(name).expanduser()
+    check_no_pickle(name, "preview decoder")
+    if path.is_dir():
+        options = {"local_files_only": True}
+    else:
+        hub.check_pinned("preview decoder", place, revision or None)
+        options = {"revision": revision}
+    try:
+        found = AutoencoderTiny.from_pretrained(
+            str(path) if path.is_dir() else place, dtype=dtype, use_safetensors=True, **options
+        )
+    except Exception as error:  # as in _refused
+        raise ModelError(
+            f"the preview decoder must be an AutoencoderTiny of SDXL's latents; received {name!r}: {_reason(error)}. "
+            "Example: a folder with its config.json and diffusion_pytorch_model.safetensors"
+        ) from error
+    if found.config.latent_channels != 4 or found.config.out_channels != 3:
+        raise ModelError(
+            f"the preview decoder must turn 4 channels into 3 colours; received {name!r} with "
+            f"{found.config.latent_channels} into {found.config.out_channels}. Example: taesdxl"
+        )
+    return found
 
 
 def _steadied(vae: AutoencoderKL) -> AutoencoderKL:
@@ -227,8 +323,10 @@ def laid_out(unet: UNet2DConditionModel, profile: RuntimeProfile) -> Any:
         unet.to(memory_format=torch.channels_last)
     if profile.fuse_qkv:
         unet.fuse_qkv_projections()
-    if profile.device == "cpu" and not profile.compile:
-        lighten(unet)
+    if profile.storage == "float8":
+        unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=unet.dtype)
+    elif profile.device == "cpu" and not profile.compile:
+        lighten(unet)  # the lean blocks read weights past the casting
     watch_rows(unet)
     watch_scales(unet)
     if profile.compile:

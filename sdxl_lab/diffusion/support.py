@@ -45,7 +45,7 @@ DRAWN: Mapping[str, Mapping[str, Collection[Any]]] = {
     },
     "unet": {
         "_class_name": ("UNet2DConditionModel",),
-        "in_channels": (4,),
+        "in_channels": (4, 9),  # 9 for a base that inpaints
         "out_channels": (4,),
         "addition_embed_type": ("text_time",),
         "class_embed_type": (None,),
@@ -78,6 +78,8 @@ def check_folder_is_drawn(folder: Path, role: str, parts: Collection[str]) -> No
 def check_is_drawn(config: Mapping[str, Any], part: str, role: str, name: str) -> None:
     """`ModelError` for a part's configuration with a value that the engine does not draw."""
     for key, drawn in DRAWN[part].items():
+        if (part, key, role) == ("unet", "in_channels", "refiner"):
+            drawn = (4,)
         if key in config and config[key] not in drawn:
             value = config[key]
             means: Mapping[Any, str | None] = {value: CHANNELS.get(value)} if key == "in_channels" else MEANS

@@ -271,8 +271,8 @@ def candidate_of(path: Path | str) -> GenerationConfig:
     path = Path(path)
     if path.suffix == ".png":
         record = read_record(path)
-        if record.source is not None:
-            rule = "an image drawn from a prompt alone; this one was refined from another image"
+        if record.strength is not None:
+            rule = "an image drawn from a prompt alone; this one started from another image"
             raise ConfigError("candidate", str(path), rule, "runs/cat.png")
         return pinned(record.config)
     return pinned(GenerationConfig.from_toml(path))

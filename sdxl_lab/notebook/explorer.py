@@ -12,11 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from PIL import Image
+
 from sdxl_lab.config import ConfigError, GenerationConfig
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.errors import Cancelled
-from sdxl_lab.images import GeneratedImage
-from sdxl_lab.job import ImageRequest, Job
+from sdxl_lab.images import GeneratedImage, open_image
+from sdxl_lab.job import ImageRequest, Job, SourceImage
 from sdxl_lab.notebook.form import FormError, differences, next_seed, request_of, told_at, values_of
 from sdxl_lab.notebook.widgets import HistoryEntry, Panel
 
@@ -34,9 +36,9 @@ class Asked(NamedTuple):
 class Explorer:
     """A panel on an engine: `Explorer(engine, config)` as a cell's last line shows it.
 
-    Every button has a method: `generate`, `stop`, `use`, `compare`, `save`. `history` holds the images drawn,
-    `config` and `request` what the controls say, `candidate` what was settled on. `folder` is where candidates are
-    saved. The engine stays the caller's; `close` ends the panel.
+    Every button has a method: `generate`, `stop`, `use`, `start_from`, `compare`, `save`. `history` holds the images
+    drawn, `config` and `request` what the controls say, `candidate` what was settled on. `folder` is where candidates
+    are saved. The engine stays the caller's; `close` ends the panel.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Explorer:
         self._saved: GenerationConfig | None = None
         self._count = 0
         self._last_seed: int | None = None
+        self._source: SourceImage | None = None
         self._history: list[HistoryEntry] = []
         self._asked: list[Asked] = []
         self._lock = threading.RLock()
@@ -85,7 +88,40 @@ class Explorer:
     @property
     def request(self) -> ImageRequest:
         """What the controls ask for. Raises `FormError` where they hold what the configuration refuses."""
-        return request_of(self.panel.values(), self._start)
+        request = request_of(self.panel.values(), self._start)
+        try:
+            return replace(request, source=self.source)
+        except ConfigError as error:
+            raise FormError({told_at(error.field): str(error)}) from None
+
+    @property
+    def source(self) -> SourceImage | None:
+        """What the next images start from, as the controls have it taken; None for noise. Raises `ConfigError`."""
+        if self._source is None:
+            return None
+        return replace(self._source, **{name: control.value for name, control in self.panel.taken.items()})
+
+    def start_from(
+        self, image: HistoryEntry | Image.Image | Path | str | None, mask: Image.Image | Path | str | None = None
+    ) -> None:
+        """Have the next images start from an image, of the history or a file, painted anew where `mask` is white; or
+        with None from noise. Raises `ConfigError`, and `ImageError` for a file that is no image."""
+        record = None
+        if isinstance(image, HistoryEntry):
+            image, record = image.image, image.generated.record
+        source = None if image is None else SourceImage(_opened(image), record=record)
+        self._source = source if source is None or mask is None else replace(source, mask=_opened(mask))
+        self._say_source()
+        self._check()
+
+    def _say_source(self) -> None:
+        source = self._source
+        if source is None:
+            self.panel.say_source("The next image starts from noise.")
+            return
+        masked = " and is painted anew where the mask is white" if source.mask else ""
+        size = f"{source.image.width}×{source.image.height}"
+        self.panel.say_source(f"The next image starts from one of {size}, {source.sha256[:12]}{masked}.")
 
     @property
     def config(self) -> GenerationConfig:
@@ -102,8 +138,12 @@ class Explorer:
         self._filling = True
         try:
             self.panel.fill(values_of(request))
+            self._source = request.source
+            for name, control in self.panel.taken.items() if request.source else ():
+                control.value = getattr(request.source, name)
         finally:
             self._filling = False
+        self._say_source()
         self._check()
 
     def _check(self, *_: object) -> None:
@@ -130,8 +170,8 @@ class Explorer:
             return [*self._history, *(_drawn(asked) for asked in self._asked if asked.job.state == "done")]
 
     def generate(self, **changes: Any) -> Job[GeneratedImage]:
-        """Queue an image of the controls' settings, with some `changes`: prompt, prompt_2, seed, or settings, as
-        `GenerationConfig.changed` takes them. The controls stay as they are.
+        """Queue an image of the controls' settings, with some `changes`: prompt, prompt_2, seed, source, or settings,
+        as `GenerationConfig.changed` takes them. The controls stay as they are.
 
         Raises `FormError` or `ConfigError` for bad settings, and what `Engine.submit` raises.
         """
@@ -150,7 +190,7 @@ class Explorer:
 
     def _changed(self, changes: dict[str, Any]) -> ImageRequest:
         request = self.request
-        ours = {name: changes.pop(name) for name in ("prompt", "prompt_2", "seed") if name in changes}
+        ours = {name: changes.pop(name) for name in ("prompt", "prompt_2", "seed", "source") if name in changes}
         return replace(request, config=request.config.changed(changes, none=None), **ours)
 
     def stop(self) -> None:
@@ -267,6 +307,12 @@ class Explorer:
         panel = self.panel
         for control in panel.controls.values():
             control.observe(self._check, "value")
+        for control in panel.taken.values():
+            control.observe(self._check, "value")
+        panel.source.observe(self._guarded(self._on_source), "value")
+        panel.mask.observe(self._guarded(self._on_mask), "value")
+        panel.start.on_click(self._guarded(self._on_start))
+        panel.anew.on_click(self._guarded(lambda: self.start_from(None)))
         panel.generate.on_click(self._guarded(self._on_generate))
         panel.stop.on_click(self._guarded(self._on_stop))
         panel.use.on_click(self._guarded(self.use))
@@ -299,6 +345,19 @@ class Explorer:
         self._submit(replace(request, seed=seed))
         self._check()
 
+    def _on_start(self) -> None:
+        if self.shown is not None:
+            self.start_from(self.shown)
+
+    def _on_source(self) -> None:
+        self.start_from(_uploaded(self.panel.source.value))
+
+    def _on_mask(self) -> None:
+        if self._source is None:
+            raise ValueError("a mask must come with a source: choose what the image starts from, then the mask again")
+        self._source = replace(self._source, mask=_uploaded(self.panel.mask.value))
+        self._say_source()
+
     def _on_stop(self) -> None:
         with self._lock:
             count = len(self._asked)
@@ -312,6 +371,15 @@ class Explorer:
             self.panel.say_saved(str(error), failed=True)
             return
         self.panel.say_saved(f"Saved {path} ({self.candidate.short_digest})")
+
+
+def _opened(image: Image.Image | Path | str) -> Image.Image:
+    return image if isinstance(image, Image.Image) else open_image(image)
+
+
+def _uploaded(files: Any) -> Image.Image | None:
+    """The last of the files that a widget has."""
+    return open_image(bytes(files[-1]["content"])) if files else None
 
 
 def _drawn(asked: Asked) -> HistoryEntry:

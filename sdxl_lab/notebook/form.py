@@ -212,7 +212,11 @@ def next_seed(policy: str, seed: int, last: int | None) -> int:
 def settings(request: ImageRequest) -> dict[str, Any]:
     """All that decides the request's image, flat: prompt, seed, and the configuration's fields with dotted names."""
     second = {} if request.prompt_2 is None else {"prompt_2": request.prompt_2}
-    return {"prompt": request.prompt, **second, "seed": request.seed, **flat(request.config.to_dict())}
+    source = {} if request.source is None else {"source.strength": request.source.strength}
+    if request.source is not None:
+        told = request.source.to_record().model_dump(exclude_none=True)
+        source |= {f"source.{name}": value for name, value in told.items()}
+    return {"prompt": request.prompt, **second, "seed": request.seed, **source, **flat(request.config.to_dict())}
 
 
 def differences(first: ImageRequest, second: ImageRequest) -> dict[str, tuple[Any, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import ipywidgets as ipy
 from PIL import Image
 
-from sdxl_lab.config import GenerationConfig
+from sdxl_lab.config import FIT, MASK_BLUR, STRENGTH, GenerationConfig
 from sdxl_lab.declaration import Choice, Number, Switch, Text, Whole
 from sdxl_lab.images import GeneratedImage, magnified_difference
 from sdxl_lab.job import ImageRequest, Job
@@ -21,6 +21,7 @@ from sdxl_lab.schedules import OWN
 
 SHOWN = 24  # images in the history strip
 THUMBNAIL = 136  # pixels
+SOURCE = (STRENGTH, MASK_BLUR, FIT)
 LONG = 1000  # characters: a text that may be longer has lines
 LAYOUT = (  # the settings in sight, in rows; all others follow, folded
     ("prompt",),
@@ -92,7 +93,8 @@ class HistoryEntry:
 
 
 class Panel:
-    """The widgets. `controls` are those with a value, by name; buttons are attributes."""
+    """The widgets. `controls` are those of settings, by name, `taken` those of how a source image is taken; buttons are
+    attributes."""
 
     def __init__(self) -> None:
         self.controls: dict[str, Any] = {name: _control(control) for name, control in controls().items()}
@@ -103,7 +105,14 @@ class Panel:
         self.use = _button("Use these settings", "Fill the controls with the settings of the image shown")
         self.save = _button("Save as candidate", "Write the configuration of the image shown to a file")
         self.name = ipy.Text("candidate", description="Candidate's name", **TYPED)
-        self.digest, self.status, self.caption, self.saved = (ipy.HTML() for _ in range(4))
+        self.taken: dict[str, Any] = {s.name: _control(Control(s.name, s.label, s.kind, s)) for s in SOURCE}
+        for setting in SOURCE:
+            self.taken[setting.name].value = setting.default
+        self.start = _button("Start from the image shown", "The next images start from it instead of noise")
+        self.anew = _button("Start from noise", "The next images start from noise again")
+        self.source = ipy.FileUpload(accept="image/*", description="Source", layout={"width": "auto"})
+        self.mask = ipy.FileUpload(accept="image/*", description="Mask", layout={"width": "auto"})
+        self.digest, self.status, self.caption, self.saved, self.started = (ipy.HTML() for _ in range(5))
         self.image = ipy.Image(value=_png(Image.new("RGBA", (1, 1))), format="png")
         self.bar = ipy.FloatProgress(value=0, max=1, layout={"width": "auto"})
         self.strip = ipy.HBox(layout={"overflow": "auto"})
@@ -113,6 +122,7 @@ class Panel:
         self.rows = {name: self._row(*parts) for name, parts in _switched().items()}
         self.folded = _folded()
         self.more = self._more()
+        self.source_part = self._source_part()
         self.view = self._laid_out()
         _route_by_header(self.view)
 
@@ -122,6 +132,7 @@ class Panel:
             [
                 *(part for names in LAYOUT for part in self._lines(*names)),
                 self.more,
+                self.source_part,
                 buttons,
                 self.digest,
             ],
@@ -165,6 +176,18 @@ class Panel:
         lines = [line for names in rows.values() for line in self._lines(*names)]
         return ipy.Accordion([ipy.VBox(lines)], titles=["More settings"], layout={"margin": "6px 0 0"})
 
+    def _source_part(self) -> ipy.Accordion:
+        """What the next images start from, folded."""
+        fields = [ipy.VBox([control]) for control in self.taken.values()]
+        for field in fields:
+            field.add_class("sdxl-field")
+        rows = [
+            ipy.HBox(pair, layout={"grid_gap": "8px"}) for pair in ((self.start, self.anew), (self.source, self.mask))
+        ]
+        return ipy.Accordion(
+            [ipy.VBox([*rows, *fields, self.started])], titles=["Source image"], layout={"margin": "6px 0 0"}
+        )
+
     def _field(self, name: str) -> ipy.VBox:
         """A control with room for what is wrong with it."""
         box = ipy.VBox([self.controls[name], self.wrong[name]])
@@ -188,6 +211,9 @@ class Panel:
     def fill(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             self.controls[name].value = value
+
+    def say_source(self, text: str) -> None:
+        self.started.value = _line(text, "sdxl-quiet")
 
     def switch(self) -> None:
         """Show the controls of what is switched on, and of what that switches; those without a choice are still."""
@@ -395,13 +421,17 @@ def _settings(drawn: HistoryEntry) -> list[str]:
         guidance += f", rescale {config.guidance_rescale:g}"
     if config.guidance_interval:
         guidance += " in {:g}–{:g}".format(*config.guidance_interval)
-    size = f"{config.width}×{config.height}, seed {drawn.seed}"
+    size = f"{drawn.image.width}×{drawn.image.height}, seed {drawn.seed}"
     schedule = next((text for text in (config.sigma_schedule, config.timestep_spacing) if text != OWN), "")
     schedule = schedule or ("own sigmas" if config.sigmas else "own timesteps" if config.timesteps else "")
     lines = [f"{config.scheduler}{f', {schedule}' if schedule else ''}", f"{config.steps} steps, {guidance}", size]
     if config.refiner:
         scores = f"{config.refiner.aesthetic_score:g}/{config.refiner.negative_aesthetic_score:g}"
         lines.append(f"refiner at {config.refiner.handover:g}, {scores}")
+    if config.hires:
+        lines.append(f"enlarged {config.hires.scale:g}×, strength {config.hires.strength:g}")
+    if source := drawn.request.source:
+        lines.append(f"from an image{' with a mask' if source.mask else ''}, strength {source.strength:g}")
     return lines
 
 

@@ -21,7 +21,7 @@ from pydantic import ConfigDict
 
 from sdxl_lab.config import GenerationConfig, ModelRef, RuntimeProfile, canonical
 from sdxl_lab.diffusion import inversions
-from sdxl_lab.diffusion.denoising import calls_of, rows_of
+from sdxl_lab.diffusion.denoising import parts_of
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError, differing, identity
 from sdxl_lab.diffusion.lora_files import identities
@@ -62,8 +62,9 @@ class Cell:
 
     @cached_property
     def cost(self) -> float:
-        """What drawing it takes, roughly, in UNet rows x pixels: for the forecast alone."""
-        return float(calls_of(self.request) * rows_of(self.request) * self.config.width * self.config.height)
+        """What drawing it takes, roughly, in UNet rows x latents: for the forecast alone."""
+        parts = parts_of(self.request)
+        return float(sum(part.calls * part.rows * part.group.height * part.group.width for part in parts))
 
 
 @dataclass(frozen=True)

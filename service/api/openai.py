@@ -177,8 +177,8 @@ def _leave(manager: JobManager, jobs: Sequence[Job[Stored]]) -> None:
 
 
 def _size(job: Job[Stored]) -> str:
-    config = job.request.config
-    return f"{config.width}x{config.height}"
+    width, height = job.request.size
+    return f"{width}x{height}"
 
 
 async def _answered(asked: ImagesRequest, request: Request, outcome: Stored) -> Answered:
@@ -270,8 +270,7 @@ async def _merged(jobs: Sequence[Job[Stored]], previews: int) -> AsyncIterator[t
 
 def _partial(asked: ImagesRequest, preview: Image.Image, job: Job[Stored]) -> str:
     """A preview in the size and form of the image that it announces."""
-    config = job.request.config
-    image = preview.resize((config.width, config.height), Image.Resampling.BICUBIC)
+    image = preview.resize(job.request.size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     options = {} if asked.compression is None else {"quality": asked.compression}
     image.save(buffer, asked.form.upper(), **options)

@@ -261,12 +261,13 @@ def source_id(image: StoredImage) -> str | None:
 
 def _answer(image: StoredImage, prefix: str) -> dict[str, Any]:
     record = image.record
+    width, height = record.config.drawn_size
     return {
         "id": str(image.id),
         "url": f"{prefix}/download/{image.id}",
         "seed": record.seed,
-        "width": record.config.width,
-        "height": record.config.height,
+        "width": width,
+        "height": height,
         "config": record.promoted or record.digest,
         "overridden": list(record.overridden or ()),
         "timings": image.timings,

@@ -76,7 +76,7 @@ class JobRecord(Record):
             config=request.config.to_dict(),
             promoted=promoted.digest,
             overridden=tuple(request.config.differs(promoted)),
-            source=None if source is None else uuid.UUID(source.record.id),
+            source=None if source is None or source.record is None else uuid.UUID(source.record.id),
             strength=None if source is None else source.strength,
             prompt_2=request.prompt_2,
         )

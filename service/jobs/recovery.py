@@ -234,4 +234,4 @@ class Recovery:
 def source_image(id: uuid.UUID, png: bytes, strength: float) -> SourceImage:
     """A stored image to refine. Raises `ImageError` for one that is not ours."""
     # A PNG that somebody put into the store does not know under which id.
-    return SourceImage(open_image(png), strength, read_record(png).with_(id=str(id)))
+    return SourceImage(open_image(png), strength, read_record(png).with_(id=str(id)), stage="refiner")

@@ -3,7 +3,7 @@
 import pytest
 
 from sdxl_lab import a1111
-from sdxl_lab.config import ConfigError, GenerationConfig
+from sdxl_lab.config import ConfigError, GenerationConfig, HiresConfig
 from sdxl_lab.images import a1111_parameters
 from sdxl_lab.schedules import ABLE, SAMPLERS, SCHEDULE_TYPES
 from tests.made import image_record
@@ -86,3 +86,27 @@ def test_what_would_draw_another_image_is_refused(text, said):
     with pytest.raises(ConfigError) as caught:
         a1111.read(text)
     assert said in str(caught.value)
+
+
+TWICE = "Denoising strength: 0.6, Hires upscale: 1.5, Hires steps: 7, Hires upscaler: Latent"
+
+
+def test_a_second_pass_is_read_where_its_upscaler_is_here_too():
+    told = a1111.read(f"a cat\nSteps: 20, Sampler: Euler, Size: 64x64, {TWICE}")
+    config = GenerationConfig().changed(told.settings)
+    assert config.hires == HiresConfig(scale=1.5, strength=0.6, steps=12, upscaler="latent")
+    assert told.unread == {}
+    theirs = a1111.read(f"a cat\nSteps: 20, Sampler: Euler, {TWICE.replace('Latent', 'R-ESRGAN 4x+')}")
+    assert not any(name.startswith("hires") for name in theirs.settings)
+    assert set(theirs.unread) == {"Denoising strength", "Hires upscale", "Hires steps", "Hires upscaler"}
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.35, 0.6, 0.7, 1.0])
+@pytest.mark.parametrize("steps", [11, 20, 30])
+def test_the_steps_of_a_second_pass_are_those_that_a1111_makes(steps, strength):
+    config = GenerationConfig(hires=HiresConfig(strength=strength, steps=steps, upscaler="lanczos"))
+    text = a1111_parameters(image_record(config))
+    made = int(steps * strength)
+    assert f"Denoising strength: {strength}, Hires upscale: 2.0, Hires steps: {made}, Hires upscaler: Lanczos" in text
+    again = GenerationConfig().changed(a1111.read(text).settings).hires
+    assert int(again.steps * again.strength) == made

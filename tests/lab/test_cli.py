@@ -1,6 +1,7 @@
 """The terminal's door: what it draws, repeats, shows, promotes, refuses, and how it stops."""
 
 import _thread
+import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from sdxl_lab.cli import STOPPED, main
 from sdxl_lab.config import (
     FreeU,
     GenerationConfig,
+    HiresConfig,
     ModelRef,
     PerturbedAttention,
     ProjectedGuidance,
@@ -144,6 +146,10 @@ OPTIONS = [
     ),
     ("--no-zero-snr", {"model": ModelRef(refiner="nano", zero_snr=False)}),
     ("--without refiner-model", {"model": ModelRef()}),
+    ("--hires", {"hires": HiresConfig()}),
+    ("--no-hires", {}),
+    ("--hires-scale 1.5 --hires-strength 0.4", {"hires": HiresConfig(scale=1.5, strength=0.4)}),
+    ("--hires-steps 9 --hires-upscaler lanczos", {"hires": HiresConfig(steps=9, upscaler="lanczos")}),
 ]
 
 
@@ -225,13 +231,77 @@ def test_like_draws_the_same_pixels(config_file, tmp_path):
     assert read_record(first) == read_record(second)
 
 
+@pytest.fixture
+def cat(tmp_path) -> Path:
+    """A photograph, and beside it `mask.png`."""
+    Image.linear_gradient("L").convert("RGB").resize((90, 70)).save(tmp_path / "cat.jpg")
+    mask = Image.new("L", (90, 70))
+    mask.paste(255, (30, 0, 90, 70))
+    mask.save(tmp_path / "mask.png")
+    return tmp_path / "cat.jpg"
+
+
+def test_a_source_in_a_file_is_gone_over_by_the_base_and_repeats_with_it(config_file, cat, tmp_path, capsys):
+    first, second, third = (tmp_path / f"{name}.png" for name in ("first", "second", "third"))
+    given = ["--source", str(cat), "--mask", str(tmp_path / "mask.png")]
+    how = ["--strength", "0.7", "--mask-blur", "3", "--fit", "stretch"]
+    assert main(["generate", "a dog", "--config", str(config_file), *given, *how, "--out", str(first)]) == 0
+    record = read_record(first)
+    assert (record.stage, record.strength, list(record.unet_calls)) == ("base", 0.7, ["base"])
+    assert (record.source_image.fit, record.source_image.mask_blur, record.source_image.size) == (
+        "stretch",
+        3.0,
+        (90, 70),
+    )
+    assert main(["generate", "--like", str(first), *given, "--out", str(second)]) == 0
+    assert max_difference(open_image(first), open_image(second)) == 0
+    assert read_record(second) == record
+    assert "warning" not in capsys.readouterr().err
+    assert main(["generate", "--like", str(first), "--source", str(first), *given[2:], "--out", str(third)]) == 0
+    assert "warning: the source is another one than that of" in capsys.readouterr().err
+
+
+def test_an_image_that_needs_its_source_says_which(config_file, cat, tmp_path, capsys):
+    out = str(tmp_path / "first.png")
+    assert main(["generate", "a dog", "--config", str(config_file), "--source", str(cat), "--out", out]) == 0
+    assert main(["generate", "--like", out, "--out", str(tmp_path / "second.png")]) == 1
+    sha256 = read_record(out).source_image.sha256
+    assert f"whose pixels have the sha256 {sha256}; received None. Example: --source=cat.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["--strength 0.4", "--mask mask.png", "--fit crop", "--mask-blur 2"])
+def test_what_is_said_of_a_source_needs_one(words, tmp_path, capsys):
+    assert main(["generate", "a cat", *words.split(), "--out", str(tmp_path / "x.png")]) == 1
+    assert "must be left out without a source" in capsys.readouterr().err
+
+
+def test_like_draws_the_source_again_where_it_was_drawn_here(tiny_config, tmp_path):
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    with Engine.load(tiny_config, RuntimeProfile()) as drawing:
+        image = drawing.draw(ImageRequest(tiny_config, "a cat", 3))
+        source = SourceImage(image.image, 0.6, image.record)
+        drawing.draw(ImageRequest(tiny_config, "a red cat", 4, source)).save(first)
+    assert main(["generate", "--like", str(first), "--out", str(second)]) == 0
+    assert max_difference(open_image(first), open_image(second)) == 0
+    assert read_record(first) == read_record(second)
+    masked = str(tmp_path / "masked.png")
+    with Engine.load(tiny_config, RuntimeProfile()) as drawing:
+        half = Image.new("L", (64, 64))
+        half.paste(255, (0, 0, 32, 64))
+        drawing.draw(ImageRequest(tiny_config, "a red cat", 4, dataclasses.replace(source, mask=half))).save(masked)
+    half.save(tmp_path / "half.png")
+    assert main(["generate", "--like", masked, "--out", str(second)]) == 1
+    assert main(["generate", "--like", masked, "--mask", str(tmp_path / "half.png"), "--out", str(second)]) == 0
+    assert max_difference(open_image(masked), open_image(second)) == 0
+
+
 def test_like_draws_a_refined_image_of_a_refined_image_again(tiny_config, tiny_models, tmp_path):
     first, second = tmp_path / "first.png", tmp_path / "second.png"
     config = tiny_config.with_(steps=4, refiner=RefinerConfig(handover=0.5))
     with Engine.load(config, RuntimeProfile()) as drawing:
         image = drawing.draw(ImageRequest(config, "a cat", 3))
         for seed, strength in ((4, 0.5), (5, 0.75)):
-            source = SourceImage(image.image, strength, image.record)
+            source = SourceImage(image.image, strength, image.record, stage="refiner")
             image = drawing.draw(ImageRequest(config, "a red cat", seed, source))
     image.save(first)
     assert main(["generate", "--like", str(first), "--out", str(second)]) == 0

@@ -16,6 +16,7 @@ from sdxl_lab.config import (
     EmbeddingRef,
     FreeU,
     GenerationConfig,
+    HiresConfig,
     LoraRef,
     ModelRef,
     OfferedLora,
@@ -38,6 +39,7 @@ KINDS = (
     ZeroStar,
     PerturbedAttention,
     FreeU,
+    HiresConfig,
     ServingLimits,
     GenerationConfig,
     RuntimeProfile,
@@ -84,6 +86,7 @@ EVERYTHING = GenerationConfig(
     embeddings=(EmbeddingRef(token="my style", source="a/style.safetensors", sha256="0a" * 32),),
     clip_skip=2,
     refiner=RefinerConfig(handover=0.7, aesthetic_score=6.5, negative_aesthetic_score=2.0),
+    hires=HiresConfig(scale=1.5, strength=0.8, upscaler="lanczos"),
     watermark=True,
 )
 
@@ -93,6 +96,7 @@ APART = [
         scheduler="heun", sigma_schedule="beta", timestep_spacing="trailing", cfg_zero=ZeroStar(zero_steps=1)
     ),
     GenerationConfig(sigmas=(14.615, 2.5, 0.125), steps=3),
+    GenerationConfig(hires=HiresConfig(steps=30)),
 ]
 
 BAD = [
@@ -168,6 +172,11 @@ BAD = [
     (FreeU, {"s1": "0.6"}, "s1 must be a number above 0 and below 10"),
     (FreeU, {"s2": None}, "s2 must be a number above 0 and below 10"),
     (GenerationConfig, {"freeu": 1}, "freeu must be a FreeU; received 1. Example: freeu.b1 = 1.1, freeu.b2 = 1.2, fr"),
+    (HiresConfig, {"scale": 0.5}, "scale must be a number from 1 to 8; received 0.5. Example: scale = 2.0"),
+    (HiresConfig, {"strength": 0}, "strength must be a number from 0.01 to 1"),
+    (HiresConfig, {"steps": 0}, "steps must be a whole number from 1 to 1000, or left out"),
+    (HiresConfig, {"upscaler": "Latent"}, "upscaler must be one of latent, lanczos"),
+    (GenerationConfig, {"hires": 2.0}, "hires must be a HiresConfig; received 2.0. Example: hires.scale = 2.0"),
     (PerturbedAttention, {"layers": "all"}, "layers must be one of mid, down, up"),
     (GenerationConfig, {"guidance_scale": -1}, "guidance_scale must be a number from 0 to 100; received -1"),
     (GenerationConfig, {"guidance_scale": math.inf}, "received inf"),
@@ -224,6 +233,9 @@ BAD = [
     (RuntimeProfile, {"fuse_qkv": "yes"}, "fuse_qkv must be true or false; received 'yes'"),
     (RuntimeProfile, {"compile": "max-autotune"}, "compile must be true or false; received 'max-autotune'"),
     (RuntimeProfile, {"graphs": 2}, "graphs must be true or false; received 2"),
+    (RuntimeProfile, {"storage": "int8"}, "storage must be one of own, float8; received 'int8'"),
+    (RuntimeProfile, {"tile_above": 8}, "tile_above must be a whole number from 64 to 65536 (pixels); received 8"),
+    (RuntimeProfile, {"preview_decoder": ""}, "preview_decoder must be text of 1 to 500 characters"),
 ]
 
 
@@ -244,7 +256,9 @@ def test_every_setting_has_a_bad_example():
 
 @pytest.mark.parametrize(("kind", "name"), SETTINGS, ids=SETTING_IDS)
 def test_the_example_of_a_setting_is_valid(kind, name):
-    kind.from_dict({name: kind.settings()[name].example})
+    example = kind.settings()[name].example
+    beside = {"steps": len(example)} if name in ("sigmas", "timesteps") else {}  # one for each step
+    kind.from_dict({name: example} | beside)
 
 
 @pytest.mark.parametrize(("kind", "name"), SETTINGS, ids=SETTING_IDS)
@@ -482,6 +496,11 @@ DEFAULTS = {
         "freeu.b2": 1.2,
         "freeu.s1": 0.6,
         "freeu.s2": 0.4,
+        "hires": None,
+        "hires.scale": 2.0,
+        "hires.strength": 0.6,
+        "hires.steps": None,
+        "hires.upscaler": "latent",
     }
 }
 
@@ -593,6 +612,11 @@ DIGESTS = [
     (
         {"freeu": {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}},
         "e67b05508ff049e6f95a99fc94ab83b6f6b6f05a8ded43cf692351ee3003da66",
+    ),
+    ({"hires": {}}, "562b41968e7f541e3aff51631c5a8d90f031b99372f2caaee4ebba001108a00c"),
+    (
+        {"hires": {"scale": 1.5, "strength": 0.8, "steps": 30, "upscaler": "lanczos"}},
+        "8df07febb90caf61e9a56a09a35e12fb18d0e751644768565e598fafa52b5aea",
     ),
     ({"clip_skip": 2, "steps": 12}, "788e82b165205c32cfcde171d40625f621ad8a78ec8a67a53fb37fa7eecdd3ea"),
 ]
@@ -866,3 +890,51 @@ def test_embeddings_have_words_of_their_own():
     one, other = (GenerationConfig(embeddings=[{"token": "ink", "source": s, "sha256": "0" * 64}]) for s in "ab")
     assert one.digest == other.digest
     assert one.changed({"embeddings.0.token": "oil"}).digest != one.digest
+
+
+# --- two passes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_pass_changes_no_digest_where_there_is_none():
+    assert "hires" not in GenerationConfig().distinct()
+    assert GenerationConfig(hires=HiresConfig()).digest != GenerationConfig().digest
+    scaled = GenerationConfig(hires=HiresConfig(scale=1.5))
+    assert scaled.distinct() == {"hires": {"scale": 1.5}}
+    assert GenerationConfig.from_dict(scaled.to_dict()) == scaled
+
+
+@pytest.mark.parametrize(("scale", "size"), [(1.0, (136, 64)), (1.5, (200, 96)), (1.99, (264, 120)), (2.0, (272, 128))])
+def test_the_drawn_size_is_a1111s_whole_number_of_latents(scale, size):
+    assert GenerationConfig(width=136, height=64, hires=HiresConfig(scale=scale)).drawn_size == size
+    assert GenerationConfig(width=136, height=64).drawn_size == (136, 64)
+
+
+BAD_PASSES = [
+    ({"width": 2048, "hires": HiresConfig(scale=4)}, "hires.scale must be one that makes no side longer than 4096"),
+    ({"hires": HiresConfig(strength=0.02)}, "hires.strength must be at least 1/steps, here 0.04"),
+    ({"steps": 4, "hires": HiresConfig(strength=0.24)}, "or no step is left; received 0.24"),
+    (
+        {"steps": 2, "sigmas": (5.0, 1.0), "hires": HiresConfig(steps=4)},
+        "hires.steps must be left out, or 2, where sigmas are given for 2 steps; received 4",
+    ),
+    ({"scheduler": "lcm", "hires": HiresConfig(steps=51)}, "hires.steps must be at most 50 with the scheduler lcm"),
+]
+
+
+@pytest.mark.parametrize(("settings", "said"), BAD_PASSES, ids=[said[:30] for _, said in BAD_PASSES])
+def test_a_second_pass_that_cannot_be_made_is_refused(settings, said):
+    with pytest.raises(ConfigError) as caught:
+        GenerationConfig(**settings)
+    assert said in str(caught.value)
+
+
+def test_a_watermark_needs_room_in_the_image_that_is_drawn():
+    GenerationConfig(width=128, height=128, watermark=True, hires=HiresConfig())
+    with pytest.raises(ConfigError, match="true at 192x192"):
+        GenerationConfig(width=128, height=128, watermark=True, hires=HiresConfig(scale=1.5))
+
+
+@pytest.mark.parametrize("name", ["compile", "graphs"])
+def test_weights_in_eight_bits_are_not_compiled_or_recorded(name):
+    with pytest.raises(ConfigError, match=f"storage must be own with {name}"):
+        RuntimeProfile(storage="float8", **{name: True})

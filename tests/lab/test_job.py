@@ -282,6 +282,8 @@ def test_a_request_out_of_range_is_refused_before_any_work():
     config, source = GenerationConfig(), Image.new("RGB", (64, 64))
     for strength in (0, 1.5, "much", 0.001):
         with pytest.raises(ConfigError, match="strength must be"):
-            ImageRequest(config.with_(steps=20), "a cat", 1, SourceImage(source, strength, image_record()))
+            ImageRequest(
+                config.with_(steps=20), "a cat", 1, SourceImage(source, strength, image_record(), stage="refiner")
+            )
     with pytest.raises(ConfigError, match="seed"):
         ImageRequest(config, "a cat", -1)

@@ -27,7 +27,9 @@ def test_a_stored_image_is_refined_as_the_engine_does_it(client, promoted, sourc
     assert record.source == read_record(before)
     assert record.id == body["id"]
     config = promoted.with_(width=128, height=64, negative_prompt="blue")
-    job = ImageRequest(config, "a red ring", 5, SourceImage(open_image(before), 0.3, read_record(before)))
+    job = ImageRequest(
+        config, "a red ring", 5, SourceImage(open_image(before), 0.3, read_record(before), stage="refiner")
+    )
     drawn = client.app.state.jobs.deployment.engine.draw(job).image
     assert np.array_equal(np.asarray(open_image(png)), np.asarray(drawn))
 

@@ -21,6 +21,8 @@ GOOD = [
     ({"SDXL_MAX_QUEUE": "3", "SDXL_MAX_ROWS": "8"}, Settings(max_queue=3, max_rows=8)),
     ({"SDXL_DEVICE": "cuda:1", "SDXL_DTYPE": "bfloat16"}, Settings(device="cuda:1", dtype="bfloat16")),
     ({"SDXL_COMPILE": "true"}, Settings(compile=True)),
+    ({"SDXL_STORAGE": "float8", "SDXL_TILE_ABOVE": "1536"}, Settings(storage="float8", tile_above=1536)),
+    ({"SDXL_PREVIEW_DECODER": "models/taesdxl"}, Settings(preview_decoder="models/taesdxl")),
     ({"SDXL_ATTEST": "warn"}, Settings(attest="warn")),
     (
         {"SDXL_API_KEYS": "k" * 16 + ",another-key-of-some-length"},
@@ -61,6 +63,9 @@ BAD = [
     ("SDXL_DEVICE", "toaster"),
     ("SDXL_DTYPE", "float8"),
     ("SDXL_COMPILE", "yes"),
+    ("SDXL_STORAGE", "int4"),
+    ("SDXL_TILE_ABOVE", "8"),
+    ("SDXL_PREVIEW_DECODER", ""),
     ("SDXL_ATTEST", "on"),
     ("SDXL_ROOT_PATH", ""),
     ("SDXL_ROOT_PATH", "sdxl"),

@@ -26,6 +26,7 @@ from sdxl_lab.config import (
     ConfigError,
     FreeU,
     GenerationConfig,
+    HiresConfig,
     ModelRef,
     PerturbedAttention,
     ProjectedGuidance,
@@ -80,8 +81,9 @@ PROMPTS = ["a red cat on a blue background", "a small green house", "An unheard-
 WEIGHTS = ["lively", pytest.param("nano", marks=pytest.mark.slow)]
 
 
-TRAINED = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # SDXL's betas, scaled linear
-LEVELS = np.asarray(((1 - torch.cumprod(1 - TRAINED, 0)) / torch.cumprod(1 - TRAINED, 0)).sqrt())
+TRAINED = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2  # SDXL's betas, scaled linear, as exact as diffusers'
+ALPHAS = torch.cumprod(1 - TRAINED, 0).double()
+LEVELS = np.asarray(((1 - ALPHAS) / ALPHAS).sqrt())
 
 
 def noise_levels(config: GenerationConfig) -> list[float] | None:
@@ -138,14 +140,14 @@ class Pipelines:
     predicts: dict[str, Any] = field(default_factory=dict)  # what a base of another kind says beyond that
 
     @classmethod
-    def load(cls, folder: Path, **predicts: Any) -> "Pipelines":
+    def load(cls, folder: Path, role: str = "base", **predicts: Any) -> "Pipelines":
         options = {"variant": "fp16", "dtype": torch.float32, "add_watermarker": False}
-        base = StableDiffusionXLPipeline.from_pretrained(folder / "base", **options)
+        base = StableDiffusionXLPipeline.from_pretrained(folder / role, **options)
         shared = {"text_encoder_2": base.text_encoder_2, "tokenizer_2": base.tokenizer_2, "vae": base.vae}
         refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder / "refiner", **shared, **options)
         for pipe in (base, refiner):
             pipe.set_progress_bar_config(disable=True)
-        config = json.loads((folder / SCHEDULER).read_text())
+        config = json.loads((folder / role / SCHEDULER.relative_to("base")).read_text())
         return cls(base, refiner, config, predicts)
 
     def scheduler(self, request: ImageRequest, **more: Any) -> diffusers.SchedulerMixin:
@@ -161,9 +163,9 @@ class Pipelines:
         scheduler = getattr(diffusers, name).from_config({**self.scheduler_config, **more}, **options)
         return scheduler if levels is None or name == "EulerDiscreteScheduler" else visiting(scheduler, levels)
 
-    def draw(self, request: ImageRequest) -> np.ndarray:
-        """The image, float32 (height, width, 3) in [0, 1]."""
-        config, scores = request.config, request.config.refiner or RefinerConfig()
+    def settings(self, request: ImageRequest) -> dict[str, Any]:
+        """What every pipeline is told of a request."""
+        config = request.config
         # The pipelines pass over the second one where there is no first one.
         negative = config.negative_prompt if config.negative_prompt_2 is None else config.negative_prompt or ""
         settings = {
@@ -184,6 +186,12 @@ class Pipelines:
             settings["timesteps"] = list(config.timesteps)
         elif config.scheduler == "euler" and (levels := noise_levels(config)) is not None:
             settings["sigmas"] = [*levels, 0.0]
+        return settings
+
+    def draw(self, request: ImageRequest) -> np.ndarray:
+        """The image, float32 (height, width, 3) in [0, 1]."""
+        config, scores = request.config, request.config.refiner or RefinerConfig()
+        settings = self.settings(request)
         refining = settings | {
             "aesthetic_score": scores.aesthetic_score,
             "negative_aesthetic_score": scores.negative_aesthetic_score,
@@ -291,7 +299,7 @@ def refined(bench: Bench) -> dict[str, tuple[ImageRequest, np.ndarray]]:
         settings = bench.config.with_(scheduler=name, negative_prompt=(None, "blurry")[index % 2])
         if index % 3 == 0:
             settings = settings.with_(guidance_rescale=0.7, guidance_scale=(1.0, 7.0)[index % 2])
-        source = SourceImage(image, 0.99 if index % 3 == 0 else 0.5, image_record())
+        source = SourceImage(image, 0.99 if index % 3 == 0 else 0.5, image_record(), stage="refiner")
         requests.append(ImageRequest(settings, PROMPTS[index % 4], 300 + index, source))
     return dict(zip(NAMES, zip(requests, bench.together(requests), strict=True), strict=True))
 
@@ -338,7 +346,7 @@ SKIPS = [
 @pytest.mark.parametrize("source", [False, True], ids=["from noise", "from an image"])
 def test_layers_of_the_text_encoders_are_skipped_as_the_pipelines_skip_them(bench, source):
     image = Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    given = SourceImage(image, 0.6, image_record()) if source else None
+    given = SourceImage(image, 0.6, image_record(), stage="refiner") if source else None
     requests = [ImageRequest(bench.config.with_(**skip), PROMPTS[0], 21, given) for skip in SKIPS]
     drawn = bench.together(requests)
     found = [difference(mine, bench.pipelines.draw(request)) for request, mine in zip(requests, drawn, strict=True)]
@@ -546,6 +554,7 @@ MUTATIONS: dict[str, dict[str, Any]] = {
     "width": {"width": 72},
     "height": {"height": 72},
     "refiner": {"refiner": None},
+    "hires": {"hires": HiresConfig(scale=1.0, strength=1.0)},
 }
 REFINER_MUTATIONS = {"handover": 0.7, "aesthetic_score": 4.0, "negative_aesthetic_score": 6.0}
 MOVES_NO_LATENTS = {"model", "watermark"}  # what they do is tested in test_models.py and test_engine.py
@@ -603,7 +612,9 @@ def test_the_comparison_turns_red_when_seed_or_prompt_change(bench, original, ex
 @pytest.mark.parametrize("strength", [0.5, 0.9])
 def test_the_comparison_turns_red_when_the_strength_changes(bench, strength):
     image = Image.new("RGB", (64, 64), "orange")
-    request = ImageRequest(bench.config.with_(steps=10), PROMPTS[0], 1, SourceImage(image, 0.7, image_record()))
+    request = ImageRequest(
+        bench.config.with_(steps=10), PROMPTS[0], 1, SourceImage(image, 0.7, image_record(), stage="refiner")
+    )
     changed = replace(request, source=replace(request.source, strength=strength))
     assert difference(bench.together([changed])[0], bench.pipelines.draw(request)) > TOLERANCE
 
@@ -643,7 +654,7 @@ def test_refining_with_a_model_without_refiner_is_refused():
         ConfigError,
         match=r"model must be one with a refiner, since refining was asked; received 'nano'. Example: model = \"nano\"",
     ):
-        ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, image_record()))
+        ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, image_record(), stage="refiner"))
 
 
 @pytest.mark.parametrize(("handover", "lacking"), [(0.01, "base"), (0.999, "refiner")])

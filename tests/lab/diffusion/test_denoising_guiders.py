@@ -6,6 +6,7 @@ that asks diffusers' own guider; PAG by its own pipelines.
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPAGImg2ImgPipeline, StableDiffusionXLPAGPipeline
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeZeroStarGuidance, PerturbedAttentionGuidance
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
 
 from sdxl_lab.config import (
     ConfigError,
@@ -80,25 +82,18 @@ def theirs(config: GenerationConfig) -> Callable[[int, int, torch.Tensor, torch.
 
     def guide(index: int, steps: int, guided: torch.Tensor, unguided: torch.Tensor) -> torch.Tensor:
         guider.set_state(index, steps, None)
-        if name == "apg" and index == 0:
-            guider.prepare_inputs({})  # which makes the buffer of its momentum
-        return guider(_states(guider, guided, unguided)).pred
+        if name == "apg" and index == 0:  # as its `prepare_inputs` does
+            guider.momentum_buffer = MomentumBuffer(config.apg.momentum)
+        both = {"pred_cond": guided, "pred_uncond": unguided}
+        return guider.forward(**dict(list(both.items())[: guider.num_conditions])).pred
 
     return guide
-
-
-def _states(guider: Any, guided: torch.Tensor, unguided: torch.Tensor) -> list[Any]:
-    from diffusers.modular_pipelines.modular_pipeline import BlockState
-
-    both = {"pred_cond": guided, "pred_uncond": unguided}
-    names = list(both)[: guider.num_conditions]
-    return [BlockState(noise_pred=both[name], **{guider._identifier_key: name}) for name in names]
 
 
 GUIDED: list[dict[str, Any]] = [
     {"apg": ProjectedGuidance()},
     {"apg": ProjectedGuidance(eta=1.0, threshold=0.0, momentum=0.0)},
-    {"apg": ProjectedGuidance(eta=0.3, threshold=2.0, momentum=0.6), "guidance_rescale": 0.7},
+    {"apg": ProjectedGuidance(eta=0.3, threshold=0.2, momentum=0.6), "guidance_rescale": 0.7},
     {"cfg_zero": ZeroStar()},
     {"cfg_zero": ZeroStar(), "guidance_rescale": 0.4},
     {"cfg_zero": ZeroStar(zero_steps=2)},
@@ -164,7 +159,7 @@ def test_guided_images_in_a_mixed_batch_are_those_of_diffusers_guiders_alone(ben
 
 def drawn_with_pag(pipelines: Pipelines, request: ImageRequest) -> np.ndarray:
     """The image of diffusers' PAG pipelines."""
-    config, pag = request.config, request.config.pag
+    pag = request.config.pag
     layers = {"pag_applied_layers": pag.layers}
     base = StableDiffusionXLPAGPipeline(**pipelines.base.components, add_watermarker=False, **layers)
     refiner = StableDiffusionXLPAGImg2ImgPipeline(
@@ -176,13 +171,8 @@ def drawn_with_pag(pipelines: Pipelines, request: ImageRequest) -> np.ndarray:
     )
     for pipe in (base, refiner):
         pipe.set_progress_bar_config(disable=True)
-    before, perturbing = (pipelines.base, pipelines.refiner), {"pag_scale": pag.scale}
-    perturbing["pag_adaptive_scale"] = pag.adaptive
-    both = Pipelines(_with(base, perturbing), _with(refiner, perturbing), pipelines.scheduler_config)
-    image = both.draw(request)
-    assert before == (pipelines.base, pipelines.refiner)
-    assert config == request.config
-    return image
+    more = {"pag_scale": pag.scale, "pag_adaptive_scale": pag.adaptive}
+    return replace(pipelines, base=_with(base, more), refiner=_with(refiner, more)).draw(request)
 
 
 def _with(pipe: Any, more: dict[str, Any]) -> Any:
@@ -269,7 +259,7 @@ MUTATIONS = [
     ("pag", {"layers": "up"}),
 ]
 STARTS = {
-    "apg": ProjectedGuidance(threshold=3.0),
+    "apg": ProjectedGuidance(threshold=0.3),
     "cfg_zero": ZeroStar(),
     "pag": PerturbedAttention(),
     "freeu": FreeU(),

@@ -287,7 +287,7 @@ SECOND: list[tuple[str | None, dict[str, Any]]] = [
 @pytest.mark.parametrize("source", [False, True], ids=["from noise", "from an image"])
 def test_second_prompts_are_those_of_the_pipelines(bench, syntax, source):
     image = Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    given = SourceImage(image, 0.6, image_record()) if source else None
+    given = SourceImage(image, 0.6, image_record(), stage="refiner") if source else None
     requests = [
         ImageRequest(bench.config.with_(prompt_syntax=syntax, **settings), PROMPTS[0], 31, given, second)
         for second, settings in SECOND

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_lab.config import ConfigError, GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
+from sdxl_lab.config import ConfigError, GenerationConfig, HiresConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import engine as engines
 from sdxl_lab.diffusion.batching import TRIALS
 from sdxl_lab.diffusion.denoising import Trajectory
@@ -240,6 +240,12 @@ def test_a_calibration_measures_row_counts_before_the_first_image(start, config)
     known = latency.to_dict()
     engine.calibrate(config)
     assert latency.to_dict() == known, "what is known is not measured again"
+
+
+def test_a_calibration_measures_the_size_of_the_second_pass_too(start, config):
+    latency = LatencyModel()
+    start(rows=2, latency=latency).calibrate(config.with_(hires=HiresConfig(scale=1.5)), seconds=60.0)
+    assert set(latency._seconds) == {("base", 8, 8), ("base", 12, 12)}
 
 
 def test_a_calibration_ends_in_time(start, config):
@@ -805,7 +811,9 @@ OTHER_REFINERS = {
 
 
 def refined(config):
-    return ImageRequest(config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, image_record()))
+    return ImageRequest(
+        config, "a cat", 1, SourceImage(Image.new("RGB", (64, 64)), 0.5, image_record(), stage="refiner")
+    )
 
 
 def test_the_record_names_what_the_processor_can_do(engine, config):

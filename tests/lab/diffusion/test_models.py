@@ -82,7 +82,7 @@ BROKEN = [
     (cut, WHOLE_RULE, "Unable to load weights from checkpoint file"),
     (scrambled, WHOLE_RULE, "base/vae/diffusion_pytorch_model.fp16.safetensors"),
     (lacking, WHOLE_RULE, "no file named model.safetensors"),
-    (of_other_shape, WHOLE_RULE, "conv_in"),
+    (of_other_shape, WHOLE_RULE, "expected shape"),
     (of_another_class, INDEX_RULE, "which holds a FluxPipeline"),
     (without_index, INDEX_RULE, "FileNotFoundError"),
     (broken_index, INDEX_RULE, "JSONDecodeError"),

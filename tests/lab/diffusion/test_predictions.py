@@ -202,7 +202,9 @@ def test_a_distilled_unet_is_told_the_guidance_scale_of_each_row_as_the_pipeline
     asked = [
         *(ImageRequest(base.with_(guidance_scale=scale), PROMPTS[0], 6) for scale in (0.0, 1.0, 2.0, 8.0)),
         ImageRequest(base.with_(guidance_scale=7.0, refiner=RefinerConfig(handover=0.5), steps=6), PROMPTS[1], 7),
-        ImageRequest(base.with_(guidance_scale=3.0), PROMPTS[1], 8, SourceImage(picture, 0.6, image_record())),
+        ImageRequest(
+            base.with_(guidance_scale=3.0), PROMPTS[1], 8, SourceImage(picture, 0.6, image_record(), stage="refiner")
+        ),
         ImageRequest(base.with_(scheduler="lcm", guidance_scale=8.0, negative_prompt="blurry"), PROMPTS[2], 9),
     ]
     drawn = distilled.together(asked)

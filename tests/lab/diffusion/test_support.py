@@ -31,7 +31,6 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
     ("base/scheduler", {"use_flow_sigmas": True}, "with True"),
     ("base/scheduler", {"beta_schedule": "sigmoid"}, "with sigmoid"),
     ("refiner/scheduler", {"_class_name": "EDMEulerScheduler"}, "an EDM model"),
-    ("base/unet", {"in_channels": 9}, "an inpainting model"),
     ("base/unet", {"in_channels": 8}, "a model that edits images by instruction"),
     ("base/unet", {"addition_embed_type": "text_image"}, "with text_image"),
     ("base/unet", {"addition_embed_type": None}, "with None"),

@@ -184,7 +184,7 @@ def test_a_candidate_is_a_file_of_settings_or_a_image(tiny_config, tmp_path):
 
 def test_an_image_refined_from_another_is_no_candidate(tiny_config, tmp_path):
     (image,) = comparison.draw([ImageRequest(tiny_config, "a cat", 1)], FLOAT32)
-    source = SourceImage(image.image, 0.5, image.record)
+    source = SourceImage(image.image, 0.5, image.record, stage="refiner")
     (refined,) = comparison.draw([ImageRequest(tiny_config, "a cat", 1, source)], FLOAT32)
     refined.save(tmp_path / "refined.png")
     with pytest.raises(ConfigError, match="candidate must be an image drawn from a prompt alone"):

@@ -1,14 +1,17 @@
 """The panel's buttons and the methods behind them, on the random model: no browser, real images."""
 
+import io
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from sdxl_lab.config import ConfigError, GenerationConfig, RefinerConfig
 from sdxl_lab.diffusion.engine import Engine
@@ -285,3 +288,52 @@ def test_how_much_of_a_prompt_is_read_is_told_while_it_is_typed(explorer: Explor
     set_(explorer, prompt_syntax="a1111")
     assert "prompt: 76 tokens" in explorer.panel.digest.value
     assert not explorer.panel.wrong["prompt"].value
+
+
+# --- source images ---------------------------------------------------------------------------------------------------
+
+
+def uploaded(image: Image.Image) -> tuple[dict[str, Any], ...]:
+    """What a browser sends of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    now = datetime.now(tz=UTC)
+    return ({"name": "x.png", "type": "image/png", "size": 1, "content": buffer.getvalue(), "last_modified": now},)
+
+
+def test_the_next_image_starts_from_the_one_shown(explorer: Explorer) -> None:
+    click_generate(explorer)
+    explorer.panel.start.click()
+    explorer.panel.taken["strength"].value = 0.5
+    click_generate(explorer)
+    first, second = explorer.history
+    assert second.request.source.strength == 0.5
+    assert second.generated.record.source == first.generated.record
+    assert max_difference(second.request.source.image, first.image) == 0
+    assert "from an image, strength 0.5" in explorer.panel.caption.value
+    assert "source.strength" in explorer.compare(first, second)
+    explorer.panel.anew.click()
+    assert explorer.request.source is None
+    explorer.use(second)
+    assert explorer.request == second.request
+
+
+def test_source_and_mask_are_uploaded(explorer: Explorer) -> None:
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    explorer.panel.mask.value = uploaded(mask)
+    assert "a mask must come with a source" in explorer.panel.digest.value
+    explorer.panel.source.value = uploaded(Image.linear_gradient("L").resize((64, 64)))
+    explorer.panel.mask.value = uploaded(mask.copy())
+    assert explorer.request.source.fitted_mask((64, 64)).mean() == 0.5
+    assert "painted anew where the mask is white" in explorer.panel.started.value
+    click_generate(explorer)
+    assert explorer.history[0].generated.record.source_image.mask_sha256
+
+
+def test_what_a_source_cannot_be_taken_with_is_told(explorer: Explorer) -> None:
+    explorer.start_from(Image.linear_gradient("L"))
+    explorer.panel.taken["strength"].value = 2.0
+    assert "strength must be a number above 0, at most 1; received 2.0" in explorer.panel.digest.value
+    explorer.panel.taken["strength"].value = 0.9
+    assert "config" in explorer.panel.digest.value
