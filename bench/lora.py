@@ -170,13 +170,13 @@ def _ways(inner: int, outer: int, rank: int) -> dict[str, Callable[[torch.Tensor
         return torch.baddbmm(functional.linear(x, base.weight, base.bias), torch.bmm(x, a.transpose(1, 2)), b.mT)
 
     model = nn.ModuleDict({"layer": copy.deepcopy(base)})
-    mixes = {"half": (pair[0], 0.5), "whole": (pair[0], 1.0), "both": (both.parts["unet"]["layer"], 1.0)}
+    mixes = {"a_half": (pair[0], 0.5), "a": (pair[0], 1.0), "a_b": (both.parts["unet"]["layer"], 1.0)}
     for name, (layer, weight) in mixes.items():
         width = len(layer.down)
         inject_adapter_in_model(LoraConfig(r=width, lora_alpha=width, target_modules=["layer"]), model, name)
         model["layer"].lora_A[name].weight = nn.Parameter(layer.down)
         model["layer"].lora_B[name].weight = nn.Parameter(weight * layer.up)
-    names = ["__base__"] * 2 + ["half"] * 2 + ["whole"] * 2 + ["both"] * 2
+    names = [name for name in ("__base__", "a_half", "a", "a_b") for _ in range(2)]
     model.eval()
 
     def pefts(x: torch.Tensor) -> torch.Tensor:
