@@ -208,7 +208,8 @@ def test_noise_levels_are_those_of_sdxl():
 
 
 def test_where_nothing_is_left_of_the_signal_the_noise_level_is_infinite():
-    zero = made(asked("ddim", timestep_spacing="trailing"), PRISTINE | {"rescale_betas_zero_snr": True})
+    says = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    zero = made(asked("ddim", timestep_spacing="trailing"), PRISTINE | says)
     assert schedulers.sigmas(zero)[0] == np.inf
     assert np.isfinite(schedulers.sigmas(zero)[1:]).all()
 
@@ -276,5 +277,5 @@ def test_the_noise_level_of_a_timestep_is_the_one_at_which_the_unet_meets_it(nam
             assert float(scaled.mean()) ** -2 - 1 == pytest.approx(found[index] ** 2, rel=1e-3, abs=1e-5)
         else:
             level = np.interp(float(timestep), np.arange(1000), schedulers.trained_sigmas(scheduler))
-            assert found[index] == pytest.approx(level, rel=0.05), "these round their timesteps"
+            assert found[index] == pytest.approx(level, rel=0.1), "these round their timesteps, or cut them"
         scheduler.step(ones, timestep, ones, return_dict=False)
