@@ -1,7 +1,8 @@
 """A single `.safetensors` file in SDXL's original layout to diffusers' pipeline, by its own `from_single_file`.
 
-Nothing is fetched: such a file holds weights alone, and what else a pipeline takes comes from a folder of
-configurations and tokenizers, SDXL's own where none is named.
+Such a file holds weights alone. What else a pipeline takes comes from a folder of configurations and tokenizers. Where
+none is named, the configurations are SDXL's own, which come with this package, and the tokenizers those of its pinned
+revision on the hub.
 """
 
 from collections.abc import Mapping
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdxl_lab.diffusion import checkpoint
+from sdxl_lab.config import MODELS
+from sdxl_lab.diffusion import checkpoint, hub
 from sdxl_lab.diffusion.inventory import SDXL, ModelError
 
 
@@ -81,13 +83,17 @@ def _text_parts(
 
 
 def tokenizers() -> dict[str, CLIPTokenizer]:
-    """SDXL's two, made of CLIP's byte pairs: they differ in what fills a short prompt up."""
-    pairs = [tuple(line.split(" ")) for line in (SDXL / "merges.txt").read_text("utf-8").splitlines()]
-    letters = sorted(ByteLevel.alphabet())
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in pairs), *special]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    return {
-        name: CLIPTokenizer(vocab=vocabulary, merges=pairs, pad_token=filling, model_max_length=77)
-        for name, filling in (("tokenizer", special[1]), ("tokenizer_2", "!"))
-    }
+    """SDXL's two, from its pinned revision on the hub: a few small files, fetched once. Raises `ModelError`."""
+    sdxl = MODELS["sdxl"]
+    try:
+        folder = snapshot_download(sdxl.base, revision=sdxl.revision, allow_patterns=["tokenizer*/*"])
+        names = ("tokenizer", "tokenizer_2")
+        found = {name: CLIPTokenizer.from_pretrained(folder, subfolder=name) for name in names}
+    except Exception as error:  # the hub client, its transport and transformers each raise kinds of their own
+        raise ModelError(
+            "a single-file model must have tokenizers beside it, which no such file holds; received none in "
+            f"model.config, and of {sdxl.base}'s the hub says: {type(error).__name__}: {' '.join(str(error).split())}. "
+            "Example: model.config = stable-diffusion-xl, a folder in diffusers' layout"
+        ) from error
+    hub.check_downloaded("config", sdxl.base, str(sdxl.revision))
+    return found

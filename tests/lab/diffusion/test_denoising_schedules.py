@@ -13,8 +13,9 @@ from PIL import Image
 
 from sdxl_lab.config import GenerationConfig, RefinerConfig
 from sdxl_lab.diffusion.denoising import Trajectory
-from sdxl_lab.job import ImageRequest, SourceImage
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.schedules import ABLE, SPACINGS
+from sdxl_lab.source import SourceImage
 from tests.lab.diffusion.conftest import trajectory_of
 from tests.lab.diffusion.test_denoising import PROMPTS, TOLERANCE, bench, difference, drawn_with_interval
 from tests.made import image_record

@@ -68,11 +68,11 @@ print(json.dumps(said | {"dialled": dialled}))
 """
 
 
-def cached(folder: Path, hub: Path, name: str) -> Path:
+def cached(folder: Path, hub: Path, name: str, revision: str = REVISION) -> Path:
     """`folder` as the hub client keeps a download; gives the blob of the largest file."""
     place = hub / f"models--{name.replace('/', '--')}"
     (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text(REVISION)
+    (place / "refs" / "main").write_text(revision)
     largest = Path()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         content = path.read_bytes()
@@ -83,7 +83,7 @@ def cached(folder: Path, hub: Path, name: str) -> Path:
         blob = place / "blobs" / checksum
         blob.parent.mkdir(exist_ok=True)
         blob.write_bytes(content)
-        link = place / "snapshots" / REVISION / path.relative_to(folder)
+        link = place / "snapshots" / revision / path.relative_to(folder)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(blob, link.parent))
         if not largest.name or blob.stat().st_size > largest.stat().st_size:

@@ -16,16 +16,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
-from sdxl_lab.config import GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
+from sdxl_lab.config import MODELS, GenerationConfig, ModelRef, RefinerConfig, RuntimeProfile
 from sdxl_lab.diffusion import checkpoint, schedulers, single_file
 from sdxl_lab.diffusion.engine import Engine
-from sdxl_lab.diffusion.inventory import SDXL, ModelError, identity
+from sdxl_lab.diffusion.inventory import NANO, SDXL, ModelError, identity
 from sdxl_lab.diffusion.models import Models, load
 from sdxl_lab.images import a1111_parameters
 from sdxl_lab.job import ImageRequest
 from tests import original
 from tests.lab.diffusion.test_denoising import TOLERANCE, Bench, Pipelines, difference
+from tests.lab.diffusion.test_hub import cached
 
 CPU = RuntimeProfile(device="cpu", dtype="float32")
 
@@ -378,18 +380,28 @@ def test_sdxl_s_configurations_are_those_of_the_published_models():
     assert 2.2e9 < count(refiner) < 2.4e9  # Podell et al. 2023 name 2.3 B
 
 
-WORDS = [
-    ("a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407]),
-    ("A Photo  of a CAT", [49406, 320, 1125, 539, 320, 2368, 49407]),
-    ("a dog", [49406, 320, 1929, 49407]),
-    ("", [49406, 49407]),
-]
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """The hub client's cache, in which nothing is, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
 
 
-@pytest.mark.parametrize(("text", "ids"), WORDS)
-def test_sdxl_s_words_have_clip_s_numbers(text, ids):
-    first, second = single_file.tokenizers().values()
-    assert first(text).input_ids == second(text).input_ids == ids
-    assert (len(first), first.model_max_length) == (49408, 77)
-    padded = [each("a dog", padding="max_length", max_length=6).input_ids for each in (first, second)]
-    assert padded == [[49406, 320, 1929, 49407, 49407, 49407], [49406, 320, 1929, 49407, 0, 0]]
+def test_tokenizers_are_those_of_sdxl_s_own_revision(hub_cache, tmp_path):
+    sdxl = MODELS["sdxl"]
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(NANO / "base" / name, tmp_path / "files" / name)
+    blob = cached(tmp_path / "files", hub_cache, sdxl.base, str(sdxl.revision))
+    found = single_file.tokenizers()
+    assert list(found) == ["tokenizer", "tokenizer_2"]
+    for name, tokenizer in found.items():
+        assert tokenizer("a cat").input_ids == CLIPTokenizer.from_pretrained(NANO / "base" / name)("a cat").input_ids
+    blob.write_bytes(blob.read_bytes() + b" ")
+    with pytest.raises(ModelError, match="must be those of its revision"):
+        single_file.tokenizers()
+
+
+def test_a_file_without_tokenizers_is_refused_where_the_hub_cannot_be_asked(hub_cache):
+    with pytest.raises(ModelError, match=r"must have tokenizers beside it.*the hub says.*Example: model\.config = "):
+        single_file.tokenizers()
