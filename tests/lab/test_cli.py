@@ -34,10 +34,11 @@ from sdxl_lab.diffusion.inventory import ModelError
 from sdxl_lab.diffusion.lora_files import pinned
 from sdxl_lab.evaluation import comparison
 from sdxl_lab.images import max_difference, open_image, read_record
-from sdxl_lab.job import ImageRequest, SourceImage
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.release import promote as promotion
 from sdxl_lab.release import verify as verifying
 from sdxl_lab.release.slot import load_slot
+from sdxl_lab.source import SourceImage
 
 ROOT = Path(__file__).parents[2]
 

@@ -38,7 +38,8 @@ from sdxl_lab.diffusion import schedulers
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import NANO
 from sdxl_lab.diffusion.models import load
-from sdxl_lab.job import ImageRequest, SourceImage
+from sdxl_lab.job import ImageRequest
+from sdxl_lab.source import SourceImage
 from tests import loras
 from tests.lab.diffusion.conftest import trajectory_of
 from tests.made import image_record
