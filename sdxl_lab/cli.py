@@ -297,7 +297,7 @@ def _given_source(asked: argparse.Namespace, record: Any) -> Any:
     """The source image in a file; what is not said of it is as in the `record` of an image to be like. None where there
     is none, or it is to be drawn again. Raises `ConfigError` where a file is missing."""
     from sdxl_lab.images import open_image
-    from sdxl_lab.job import SourceImage
+    from sdxl_lab.source import SourceImage
 
     known = None if record is None else record.source_image
     if asked.source is None:
@@ -321,7 +321,8 @@ def _given_source(asked: argparse.Namespace, record: Any) -> Any:
 def _source(engine: Any, record: Any, mask: Any = None) -> Any:
     """The image that another one started from, drawn again from the record inside its record. Raises `ConfigError`
     where there was a mask, which no record holds."""
-    from sdxl_lab.job import ImageRequest, SourceImage
+    from sdxl_lab.job import ImageRequest
+    from sdxl_lab.source import SourceImage
 
     parent, known = record.source, record.source_image
     above = _source(engine, parent) if parent.source is not None else None

@@ -281,9 +281,8 @@ def preview_decoder(name: str, dtype: torch.dtype) -> AutoencoderTiny:
     place, _, revision = name.partition("@")
     path = Path(name).expanduser()
     check_no_pickle(name, "preview decoder")
-    if path.is_dir():
-        options = {"local_files_only": True}
-    else:
+    options: dict[str, Any] = {"local_files_only": True}
+    if not path.is_dir():
         hub.check_pinned("preview decoder", place, revision or None)
         options = {"revision": revision}
     try:

@@ -18,9 +18,10 @@ from sdxl_lab.config import ConfigError, GenerationConfig
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.errors import Cancelled
 from sdxl_lab.images import GeneratedImage, open_image
-from sdxl_lab.job import ImageRequest, Job, SourceImage
+from sdxl_lab.job import ImageRequest, Job
 from sdxl_lab.notebook.form import FormError, differences, next_seed, request_of, told_at, values_of
 from sdxl_lab.notebook.widgets import HistoryEntry, Panel
+from sdxl_lab.source import SourceImage
 
 PERIOD = 0.1  # seconds between two looks at what is being drawn
 
@@ -106,10 +107,11 @@ class Explorer:
     ) -> None:
         """Have the next images start from an image, of the history or a file, painted anew where `mask` is white; or
         with None from noise. Raises `ConfigError`, and `ImageError` for a file that is no image."""
-        record = None
+        source = None
         if isinstance(image, HistoryEntry):
-            image, record = image.image, image.generated.record
-        source = None if image is None else SourceImage(_opened(image), record=record)
+            source = SourceImage(image.image, record=image.generated.record)
+        elif image is not None:
+            source = SourceImage(_opened(image))
         self._source = source if source is None or mask is None else replace(source, mask=_opened(mask))
         self._say_source()
         self._check()

@@ -126,6 +126,7 @@ async def refine(asked: RefineRequest, request: Request, negotiated: Asked) -> A
 
     async def made() -> ImageRequest:
         source = await jobs.source(asked.id, asked.strength)
+        assert source.record is not None, "a stored image has one"
         slot = jobs.deployment.slot
         config = asked.over(slot.config, slot.limits, source.record, source.image.size)
         return ImageRequest(config, seed=_seed(asked.seed, negotiated), source=source, **asked.prompts(source.record))

@@ -196,6 +196,8 @@ def bounded(document: dict[str, Any], limits: ServingLimits) -> dict[str, Any]:
         fields = document["components"]["schemas"][model.__name__]["properties"]
         for name in kinds.keys() & fields.keys():
             fields[name]["anyOf"][0] |= kinds[name].json_schema  # the other is null
+    if offered := [each.name for each in limits.loras]:
+        document["components"]["schemas"][AskedLora.__name__]["properties"]["name"]["enum"] = offered
     return document
 
 

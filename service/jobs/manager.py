@@ -15,7 +15,8 @@ from typing import Any
 from sdxl_lab.config import ConfigError, canonical
 from sdxl_lab.errors import ModelMismatch
 from sdxl_lab.images import ImageError
-from sdxl_lab.job import OVER, ImageRequest, Job, JobState, SourceImage
+from sdxl_lab.job import OVER, ImageRequest, Job, JobState
+from sdxl_lab.source import SourceImage
 from service.deployment import Deployment
 from service.jobs.errors import AlreadyOver, KeyReused, NotOver, StillRunning
 from service.jobs.leases import Leases

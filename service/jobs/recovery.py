@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from sdxl_lab.errors import EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import open_image, read_record
-from sdxl_lab.job import OVER, ImageRequest, Job, JobState, SourceImage
+from sdxl_lab.job import OVER, ImageRequest, Job, JobState
+from sdxl_lab.source import SourceImage
 from service.deployment import NotReady, Stopping
 from service.jobs.errors import CancelledByClient
 from service.jobs.records import JobRecord, Written

@@ -18,9 +18,9 @@ from sdxl_lab.job import (
     Job,
     JobState,
     Moved,
-    SourceImage,
     Stepped,
 )
+from sdxl_lab.source import SourceImage
 from tests.made import image, image_record
 
 REQUEST = ImageRequest(GenerationConfig(), "a cat", 1)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from sdxl_lab.images import open_image, read_record
-from sdxl_lab.job import ImageRequest, SourceImage
+from sdxl_lab.job import ImageRequest
+from sdxl_lab.source import SourceImage
 from service.jobs.records import StoredImage
 from tests.made import image_record
 from tests.service.conftest import NOBODYS

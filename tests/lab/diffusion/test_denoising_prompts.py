@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from sdxl_lab.config import ConfigError, EmbeddingRef, LoraRef, RefinerConfig
 from sdxl_lab.diffusion.inversions import pinned_ref
-from sdxl_lab.job import ImageRequest, SourceImage
+from sdxl_lab.job import ImageRequest
+from sdxl_lab.source import SourceImage
 from tests.lab.diffusion.test_denoising import PROMPTS, TOLERANCE, Bench, Pipelines, bench, difference
 from tests.lab.diffusion.test_prompts import by_hand, widths_of, written
 from tests.made import image_record

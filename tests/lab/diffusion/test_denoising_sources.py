@@ -28,7 +28,8 @@ from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.models import load
 from sdxl_lab.errors import Cancelled
 from sdxl_lab.images import a1111_parameters, max_difference, read_record
-from sdxl_lab.job import ImageRequest, SourceImage
+from sdxl_lab.job import ImageRequest
+from sdxl_lab.source import SourceImage
 from tests import original
 from tests.lab.diffusion.conftest import trajectory_of
 from tests.lab.diffusion.test_denoising import (

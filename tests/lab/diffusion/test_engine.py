@@ -23,8 +23,9 @@ from sdxl_lab.diffusion.engine import Engine, EngineStats
 from sdxl_lab.diffusion.latency import LatencyModel
 from sdxl_lab.errors import Cancelled, EngineStopped, ModelMismatch, QueueFull
 from sdxl_lab.images import ImageError, max_difference, read_watermark
-from sdxl_lab.job import ImageRequest, Job, SourceImage
+from sdxl_lab.job import ImageRequest, Job
 from sdxl_lab.record import ImageRecord
+from sdxl_lab.source import SourceImage
 from tests.lab.diffusion.conftest import trajectory_of
 from tests.made import SettledLatency, image_record
 

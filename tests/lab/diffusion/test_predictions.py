@@ -25,8 +25,9 @@ from sdxl_lab.diffusion.denoising import Trajectory
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import NANO
 from sdxl_lab.diffusion.models import load
-from sdxl_lab.job import ImageRequest, SourceImage
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.schedules import DIVIDE_BY_SIGNAL, NO_ZERO_SNR
+from sdxl_lab.source import SourceImage
 from tests.lab.diffusion.conftest import trajectory_of
 from tests.lab.diffusion.test_denoising import DIFFUSERS, NAMES, PROMPTS, TOLERANCE, Bench, Pipelines, difference
 from tests.made import image_record

@@ -13,10 +13,11 @@ from sdxl_lab.evaluation.comparison import DEFAULT_PROMPTS, ComparisonPlan, cand
 from sdxl_lab.evaluation.gates import DEFAULT_GATES, Gate, GateError
 from sdxl_lab.evaluation.metrics import MetricError
 from sdxl_lab.images import max_difference
-from sdxl_lab.job import ImageRequest, SourceImage
+from sdxl_lab.job import ImageRequest
 from sdxl_lab.release.promote import promote
 from sdxl_lab.release.records import Findings
 from sdxl_lab.release.slot import load_slot
+from sdxl_lab.source import SourceImage
 
 FIVE = ("a cat", "a dog", "a red hat", "a blue boat", "a tree")
 PLAN = ComparisonPlan(
