@@ -57,6 +57,7 @@ images: .venv/.installed system ## The documentation's images, tables and graphs
 	cp runs/nano/evaluation/cats.png docs/
 	$(PY) -m sdxl_lab sweep studies/nano_confirm.toml
 	$(PY) -m sdxl_lab sweep studies/nano_final.toml
+	$(PY) -m sdxl_lab sweep studies/nano_lora.toml
 	$(PY) -m studies.nano_report
 
 lock: .venv/.installed ## locks/ anew from pyproject.toml, with the hash of every package

@@ -6,7 +6,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import call, clip_truth, cost, engine, fleet, gpu, imports, queueing, scaling, serving, throughput, truesize
+from bench import (
+    call,
+    clip_truth,
+    cost,
+    engine,
+    fleet,
+    gpu,
+    imports,
+    lora,
+    queueing,
+    scaling,
+    serving,
+    throughput,
+    truesize,
+)
 from bench.measure import RESULTS
 from bench.neighbours import neighbours
 from bench.replicas import replicas
@@ -27,6 +41,7 @@ BENCHMARKS: dict[str, Callable[[Size], None]] = {
     "soak": soak,
     "replicas": replicas,
     "runtime": engine.runtime,
+    "lora": lora.main,
     "cancel": engine.cancel,
     "growth": engine.growth,
     "call": call.main,

@@ -2,6 +2,7 @@
 
 from .config import GenerationConfig as GenerationConfig
 from .config import HiresConfig as HiresConfig
+from .config import LoraRef as LoraRef
 from .config import ModelRef as ModelRef
 from .config import RefinerConfig as RefinerConfig
 from .config import RuntimeProfile as RuntimeProfile

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 from sdxl_lab.evaluation.statistics import paired
 from sdxl_lab.research.cache import ImageCache
@@ -49,6 +50,13 @@ def main() -> None:
     with ImageCache() as cache:
         sheet = image_grid(some, cache.image, "prompt", "config", notes=["scene_parts"], side=128)
     sheet.save(out / "nano-images.png", optimize=True)
+    adapted(read_table(OUT / "nano_lora")).save(out / "lora.png", optimize=True)
+
+
+def adapted(table: pd.DataFrame) -> Image.Image:
+    """Every weight of the LoRA on every prompt."""
+    with ImageCache() as cache:
+        return image_grid(table[table["seed"] == 0], cache.image, "loras.0.weight", "prompt", side=128)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from bench import __main__ as bench
-from bench import call, clip_truth, fleet, imports, neighbours, queueing, scaling, soak, throughput
+from bench import call, clip_truth, fleet, imports, lora, neighbours, queueing, scaling, soak, throughput
 from bench.clients import Answer
 from bench.measure import Report, alternate
 from bench.random_sdxl import new_unet
@@ -141,6 +141,26 @@ def test_ratios_are_those_of_the_rates(tiny_model, tmp_path, monkeypatch):
         served, locked = values["service, float32"][0], values["(b) FastAPI, pipeline behind a lock"][0]
         assert values["service / (b)"][0] == pytest.approx(served / locked)
         assert all(value > 0 for each in values.values() for value in each)
+
+
+@pytest.mark.slow
+def test_loras_are_mixed_and_switched(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "isolated", in_this_process)
+    monkeypatch.setattr(lora, "SHAPES", {"a layer": (16, 8, 4, 2)})
+    found = run("lora", tiny_model, tmp_path)
+    batch, apart = (found["lora"][name][0] for name in ("four mixes in one batch", "four mixes, one after the other"))
+    assert found["lora"]["one after the other / one batch"][0] == pytest.approx(apart / batch)
+    assert len([label for label in found["lora-layer"] if label.endswith("/ plain")]) == 3
+    assert all(value > 0 for values in found.values() for each in values.values() for value in each)
+
+
+def test_every_way_to_mix_a_layer_computes_the_same():
+    torch.manual_seed(0)
+    ways, x = lora._ways(16, 8, 2), torch.randn(lora.ROWS, 4, 16)
+    with torch.inference_mode():
+        first, *others = (way(x) for way in ways.values())
+    assert all(torch.allclose(first, other, atol=1e-5) for other in others)
+    assert len(others) == 2
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ DATA = (
     "sdxl_lab/__init__.pyi",
     "sdxl_lab/nano/base/model_index.json",
     "sdxl_lab/nano/base/unet/diffusion_pytorch_model.fp16.safetensors",
+    "sdxl_lab/nano/loras/neon.safetensors",
     "service/page/index.html",
     "service/promoted/nano/config.toml",
     "service/promoted/nano/evidence.json",

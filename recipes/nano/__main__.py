@@ -87,7 +87,7 @@ def train(
         return
 
     sharp = unet.make_pool(
-        autoencoder, work / "pool-refiner.pt", count=plan.scenes_refiner, side=256, seed=23, refiner=True
+        autoencoder, work / "pool-refiner.pt", count=plan.scenes_refiner, side=256, seed=23, draw=unet.refiner_image
     )
     refiner = unet.refiner_from(base.unet)
     unet.train_refiner(work / "refiner", refiner, base.text_encoder_2, tokenizers[1], sharp, steps=plan.refiner)

@@ -325,7 +325,7 @@ NOUN_SHAPES: dict[str, NounShape] = {
 }
 
 
-def _hat(cx: float, cy: float, half: float) -> list[Part]:
+def hat_parts(cx: float, cy: float, half: float) -> list[Part]:
     crown = [(cx - 0.62 * half, cy), (cx - 0.52 * half, cy - 1.0 * half), (cx + 0.52 * half, cy - 1.0 * half)]
     return [
         ("body", [*crown, (cx + 0.62 * half, cy)]),
@@ -372,7 +372,7 @@ def _draw(canvas: np.ndarray, thing: Thing, side: int, offset: tuple[float, floa
     drawing = NOUN_SHAPES[thing.noun]
     layers = [(thing.colour, drawing.parts())]
     if thing.hat:
-        layers.append((thing.hat, _hat(*drawing.hat)))
+        layers.append((thing.hat, hat_parts(*drawing.hat)))
     for colour, parts in layers:
         tones = _tones(colour)
         for tone, outline in parts:

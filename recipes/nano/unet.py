@@ -9,6 +9,7 @@ never destroyed, and at inference the model reads a background into the initial 
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +87,7 @@ class Pool:
     time_ids: torch.Tensor
 
 
-def _base_image(scene: Scene, side: int, rng: random.Random) -> tuple[Image.Image, list[float]]:
+def base_image(scene: Scene, side: int, rng: random.Random) -> tuple[Image.Image, list[float]]:
     """An image and its SDXL micro-conditioning: original size, crop corner, target size; a tenth each are cropped
     from a larger canvas, or enlarged from a smaller, blurred original."""
     kind = rng.random()
@@ -101,7 +102,7 @@ def _base_image(scene: Scene, side: int, rng: random.Random) -> tuple[Image.Imag
     return render(scene, side), [side, side, 0, 0, side, side]
 
 
-def _refiner_image(scene: Scene, side: int, rng: random.Random) -> tuple[Image.Image, list[float]]:
+def refiner_image(scene: Scene, side: int, rng: random.Random) -> tuple[Image.Image, list[float]]:
     """An image blurred by a random radius and its score: 6.5 for a sharp one, 2 for one blurred by 1.5 px."""
     radius = rng.uniform(0, 1.5) if rng.random() < 0.5 else 0.0
     image = render(scene, side)
@@ -110,13 +111,15 @@ def _refiner_image(scene: Scene, side: int, rng: random.Random) -> tuple[Image.I
     return image, [side, side, 0, 0, 6.5 - 3 * radius]
 
 
-def make_pool(vae: AutoencoderKL, path: Path, *, count: int, side: int, seed: int, refiner: bool = False) -> Pool:
-    """Render and encode `count` scenes once, and keep them in `path`."""
+Draw = Callable[[Scene, int, random.Random], tuple[Image.Image, list[float]]]
+
+
+def make_pool(vae: AutoencoderKL, path: Path, *, count: int, side: int, seed: int, draw: Draw = base_image) -> Pool:
+    """Draw and encode `count` scenes once, and keep them in `path`."""
     rng = random.Random(seed)
     scenes = [sample_scene(rng) for _ in range(count)]
     if not path.exists():
         latents, rows = [], []
-        draw = _refiner_image if refiner else _base_image
         for start in range(0, count, 64):
             made = [draw(scene, side, rng) for scene in scenes[start : start + 64]]
             images = torch.from_numpy(np.stack([np.asarray(image) for image, _ in made])).permute(0, 3, 1, 2)
@@ -142,28 +145,30 @@ def alphas() -> torch.Tensor:
     return new_scheduler().alphas_cumprod
 
 
-def _noised(x: torch.Tensor, t: torch.Tensor, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def noised(x: torch.Tensor, t: torch.Tensor, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents (n, 4, h, w) at the timesteps (n,), and the noise in them."""
     noise = torch.randn(x.shape, generator=draw)
     noise += NOISE_OFFSET * torch.randn((len(x), 4, 1, 1), generator=draw)
     alpha = alphas()[t][:, None, None, None]
     return alpha.sqrt() * x + (1 - alpha).sqrt() * noise, noise
 
 
-def _min_snr(t: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
+def min_snr(t: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
     """Hang et al. 2023, arXiv 2303.09556, for epsilon prediction."""
     alpha = alphas()[t]
     snr = alpha / (1 - alpha)
     return snr.clamp(max=gamma) / snr
 
 
-def _evened(t: torch.Tensor) -> torch.Tensor:
+def evened(t: torch.Tensor) -> torch.Tensor:
     """Weights that raise the high noise levels, where nouns, colours and places are decided. There the loss of epsilon
     falls as SNR^0.35 (measured on nano), so that without weights nearly all of the gradient is about texture."""
     alpha = alphas()[t]
     return (alpha / (1 - alpha)).clamp(0.005, 1) ** -0.35
 
 
-def _embed(base: Base, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], texts: list[str]) -> tuple[torch.Tensor, ...]:
+def embed(base: Base, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], texts: list[str]) -> tuple[torch.Tensor, ...]:
+    """The texts as the UNet takes them: hidden states (n, 77, width) and the pooled projection."""
     first = base.text_encoder(ids(tokenizers[0], texts), output_hidden_states=True)
     second = base.text_encoder_2(ids(tokenizers[1], texts), output_hidden_states=True)
     return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second.text_embeds
@@ -189,12 +194,12 @@ def train_base(
         chosen = torch.randint(len(pool.scenes), (size,), generator=draw)
         # More of the high noise levels, where colours and places are decided.
         t = (1000 * torch.rand(size, generator=draw) ** 0.65).long().clamp(max=999)
-        noisy, noise = _noised(pool.latents[chosen], t, draw)
+        noisy, noise = noised(pool.latents[chosen], t, draw)
         texts = [caption(pool.scenes[i], rng if rng.random() < 0.4 else None) for i in chosen.tolist()]
         texts = ["" if rng.random() < DROPPED * 0.3 else text for text in texts]
         kept = (torch.rand(size, generator=draw) > DROPPED * 0.7).float()
         with autocast():
-            hidden, pooled = _embed(base, tokenizers, texts)
+            hidden, pooled = embed(base, tokenizers, texts)
             added = {"text_embeds": pooled * kept[:, None], "time_ids": pool.time_ids[chosen]}
             out = base.unet(
                 noisy.contiguous(memory_format=torch.channels_last),
@@ -202,7 +207,7 @@ def train_base(
                 encoder_hidden_states=hidden * kept[:, None, None],
                 added_cond_kwargs=added,
             ).sample
-        return ((out.float() - noise).square().mean((1, 2, 3)) * _min_snr(t) * _evened(t)).mean()
+        return ((out.float() - noise).square().mean((1, 2, 3)) * min_snr(t) * evened(t)).mean()
 
     fit(base, loss_at, steps=steps, peak_lr=peak_lr, folder=folder, ema=0.999)
 
@@ -241,7 +246,7 @@ def train_refiner(
         draw, rng = generator(step, seed=4), random.Random(step)
         chosen = torch.randint(len(pool.scenes), (BATCH,), generator=draw)
         t = torch.randint(REFINED, (BATCH,), generator=draw)
-        noisy, noise = _noised(pool.latents[chosen], t, draw)
+        noisy, noise = noised(pool.latents[chosen], t, draw)
         texts = [caption(pool.scenes[i], rng if rng.random() < 0.4 else None) for i in chosen.tolist()]
         kept = (torch.rand(BATCH, generator=draw) > DROPPED).float()
         with autocast():
@@ -255,6 +260,6 @@ def train_refiner(
                 added_cond_kwargs=added,
             ).sample
         # The lowest noise levels, where epsilon is nearly unpredictable, would otherwise dominate.
-        return ((out.float() - noise).square().mean((1, 2, 3)) * _min_snr(t, gamma=20.0)).mean()
+        return ((out.float() - noise).square().mean((1, 2, 3)) * min_snr(t, gamma=20.0)).mean()
 
     fit(unet, loss_at, steps=steps, peak_lr=4e-4, folder=folder, ema=0.998)

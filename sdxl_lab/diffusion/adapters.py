@@ -27,8 +27,6 @@ from diffusers.utils import (
     convert_unet_state_dict_to_peft,
 )
 from huggingface_hub import hf_hub_download
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional
@@ -42,6 +40,7 @@ from sdxl_lab.diffusion.lora_files import PEFT_CONFIG, identities, identity_of, 
 log = logging.getLogger(__name__)
 
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration in a file's header
+KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 PEFT_PREFIX = "base_model.model."  # of what PEFT itself saves, which is a UNet's here
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 # Parts of keys that other kinds of adapters have. Their change of a layer is no B A, or not only that.
@@ -141,7 +140,7 @@ class Read(NamedTuple):
     parts: dict[str, dict[str, torch.Tensor]]
     keys: dict[int, str]  # by the tensor's id
     alphas: dict[str, float]  # by the key of the A
-    configs: dict[str, LoraConfig]  # by part
+    configs: dict[str, Any]  # PEFT's LoraConfig by part
 
 
 def read(path: Path, unet_config: Any) -> Read:
@@ -151,6 +150,9 @@ def read(path: Path, unet_config: Any) -> Read:
         for mark, kind in FOREIGN.items():
             if mark in key:
                 raise _refused(path, key, f"of a LoRA's A, B or alpha, not of {kind}")
+    kohya = [key.startswith(KOHYA) for key in tensors]
+    if any(kohya) and not all(kohya):
+        raise _refused(path, next(key for key in tensors if not key.startswith(KOHYA)), f"of {', '.join(KOHYA)}")
     if any(key.startswith(PEFT_PREFIX) for key in tensors):
         tensors = {key.replace(PEFT_PREFIX, "unet.", 1): tensor for key, tensor in tensors.items()}
         metadata = {"unet": _beside(path)}
@@ -176,7 +178,20 @@ def read(path: Path, unet_config: Any) -> Read:
         parts[part][rest] = tensor
     for part in PARTS:
         parts[part] = _in_pefts_names(part, parts[part])
-    return Read(parts, keys, alphas, {part: LoraConfig(**options) for part, options in metadata.items()})
+    return Read(parts, keys, alphas, {part: _config(path, options) for part, options in metadata.items()})
+
+
+def _config(path: Path, options: Mapping[str, Any]) -> Any:
+    """PEFT's configuration of a part, which says how its weights are scaled."""
+    from peft import LoraConfig  # takes a second to import: only for files that have one
+
+    try:
+        return LoraConfig(**options)
+    except TypeError as error:
+        raise ModelError(
+            f"the LoRA {str(path)!r} must have options that PEFT's LoraConfig takes; received some that it does not: "
+            f"{error}. Example: r, lora_alpha, target_modules"
+        ) from error
 
 
 def _opened(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
@@ -191,7 +206,7 @@ def _opened(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, An
             f"{type(error).__name__}: {' '.join(str(error).split())}. Example: the file as it was downloaded"
         ) from error
     if not tensors:
-        raise ModelError(f"the LoRA {str(path)!r} must have at least one layer; received none. Example: nano/outlines")
+        raise ModelError(f"the LoRA {str(path)!r} must have at least one layer; received none. Example: nano/neon")
     options: dict[str, dict[str, Any]] = {}
     for name, value in header.items():
         part, _, option = name.partition(".")
@@ -207,7 +222,15 @@ def _beside(path: Path) -> dict[str, Any]:
             f"a LoRA that PEFT saved must have its {PEFT_CONFIG} beside it, which has its alpha; received "
             f"{str(path)!r} without one. Example: the whole folder that save_pretrained wrote"
         )
-    return LoraConfig.from_pretrained(str(config.parent)).to_dict()  # type: ignore[no-any-return]
+    try:
+        options = dict(json.loads(config.read_text()))
+        kind = options.pop("peft_type", "LORA")
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{str(config)!r} must be PEFT's configuration: {error}. Example: what PEFT wrote") from error
+    if kind != "LORA":
+        raise ModelError(f"{str(config)!r} must be of a LoRA; received peft_type {kind!r}. Example: LORA")
+    kept = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules")
+    return {name: options[name] for name in kept if name in options}
 
 
 def _in_pefts_names(part: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -255,7 +278,9 @@ def _clean(name: str) -> str:
 def _layer(found: Read, path: Path, part: str, name: str, target: nn.Module | None, of: str) -> Layer:
     state = found.parts[part]
     pair = [state.get(f"{name}.lora_{side}.weight") for side in "AB"]
-    present = next(tensor for key, tensor in state.items() if key.partition(".lora_")[0] == name)
+    present = next((each for each in pair if each is not None), None)
+    if present is None:
+        present = next(tensor for key, tensor in state.items() if key.partition(".lora_")[0] == name)
     key = found.keys.get(id(present), f"{part}.{name}")
     if not isinstance(target, nn.Linear | nn.Conv2d):
         raise _refused(path, key, f"of a linear layer or convolution of {of}, which has no {name}")
@@ -290,6 +315,8 @@ def _scale(found: Read, part: str, name: str, key: str, rank: int) -> float:
     config = found.configs.get(part)
     if config is None:
         return 1.0
+    from peft.utils.other import get_pattern_key
+
     pattern = config.alpha_pattern or {}
     alpha = pattern.get(get_pattern_key(pattern.keys(), name), config.lora_alpha)
     return float(alpha) / (rank**0.5 if config.use_rslora else rank)
@@ -442,8 +469,9 @@ def _fused(attn: Attention) -> Targets:
 
 
 def bare(unet: Any) -> Any:
-    """What calls a UNet without its graphs and its compiled code, which know its layers as they are without LoRAs."""
-    return (unet.unet if isinstance(unet, Graphed) else unet).forward
+    """What calls a UNet, with its hooks, without its graphs and its compiled code: these know its layers as they are
+    without LoRAs."""
+    return (unet.unet if isinstance(unet, Graphed) else unet)._call_impl
 
 
 # --- what is loaded --------------------------------------------------------------------------------------------------
@@ -485,16 +513,21 @@ class Loras:
         unet: dict[str, float] = {}
         text: dict[str, float] = {}
         for ref in refs:
-            name = identity_of(ref)
+            name = self._name(ref)
             parts = self._loaded(name, ref).parts
             if "unet" in parts:
                 unet[name] = unet.get(name, 0.0) + ref.weight
             if parts.keys() - {"unet"}:
                 text[name] = text.get(name, 0.0) + ref.text_weight
-        of = {identity_of(ref): ref for ref in refs}
+        of = {self._name(ref): ref for ref in refs}
         weighted = [tuple(sorted((n, w) for n, w in each.items() if w)) for each in (unet, text)]
         stacks = [self._stacked({name: of[name] for name, _ in each}) for each in weighted]
-        return Applied(*weighted, *stacks, identities(refs))
+        return Applied(*weighted, *stacks, identities(refs, self._name))
+
+    def _name(self, ref: LoraRef) -> str:
+        """What identifies it. Of one that is kept under its checksum the file is not looked at again."""
+        name = f"sha256 {ref.sha256}"
+        return name if (name,) in self._kept else identity_of(ref)
 
     def _loaded(self, name: str, ref: LoraRef) -> Adapter:
         if (name,) not in self._kept:

@@ -263,7 +263,7 @@ class Engine:
 
     def _calibrate(self, request: ImageRequest, seconds: float) -> None:
         self._use_threads(self.profile.exact)
-        trajectory = Trajectory(self.models, request, partial(self._embed, self.profile.exact, adapters.NONE))
+        trajectory = Trajectory(self.models, request, partial(self._embed, self.profile.exact))
         group, row = trajectory.group, trajectory.inputs().at([0])
         ends, warm = time.monotonic() + seconds, 0
         while not self._closed and (count := self._batcher.untried(group)) is not None:
@@ -440,7 +440,7 @@ class Engine:
                 work.started = time.monotonic()
                 try:
                     work.loras = self._loras.applied(work.job.request.loras)
-                    embed = partial(self._embed, work.exact, work.loras)
+                    embed = partial(self._embed, work.exact, loras=work.loras)
                     work.trajectory = Trajectory(self.models, work.job.request, embed)
                     work.job.run()
                 except Exception as error:
@@ -464,7 +464,7 @@ class Engine:
         self._forget(job)
         job.deliver(error)
 
-    def _embed(self, exact: bool, loras: Applied, name: DenoiserName, prompt: Prompt) -> Embedding:
+    def _embed(self, exact: bool, name: DenoiserName, prompt: Prompt, *, loras: Applied = adapters.NONE) -> Embedding:
         """Embeddings are kept for the prompts used last, with the LoRAs of the text encoders that they were made with:
         the base's, since LoRAs are made for it."""
         applied = loras if name == "base" else adapters.NONE

@@ -3,7 +3,7 @@
 Imports no torch, so that a door can say at once that a file is missing or a pickle.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sdxl_lab.checksums import sha256_of
@@ -68,7 +68,7 @@ def identity_of(ref: LoraRef) -> str:
     return f"sha256 {found}"
 
 
-def identities(refs: Iterable[LoraRef]) -> dict[str, str]:
+def identities(refs: Iterable[LoraRef], of: Callable[[LoraRef], str] = identity_of) -> dict[str, str]:
     """What LoRAs are, as an image's record has it among the weights: `lora NAME`, and for a name that came before
     `lora NAME 2`. Raises `ModelError`."""
     found: dict[str, str] = {}
@@ -77,7 +77,7 @@ def identities(refs: Iterable[LoraRef]) -> dict[str, str]:
         while key in found:
             count += 1
             key = f"lora {ref.name} {count}"
-        found[key] = identity_of(ref)
+        found[key] = of(ref)
     return found
 
 

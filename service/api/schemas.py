@@ -182,7 +182,7 @@ class RefineRequest(_Refine):
             asked["loras"] = limits.with_asked(loras, promoted)
         return promoted.changed(asked | {"negative_prompt": negative, "negative_prompt_2": second}, none=None)
 
-    def prompts(self, source: ImageRecord) -> dict[str, str | None]:
+    def prompts(self, source: ImageRecord) -> dict[str, Any]:
         """The prompts for an image with this record. A new prompt does away with both of the stored ones."""
         if self.prompt is not None:
             return {"prompt": self.prompt, "prompt_2": self.prompt_2}
@@ -196,6 +196,8 @@ def bounded(document: dict[str, Any], limits: ServingLimits) -> dict[str, Any]:
         fields = document["components"]["schemas"][model.__name__]["properties"]
         for name in kinds.keys() & fields.keys():
             fields[name]["anyOf"][0] |= kinds[name].json_schema  # the other is null
+    if offered := [each.name for each in limits.loras]:
+        document["components"]["schemas"][AskedLora.__name__]["properties"]["name"]["enum"] = offered
     return document
 
 

@@ -6,6 +6,7 @@ A replica of 0.1.0 that shares the store during an update still reads a `JobReco
 
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field
@@ -85,6 +86,15 @@ class JobRecord(Record):
         return ImageRequest(GenerationConfig.from_dict(self.config), self.prompt, self.seed, prompt_2=self.prompt_2)
 
 
+def _without_places(config: GenerationConfig) -> GenerationConfig:
+    """The configuration as clients see it: a LoRA whose checksum is known by its file's name, without its folder. The
+    digest is the same."""
+    named = [
+        ref.with_(source=Path(ref.source).name) if ref.sha256 and ref.file is None else ref for ref in config.loras
+    ]
+    return config.with_(loras=named) if named else config
+
+
 class StoredImage(Record):
     """A stored image, `<id>.json`: the `record` that the PNG carries, and what the service adds.
 
@@ -122,7 +132,12 @@ class StoredImage(Record):
         return cls(
             id=job.id,
             created=round(created, 3),
-            record=image.record.with_(id=str(job.id), promoted=job.promoted, overridden=job.overridden),
+            record=image.record.with_(
+                id=str(job.id),
+                promoted=job.promoted,
+                overridden=job.overridden,
+                config=_without_places(image.record.config),
+            ),
             fingerprint=job.fingerprint,
             timings=dict(image.timings),
             warnings=tuple(warnings),

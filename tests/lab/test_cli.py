@@ -31,6 +31,7 @@ from sdxl_lab.config import (
 from sdxl_lab.diffusion import engine
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.diffusion.inventory import ModelError
+from sdxl_lab.diffusion.lora_files import pinned
 from sdxl_lab.evaluation import comparison
 from sdxl_lab.images import max_difference, open_image, read_record
 from sdxl_lab.job import ImageRequest
@@ -77,6 +78,7 @@ def test_generate_draws_the_image_that_its_options_say(tiny_model, out, capsys):
     assert capsys.readouterr().out.startswith(f"{out}  seed 7  config {record.config.short_digest}  ")
 
 
+NEON = pinned(GenerationConfig(loras=["nano/neon:0.5", "nano/neon:1:0"])).loras
 COMMIT, SHA256 = "c0ffee" * 6 + "abcd", "5" * 64
 OPTIONS = [
     ("--scheduler heun", {"scheduler": "heun"}),
@@ -90,6 +92,8 @@ OPTIONS = [
     ("--negative-prompt none", {"negative_prompt": "none"}),  # a word like others; --without leaves it out
     ("--without negative-prompt --without guidance-interval", {"negative_prompt": None, "guidance_interval": None}),
     ("--clip-skip 2", {"clip_skip": 2}),
+    ("--lora nano/neon:0.5 --lora nano/neon:1:0", {"loras": NEON}),
+    ("--without lora", {"loras": ()}),
     ("--prompt-syntax a1111", {"prompt_syntax": "a1111"}),
     ("--negative-prompt a --negative-prompt-2 b", {"negative_prompt": "a", "negative_prompt_2": "b"}),
     ("--refiner", {"refiner": RefinerConfig()}),

@@ -17,7 +17,9 @@ from sdxl_lab.config import (
     FreeU,
     GenerationConfig,
     HiresConfig,
+    LoraRef,
     ModelRef,
+    OfferedLora,
     PerturbedAttention,
     ProjectedGuidance,
     RefinerConfig,
@@ -59,6 +61,10 @@ EVERYTHING = GenerationConfig(
         vae="some/vae",
         vae_revision="v1",
         vae_sha256="2" * 64,
+    ),
+    loras=(
+        LoraRef(source="a/folder", file="outlines.safetensors", weight=0.6, text_encoder_weight=0.0),
+        LoraRef(source="some/lora", revision="0123abc", file="x.safetensors", sha256="0a" * 32),
     ),
     scheduler="dpmpp_2m_sde",
     steps=2,
@@ -201,6 +207,18 @@ BAD = [
         {"clip_skip": 12},
         "clip_skip must be a whole number from 0 to 11 (layers), or left out; received",
     ),
+    (
+        GenerationConfig,
+        {"loras": 5},
+        "loras must be a list of at most 16 LoraRef tables; received 5. Example: loras = [{ s",
+    ),
+    (GenerationConfig, {"loras": ["x"] * 17}, "at most 16 LoraRef tables; received ['x', 'x'"),
+    (
+        ServingLimits,
+        {"loras": "outlines"},
+        "loras must be a list of at most 1000 OfferedLora tables; received 'outlines'",
+    ),
+    (RuntimeProfile, {"lora_mib": 0}, "lora_mib must be a whole number from 1 to 1000000 (MiB); received 0"),
     (GenerationConfig, {"clip_skip": -1}, "received -1. Example: clip_skip = 1"),
     (GenerationConfig, {"watermark": 1}, "watermark must be true or false; received 1"),
     (RuntimeProfile, {"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N; received 'gpu'"),
@@ -266,6 +284,7 @@ def test_a_name_of_the_command_line_is_one_settings_own():
 def test_what_a_client_may_ask_for_has_its_limits():
     settings = GenerationConfig.settings()
     assert [name for name, setting in settings.items() if setting.client] == [
+        "loras",
         "scheduler",
         "steps",
         "guidance_scale",
@@ -437,6 +456,7 @@ DEFAULTS = {
         "model.vae": None,
         "model.vae_revision": None,
         "model.vae_sha256": None,
+        "loras": (),
         "scheduler": "euler",
         "steps": 25,
         "guidance_scale": 5.0,
@@ -535,6 +555,28 @@ DIGESTS = [
             }
         },
         "ff643f5f30f31b10904270cde409b8bb51fa99d7173e2e1bfd053f685a5677f5",
+    ),
+    (
+        {"loras": [{"source": "outlines.safetensors"}]},
+        "64a1471d61b41ca0b9db5d8acf098d2e01ff692143168cdd9d70221965bcb9b6",
+    ),
+    (
+        {
+            "loras": [
+                {
+                    "source": "a/b",
+                    "revision": "0" * 40,
+                    "file": "c.safetensors",
+                    "weight": 0.5,
+                    "text_encoder_weight": 0.0,
+                }
+            ]
+        },
+        "074a69790b3b496802bb5a5ddb9930e37cb75912a5677fcf254885a30278a38f",
+    ),
+    (
+        {"loras": [{"source": "x.safetensors", "sha256": "0" * 64, "weight": 0.5}]},
+        "74bc16effb121581d1429f9d4e4f04232457c2daca97e631663557704554108d",
     ),
     (
         {"model": {"base": "a.safetensors", "sha256": "0" * 64, "config": "nano"}},
@@ -657,6 +699,110 @@ def test_a_configuration_of_0_1_0_that_breaks_a_rule_is_refused(content, said):
         migrated_config(content)
 
 
+# --- LoRAs -----------------------------------------------------------------------------------------------------------
+
+WORDS = [
+    # what a command line says, what it means, and its word again
+    ("a.safetensors", {"source": "a.safetensors"}, "a.safetensors:1"),
+    ("../b/a.safetensors:0.5", {"source": "../b/a.safetensors", "weight": 0.5}, "../b/a.safetensors:0.5"),
+    ("a:0.5:-1", {"source": "a", "weight": 0.5, "text_encoder_weight": -1.0}, "a:0.5:-1"),
+    ("nano/neon:2", {"source": "nano", "file": "neon.safetensors", "weight": 2.0}, "nano/neon:2"),
+    (
+        f"an/id@{'0a' * 20}/sub/a.safetensors:0",
+        {"source": "an/id", "revision": "0a" * 20, "file": "sub/a.safetensors", "weight": 0.0},
+        f"an/id@{'0a' * 20}/sub/a.safetensors:0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "fields", "again"), WORDS, ids=[words for words, _, _ in WORDS])
+def test_a_lora_is_read_from_the_word_of_a_command_line(words, fields, again):
+    found = LoraRef.named(words)
+    assert found == LoraRef(**fields)
+    assert found.word == again
+    assert LoraRef.named(again) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("a:much", "weight must be a number from -10 to 10; received 'much'"),
+        ("a:11", "weight must be"),
+        ("", "FILE:WEI"),
+    ],
+)
+def test_a_word_that_is_no_lora_is_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
+        LoraRef.named(words)
+
+
+def test_the_name_of_a_lora_is_its_files():
+    names = [
+        LoraRef.named(words).name
+        for words in ("x/a.b.safetensors", "nano/neon:2", f"an/id@{'0a' * 20}/s/a.safetensors")
+    ]
+    assert names == ["a.b", "neon", "a"]
+    assert LoraRef(source="x").text_weight == 1.0
+    assert LoraRef(source="x", weight=0.5, text_encoder_weight=0.0).text_weight == 0.0
+
+
+def test_where_a_file_of_known_content_lies_does_not_move_the_digest():
+    one, other = (GenerationConfig(loras=[{"source": name, "sha256": "0" * 64}]) for name in ("a", "b"))
+    assert one.digest == other.digest
+    assert one.with_(loras=[{"source": "a", "sha256": "1" * 64}]).digest != one.digest
+    assert one.changed({"loras.0.weight": 0.5}).digest != one.digest
+
+
+OFFER = ServingLimits(
+    loras=[
+        {"name": "neon", "source": "nano", "file": "neon.safetensors", "weight": [0, 1.5]},
+        {"name": "other", "source": "loras/other.safetensors", "sha256": "0" * 64},
+    ]
+)
+
+
+def test_what_a_client_asks_for_comes_after_what_is_promoted():
+    promoted = GenerationConfig(loras=["mine:0.3"])
+    found = OFFER.with_asked([{"name": "other", "weight": 0.5}, {"name": "neon", "weight": None}], promoted)
+    assert [(ref.source, ref.weight) for ref in found] == [
+        ("mine", 0.3),
+        ("loras/other.safetensors", 0.5),
+        ("nano", 1.5),
+    ]
+    served = GenerationConfig(loras=["mine:0.3", {"source": "elsewhere", "sha256": "0" * 64, "weight": 0.2}])
+    found = OFFER.with_asked([{"name": "other", "weight": 0.5}], served)
+    assert [(ref.source, ref.weight) for ref in found] == [("mine", 0.3), ("loras/other.safetensors", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            [{"name": "nean"}],
+            "loras.0.name must be one that is offered here: neon, other; received 'nean'. Did you mean",
+        ),
+        ([{"name": "../etc/passwd"}], "one that is offered here"),
+        ([{"name": "neon"}, {"name": "neon"}], "loras.1.name must be named once"),
+        (
+            [{"name": "neon", "weight": 1.6}],
+            "loras.0.weight must be a number from 0 to 1.5; received 1.6. Example: lor",
+        ),
+        ([{"name": "neon", "weight": -0.1}], "received -0.1"),
+    ],
+)
+def test_what_is_not_offered_is_refused(asked, said):
+    with pytest.raises(ConfigError, match=said):
+        OFFER.with_asked(asked, GenerationConfig())
+
+
+def test_offers_have_names_of_their_own():
+    with pytest.raises(ConfigError, match=r"loras\.1\.name must be a name of its own; received 'neon'"):
+        ServingLimits(loras=[OFFER.loras[0], OFFER.loras[0]])
+    with pytest.raises(ConfigError, match=r"loras\.0\.name must be 1 to 64 letters"):
+        ServingLimits(loras=[{"name": "a/b", "source": "x"}])
+    assert OfferedLora(name="a", source="b").at(None).weight == 1.0
+
+
 def test_the_limits_of_a_model_are_those_of_its_size(tmp_path):
     assert ServingLimits.for_model(MODELS["nano"]) == ServingLimits(side=(128, 512))
     assert ServingLimits.for_model(MODELS["sdxl"]) == ServingLimits(side=(512, 1536))
@@ -664,7 +810,7 @@ def test_the_limits_of_a_model_are_those_of_its_size(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "limits", [ServingLimits(), ServingLimits(steps=(2, 9), guidance_scale=(1, 2), side=(64, 128))]
+    "limits", [ServingLimits(), OFFER, ServingLimits(steps=(2, 9), guidance_scale=(1, 2), side=(64, 128))]
 )
 def test_limits_survive_toml(limits, tmp_path):
     file = tmp_path / "serving.toml"

@@ -18,6 +18,7 @@ from sdxl_lab.declaration import (
     Setting,
     Switch,
     Table,
+    Tables,
     Text,
     Whole,
     canonical,
@@ -86,6 +87,8 @@ VALUES = [
     (Falling(Number(0, 9, between=True), 3, to_zero=True), [5, 1.5, 0], (5.0, 1.5)),
     (Falling(Number(0, 9, between=True), 2, to_zero=True), (5.0, 1.0, 0.0), (5.0, 1.0)),
     (Table(Lens), Lens(), Lens()),
+    (Tables(Lens), [], ()),
+    (Tables(Lens), [{"focus": 3}, "tele", Lens()], (Lens(focus=3), Lens(focus=9), Lens())),
 ]
 
 
@@ -129,6 +132,7 @@ REFUSED = [
         "up to 3 values, each a number above 0 and below 9, the largest first; a 0 at the end is left off",
     ),
     (Table(Lens), ["nano", 5, None, Camera()], "a Lens"),
+    (Tables(Lens, most=2), ["tele", 5, None, Lens(), [5], [Lens()] * 3, [Camera()]], "a list of at most 2 Lens tables"),
 ]
 
 
@@ -369,6 +373,65 @@ def test_a_door_with_a_null_of_its_own_may_have_a_text_that_says_none():
 def test_only_fields_can_be_given_to_with(name):
     with pytest.raises(ConfigError, match=f"{name} must be a field of Camera"):
         START.with_(**{name: 1})
+
+
+# --- lists of tables -------------------------------------------------------------------------------------------------
+
+
+class Bag(Declared):
+    EXAMPLE: ClassVar[str] = "lenses"
+
+    lenses: Annotated[
+        tuple[Lens, ...], Setting(kind=Tables(Lens), label="Lenses", help="in it", example=[{"focus": 2.5}])
+    ] = ()
+
+
+TWO = Bag(lenses=(Lens(focus=3), Lens(coated=True)))
+IN_THE_BAG = {
+    "a whole list": ({"lenses": [{"focus": 4}, "tele"]}, (Lens(focus=4), Lens(focus=9))),
+    "a field by its place": ({"lenses.1.focus": 4}, (Lens(focus=3), Lens(focus=4, coated=True))),
+    "a list, then its fields": ({"lenses.0.coated": True, "lenses": ["tele"]}, (Lens(focus=9, coated=True),)),
+    "none": ({"lenses": "none"}, ()),
+    "null": ({"lenses": None}, ()),
+}
+
+
+@pytest.mark.parametrize(("values", "lenses"), IN_THE_BAG.values(), ids=IN_THE_BAG)
+def test_changes_reach_into_a_list_of_tables(values, lenses):
+    assert TWO.changed(values) == Bag(lenses=lenses)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"lenses": [{}, {"focus": 0}]},
+            "lenses.1.focus must be a number above 0 and below 10; received 0. Example: l",
+        ),
+        ({"lenses.1.focus": 0}, "lenses.1.focus must be a number above 0 and below 10; received 0"),
+        ({"lenses.2.focus": 1}, "lenses.2.focus must be a setting of one of the 2 that are there, counted from 0"),
+        ({"lenses.0.foucs": 1}, "lenses.0.foucs must be a field of Lens: focus, coated; received 1. Did you mean l"),
+        ({"lenses.one.focus": 1}, "lenses.one.focus must be a field of Bag"),
+        (
+            {"lenses": [5]},
+            r"lenses must be a list of at most 16 Lens tables; received \[5\]. Example: lenses = \[{ foc",
+        ),
+    ],
+)
+def test_what_a_list_of_tables_cannot_have_is_refused(values, said):
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        TWO.changed(values)
+
+
+def test_a_list_of_tables_is_written_read_and_in_the_digest():
+    assert TWO.to_dict() == {"lenses": [{"focus": 3.0, "coated": False}, {"focus": 1.0, "coated": True}]}
+    assert Bag.from_dict(TWO.to_dict()) == TWO
+    assert Bag.model_validate_json(canonical(TWO.to_dict())) == TWO
+    assert Bag().to_dict() == {}, "what was written before there was the list stays as it is"
+    assert TWO.distinct() == {"lenses": [{"focus": 3.0}, {"coated": True}]}
+    assert TWO.digest != Bag(lenses=tuple(reversed(TWO.lenses))).digest, "the order counts"
+    assert [TWO.value(name) for name in ("lenses.1.coated", "lenses.2.coated")] == [True, None]
+    assert TWO.setting("lenses.7.focus").name == "lenses.7.focus"
 
 
 # --- identity --------------------------------------------------------------------------------------------------------

@@ -99,6 +99,22 @@ A1111 = [
         True,
     ),
     (
+        record(GenerationConfig(loras=["x/neon.safetensors:0.6", {"source": "y/b.safetensors", "sha256": "0a" * 32}])),
+        "A cat in a hat, déjà vu <lora:neon:0.6> <lora:b:1>\n",
+        True,
+    ),
+    (record(GenerationConfig(loras=["neon:0.6:0.3"])), "<lora:neon:0.3:0.6>", True),
+    (
+        record(GenerationConfig(loras=["neon:0.6"]), weights={"lora neon": "sha256 " + "1b" * 32}),
+        'Lora hashes: "neon: 1b1b1b1b1b", Version',
+        True,
+    ),
+    (
+        record(GenerationConfig(loras=["neon:0.6"], prompt_syntax="a1111"), prompt="a cat <lora:neon:0.6>"),
+        "<lora:neon:0.6> <lora",
+        False,
+    ),
+    (
         record(GenerationConfig(sigma_schedule="sgm_uniform"), sampler="Euler"),
         "Euler, Schedule type: SGM Uniform",
         True,

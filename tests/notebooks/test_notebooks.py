@@ -16,8 +16,8 @@ def notebook(request: pytest.FixtureRequest) -> nbformat.NotebookNode:
     return nbformat.read(request.param, as_version=4)
 
 
-def test_there_are_five() -> None:
-    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+def test_there_are_six() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
 
 
 def test_parameters_say_what_is_worked_on_and_where_the_results_go(notebook: nbformat.NotebookNode) -> None:

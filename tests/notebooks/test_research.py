@@ -76,3 +76,26 @@ def test_the_refiner_is_held_against_the_base_alone(tmp_path: Path) -> None:
         with Image.open(out / f"{name}.png") as sheet:
             assert sheet.width > 3 * 128
     assert {path.stem for path in out.glob("*-curves.png")} == {"handover-curves", "score-curves", "strength-curves"}
+
+
+@pytest.mark.slow
+def test_the_weight_of_a_lora_is_an_axis_of_one_batch(tmp_path: Path) -> None:
+    said = execute("06_adapters.ipynb", tmp_path, weights=[0.0, 0.5, 1.0], guidance=[1.0, 3.0])
+    out = tmp_path / "out"
+
+    table = whole(read_table(out), 3 * 2 * 4)
+    moved = table.groupby("loras.0.weight").ssim.mean()
+    assert moved[0.0] > moved[0.5] > moved[1.0], "the more of it, the less like the image without"
+    plain = table[(table["loras.0.weight"] == 0) & (table.guidance_scale == 3.0)]
+    assert len(plain) == 4
+    words = whole(read_table(out / "words"), 3 * 3)
+    assert set(words.prompt) == {f"A cat in a (hat:{weight:g})" for weight in (0.5, 1, 1.5)}
+    mixed = read_table(out / "mixes")
+    assert mixed.image.nunique() == 5
+    assert mixed.error.isna().all()
+
+    chosen = GenerationConfig.from_toml(out / "config.toml")
+    assert len(chosen.loras[0].sha256 or "") == 64
+    assert f"Weight {chosen.loras[0].weight:g}" in said
+    assert "images in" in said
+    assert {path.name for path in out.glob("*.png")} == {"weights.png", "curves.png", "words.png", "mixes.png"}

@@ -70,6 +70,8 @@ def test_the_document_has_a_field_for_every_setting_that_a_client_may_change(doc
     for name, setting in settings.items():
         assert fields[name]["description"].startswith(setting.help)
         assert ("within the promoted limits" in fields[name]["description"]) == bool(setting.limited_by)
+    assert fields["loras"]["anyOf"][0]["items"]["$ref"].endswith("/AskedLora")
+    assert set(document["components"]["schemas"]["AskedLora"]["properties"]) == {"name", "weight"}
     assert fields["guidance_scale"]["anyOf"][0] == {"type": "number", "minimum": 0.0, "maximum": 30.0}
 
 

@@ -8,6 +8,7 @@ documentation, never taken from the code under test.
 import json
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from sdxl_lab.diffusion.inventory import NANO
 from sdxl_lab.diffusion.models import load
 from sdxl_lab.job import ImageRequest
 from sdxl_lab.source import SourceImage
+from tests import loras
 from tests.lab.diffusion.conftest import trajectory_of
 from tests.made import image_record
 
@@ -205,6 +207,8 @@ class Pipelines:
             return self.base(**settings, output_type="np").images[0]
         handover = config.refiner.handover
         latents = self.base(**settings, denoising_end=handover, output_type="latent").images
+        if config.loras:
+            self.base.unload_lora_weights()  # the refiner shares a text encoder
         return self.refiner(image=latents, denoising_start=handover, **refining).images[0]
 
 
@@ -360,6 +364,98 @@ def test_more_layers_than_a_text_encoder_has_are_refused(bench):
         bench.engine.draw(ImageRequest(bench.config.with_(clip_skip=3), "a cat", 1))
 
 
+# --- LoRAs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Two LoRAs for UNet and text encoders: kohya's layout with an alpha, and PEFT's for the UNet alone."""
+    folder, models = tmp_path_factory.mktemp("loras"), bench.engine.models
+    first = loras.write(folder / "first.safetensors", loras.pairs(models), "kohya", alpha=3.0)
+    second = loras.write(folder / "second.safetensors", loras.pairs(models, rank=2, seed=1, text=False), "peft")
+    return str(first), str(second)
+
+
+def drawn_with_loras(pipelines: Pipelines, request: ImageRequest) -> np.ndarray:
+    """As diffusers does it: each loaded under a name of its own, then all set at once."""
+    pipe = pipelines.base
+    with warnings.catch_warnings(action="ignore"):  # PEFT warns of a second one
+        for place, ref in enumerate(request.config.loras):
+            pipe.load_lora_weights(ref.source, adapter_name=f"number_{place}")
+    weights = [
+        {"unet": ref.weight, "text_encoder": ref.text_weight, "text_encoder_2": ref.text_weight}
+        for ref in request.config.loras
+    ]
+    try:
+        if weights:
+            pipe.set_adapters([f"number_{place}" for place in range(len(weights))], adapter_weights=weights)
+        return pipelines.draw(request)
+    finally:
+        pipe.unload_lora_weights()
+
+
+MIXES: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+    ((), {}),
+    (("first:0.5",), {}),
+    (("first:1",), {"guidance_scale": 1.0}),
+    (("first:0.8", "second:-0.6"), {"scheduler": "dpmpp_2m_karras", "negative_prompt": "blurry"}),
+    (("second:1",), {"clip_skip": 1}),
+    (("first:1:0",), {"scheduler": "euler_a"}),
+    (("first:0.3:1.2", "first:0.4"), {"guidance_interval": (0.0, 1000.0), "steps": 6}),
+]
+
+
+@pytest.fixture(scope="module")
+def with_loras(bench: Bench, two: tuple[str, str]) -> list[tuple[ImageRequest, np.ndarray]]:
+    """All of them in one batch, at first in one call."""
+    files = {"first": two[0], "second": two[1]}
+    requests = []
+    for index, (words, settings) in enumerate(MIXES):
+        named = [f"{files[word.partition(':')[0]]}:{word.partition(':')[2]}" for word in words]
+        config = bench.config.changed(settings | {"loras": named})
+        requests.append(ImageRequest(config, PROMPTS[index % 4], 400 + index))
+    return list(zip(requests, bench.together(requests), strict=True))
+
+
+@pytest.mark.parametrize("index", range(len(MIXES)), ids=[" + ".join(words) or "none" for words, _ in MIXES])
+def test_an_image_with_loras_in_a_mixed_batch_is_that_of_the_pipeline_alone(bench, with_loras, index):
+    request, image = with_loras[index]
+    found = difference(image, drawn_with_loras(bench.pipelines, request))
+    log.info("difference %.1e", found)
+    assert found <= TOLERANCE
+
+
+LORA_MUTATIONS = {
+    "weight": {"loras.0.weight": 0.55},
+    "text_encoder_weight": {"loras.0.text_encoder_weight": 0.8},
+    "another file": {"loras.0.source": "second"},
+    "none": {"loras": ()},
+    "one more": {"loras": ["first:0.5", "second:0.1"]},
+}
+
+
+@pytest.mark.parametrize("change", LORA_MUTATIONS.values(), ids=LORA_MUTATIONS)
+def test_the_comparison_turns_red_when_a_lora_changes(bench, two, with_loras, change):
+    files = {"first": two[0], "second": two[1]}
+    request, image = with_loras[1]
+    if "loras.0.source" in change:
+        change = {"loras.0.source": files["second"]}
+    elif change.get("loras"):
+        change = {"loras": [f"{files['first']}:0.5", f"{files['second']}:0.1"]}
+    changed = replace(request, config=request.config.changed(change))
+    found = difference(bench.together([changed])[0], image)
+    log.info("difference %.1e", found)
+    assert found > TOLERANCE
+
+
+def test_the_refiner_has_no_loras(bench, two):
+    """They are made for the base, and a refiner has another UNet."""
+    refined = bench.config.with_(refiner=RefinerConfig(handover=0.5), steps=6)
+    request = ImageRequest(refined.with_(loras=[f"{two[0]}:0.7"]), PROMPTS[0], 31)
+    image = bench.together([request])[0]
+    assert difference(image, drawn_with_loras(bench.pipelines, request)) <= TOLERANCE
+
+
 # --- what the pipelines do not have ----------------------------------------------------------------------------------
 
 
@@ -447,6 +543,7 @@ MUTATIONS: dict[str, dict[str, Any]] = {
     "target_size": {"target_size": (64, 128)},
     "negative_prompt": {"negative_prompt": "blue"},
     "clip_skip": {"clip_skip": 1},
+    "loras": {"loras": ("nano/neon",)},
     "sigma_schedule": {"sigma_schedule": "align_your_steps"},
     "timestep_spacing": {"timestep_spacing": "trailing"},
     "sigmas": {"sigmas": (14.0, 7.0, 4.0, 2.0, 1.0, 0.5)},

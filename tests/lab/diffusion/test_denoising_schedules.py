@@ -42,11 +42,11 @@ ALL: list[Case] = [*CURVED, *SPACED, *SPACED_CURVES, *GIVEN, *TIMED]
 
 
 def covering(cases: list[Case]) -> list[Case]:
-    """A third of the cases, and the last."""
-    return [case for index, case in enumerate(cases) if index % 3 == 0 or index == len(cases) - 1]
+    """One of every three cases: the first, the second, the third, and again."""
+    return [case for index, case in enumerate(cases) if index % 3 == index // 3 % 3]
 
 
-SOME: list[Case] = [*covering(CURVED), *covering(SPACED), *covering(SPACED_CURVES), *covering(GIVEN), *covering(TIMED)]
+SOME: list[Case] = [*covering(CURVED), *covering(SPACED), *covering(SPACED_CURVES), *covering(GIVEN), *TIMED]
 
 
 def named(case: Case) -> str:

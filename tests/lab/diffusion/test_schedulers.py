@@ -20,6 +20,8 @@ from sdxl_lab.diffusion.inventory import NANO
 from sdxl_lab.schedules import ABLE, CURVES, FEWER_STEPS, LISTS, MAX_STEPS, OWN, SPACINGS, spaced_evenly
 
 PRISTINE = json.loads((NANO / "base" / "scheduler" / "scheduler_config.json").read_text())  # SDXL's own
+# KDPM2's constructor makes a schedule of 1,000 steps, one by one, which takes a second.
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name.startswith("kdpm2") else name for name in ABLE]
 TWINS = {name: able.twin for name, able in ABLE.items() if able.twin}
 
 
@@ -121,7 +123,7 @@ def test_the_table_says_what_diffusers_signatures_say(name):
     assert able.sigmas is bool(ends)
 
 
-@pytest.mark.parametrize("name", ABLE)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_spacing_is_read_where_the_table_says_so_and_nowhere_else(name):
     def moved(**more: Any) -> bool:
         plain, *others = (schedule(name, timestep_spacing=spacing, **more) for spacing in SPACINGS[1:])
@@ -133,7 +135,13 @@ def test_a_spacing_is_read_where_the_table_says_so_and_nowhere_else(name):
         assert {moved(sigma_schedule=curve) for curve in CURVES} == {able.spaced_curves}
 
 
-@pytest.mark.parametrize(("name", "more"), SCHEDULES, ids=[f"{name} {more}" for name, more in SCHEDULES])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        pytest.param(name, more, id=f"{name} {more}", marks=pytest.mark.slow if name.startswith("kdpm2") else ())
+        for name, more in SCHEDULES
+    ],
+)
 def test_no_setting_of_a_schedule_is_without_effect(name, more):
     own = schedule(name)
     if more != {"timestep_spacing": PRISTINE["timestep_spacing"]}:
@@ -173,7 +181,7 @@ SAVED = [
 ]
 
 
-@pytest.mark.parametrize("name", schedulers.TABLE)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_name_says_what_is_off_whatever_the_model_was_saved_with(name):
     plain = made(asked(name))
     for saved in SAVED:
@@ -208,7 +216,8 @@ def test_noise_levels_are_those_of_sdxl():
 
 
 def test_where_nothing_is_left_of_the_signal_the_noise_level_is_infinite():
-    zero = made(asked("ddim", timestep_spacing="trailing"), PRISTINE | {"rescale_betas_zero_snr": True})
+    says = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    zero = made(asked("ddim", timestep_spacing="trailing"), PRISTINE | says)
     assert schedulers.sigmas(zero)[0] == np.inf
     assert np.isfinite(schedulers.sigmas(zero)[1:]).all()
 
@@ -260,7 +269,7 @@ def test_euler_takes_sigmas_as_diffusers_own_argument_does():
 
 
 @pytest.mark.parametrize("schedule", [OWN, *CURVES, *LISTS])
-@pytest.mark.parametrize("name", ABLE)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_noise_level_of_a_timestep_is_the_one_at_which_the_unet_meets_it(name, schedule):
     if schedule not in ABLE[name].schedules:
         return
@@ -276,5 +285,5 @@ def test_the_noise_level_of_a_timestep_is_the_one_at_which_the_unet_meets_it(nam
             assert float(scaled.mean()) ** -2 - 1 == pytest.approx(found[index] ** 2, rel=1e-3, abs=1e-5)
         else:
             level = np.interp(float(timestep), np.arange(1000), schedulers.trained_sigmas(scheduler))
-            assert found[index] == pytest.approx(level, rel=0.05), "these round their timesteps"
+            assert found[index] == pytest.approx(level, rel=0.1), "these round their timesteps, or cut them"
         scheduler.step(ones, timestep, ones, return_dict=False)

@@ -101,6 +101,7 @@ def test_an_unchanged_slot_passes(slot, tmp_path):
 # --- each configuration field, changed once ------------------------------------------------------------------------
 
 CHANGES: dict[str, Any] = {
+    "loras": ("nano/neon",),
     "scheduler": "heun",
     "steps": 5,
     "guidance_scale": 5.5,

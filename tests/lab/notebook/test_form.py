@@ -13,6 +13,7 @@ from sdxl_lab.config import (
     RefinerConfig,
     ZeroStar,
 )
+from sdxl_lab.diffusion.lora_files import pinned
 from sdxl_lab.job import ImageRequest
 from sdxl_lab.notebook.form import (
     FormError,
@@ -37,6 +38,7 @@ RICH = GenerationConfig(
     negative_prompt="blurry",
     refiner=RefinerConfig(handover=0.7, aesthetic_score=6.5, negative_aesthetic_score=2.0),
 )
+ADAPTED = pinned(PLAIN.with_(loras=["nano/neon:0.5", "nano/neon:1:0"]))
 SIZED = PLAIN.with_(original_size=(512, 512), crop=(8, 16), target_size=(264, 320), watermark=True)
 
 
@@ -58,7 +60,17 @@ def test_a_second_prompt_is_left_out_by_leaving_it_empty() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [PLAIN, GIVEN, TIMED, RICH, SIZED, WORDY, PLAIN.with_(negative_prompt=""), PLAIN.with_(negative_prompt="none")],
+    [
+        PLAIN,
+        GIVEN,
+        TIMED,
+        RICH,
+        SIZED,
+        ADAPTED,
+        WORDY,
+        PLAIN.with_(negative_prompt=""),
+        PLAIN.with_(negative_prompt="none"),
+    ],
 )
 def test_the_controls_give_back_the_job_they_were_filled_from(config: GenerationConfig) -> None:
     request = ImageRequest(config, "A cat in a hat", MAX_SEED)
@@ -106,7 +118,17 @@ def test_switched_off_controls_do_not_count() -> None:
     assert (config.guidance_interval, config.refiner) == (None, None)
 
 
+def test_loras_are_shown_and_read_as_a_command_line_has_them() -> None:
+    values = values_of(ImageRequest(ADAPTED, "a boat", 1))
+    assert values["loras"] == "nano/neon:0.5, nano/neon:1:0"
+    config = request_of(values | {"loras": " nano/neon:0.7 ,"}, PLAIN).config
+    assert config == pinned(PLAIN.with_(loras=["nano/neon:0.7"]))
+    assert request_of(values | {"loras": ""}, ADAPTED).config == PLAIN
+
+
 BAD = [
+    ({"loras": "nano/neon:99"}, "loras", "loras.0.weight must be a number from -10 to 10; received 99.0"),
+    ({"loras": "nowhere/gone.safetensors"}, "loras", "which is not there"),
     ({"prompt": ""}, "prompt", "prompt must be text of 1 to 2000 characters"),
     ({"steps": 0}, "steps", "steps must be a whole number from 1 to 1000; received 0. Example: steps = 25"),
     ({"scheduler": "lcm", "steps": 51}, "steps", "at most 50 with the scheduler lcm"),

@@ -38,6 +38,19 @@ def test_what_differs_is_named_field_by_field():
     }
 
 
+def test_loras_are_told_by_their_place_and_where_they_lie_does_not_count():
+    sha = {"sha256": "0" * 64}
+    here, there = ({"source": f"{folder}/neon.safetensors", **sha} for folder in ("here", "there"))
+    assert changed_fields(BEFORE.with_(loras=[here]), BEFORE.with_(loras=[there | {"weight": 0.5}])) == {
+        "loras.0.weight": (1.0, 0.5)
+    }
+    assert changed_fields(BEFORE, BEFORE.with_(loras=[here])) == {
+        "loras.0.name": (None, "neon"),
+        "loras.0.sha256": (None, "0" * 64),
+        "loras.0.weight": (None, 1.0),
+    }
+
+
 def test_the_table_is_markdown_for_a_pull_request():
     assert (
         difference_table(BEFORE, AFTER, FINDINGS)

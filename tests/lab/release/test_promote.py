@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdxl_lab.config import GenerationConfig, ModelRef, ServingLimits
+from sdxl_lab.diffusion.lora_files import pinned
 from sdxl_lab.images import GeneratedImage
 from sdxl_lab.release import promote as promotion
 from sdxl_lab.release.promote import promote, read_findings
@@ -163,6 +164,65 @@ def test_a_new_slot_gets_the_limits_that_go_with_its_model(slot):
     other = GenerationConfig(model=ModelRef(base="some/model"))
     assert put(slot).limits == ServingLimits()
     assert put(slot.with_name("other"), other).limits == ServingLimits(side=(512, 1536))
+
+
+@pytest.fixture
+def lora(tmp_path):
+    path = tmp_path / "mine" / "outlines.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(b"the promoted one")
+    return path
+
+
+def test_a_slot_carries_its_loras_and_those_that_it_offers(slot, lora):
+    other = lora.with_name("other") / lora.name  # of the same name
+    other.parent.mkdir()
+    other.write_bytes(b"an offered one")
+    config = pinned(CONFIG.with_(loras=[f"{lora}:0.6", "nano/neon:0.1"]))
+    put(slot)
+    (slot / "serving.toml").write_text(ServingLimits(loras=[{"name": "other", "source": str(other)}]).to_toml())
+    written = put(slot, config)
+    lora.unlink()
+    other.unlink()
+    assert written == load_slot(slot)
+    assert written.digest == config.digest
+    first, second = written.config.loras
+    assert (Path(first.source).parent, Path(first.source).read_bytes()) == (slot / "loras", b"the promoted one")
+    assert second == config.loras[1], "nano's own comes with nano"
+    (offered,) = written.limits.loras
+    assert (Path(offered.source).read_bytes(), offered.name) == (b"an offered one", "other")
+    assert str(lora.parent) not in "".join(path.read_text() for path in slot.glob("*.*"))
+    again = put(slot, written.config.with_(steps=7))
+    assert Path(again.config.loras[0].source).read_bytes() == b"the promoted one"
+    assert Path(again.limits.loras[0].source).read_bytes() == b"an offered one"
+
+
+def test_a_large_lora_stays_where_it_is(slot, lora, monkeypatch):
+    monkeypatch.setattr(promotion, "CARRIED", 4)
+    config = pinned(CONFIG.with_(loras=[str(lora)]))
+    assert put(slot, config).config == config
+    assert not (slot / "loras").exists()
+
+
+def test_a_lora_of_the_hub_stays_pinned(slot):
+    config = CONFIG.with_(loras=[f"an/id@{'0a' * 20}/a.safetensors"])
+    assert put(slot, config).config == config
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda config, lora: config.with_(loras=[str(lora)]), "must have the sha256 of its file"),
+        (lambda config, lora: lora.write_bytes(b"another") and config, "must have the sha256 of its file"),
+        (lambda config, lora: lora.unlink() or config, "LoRAs must be there: .*which is not there"),
+    ],
+    ids=["without its sha256", "another file", "gone"],
+)
+def test_a_lora_that_is_not_the_one_that_was_tried_is_not_promoted(slot, lora, change, said):
+    config = change(pinned(CONFIG.with_(loras=[str(lora)])), lora)
+    with pytest.raises(SlotError, match=said):
+        put(slot, config)
+    assert not slot.exists()
 
 
 def test_damaged_limits_are_not_carried_on(slot):

@@ -24,7 +24,14 @@ def test_every_setting_can_be_an_axis(name: str) -> None:
     check_axis(name)
 
 
+@pytest.mark.parametrize("name", ["loras.0.weight", "loras.11.text_encoder_weight"])
+def test_a_setting_of_a_table_in_a_list_can_be_an_axis(name: str) -> None:
+    check_axis(name)
+
+
 UNKNOWN = [
+    ("loras.0.wieght", (), "received 'loras.0.wieght'"),
+    ("loras.x.weight", (), "received 'loras.x.weight'"),
     ("stepz", (), "Did you mean steps?"),
     ("refiner.handovr", (), "Did you mean refiner.handover?"),
     ("promt", ("prompt",), "must be prompt or a field of the configuration (model, "),

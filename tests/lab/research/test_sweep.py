@@ -51,6 +51,20 @@ def test_zipped_axes_go_together_and_multiply_with_the_others() -> None:
     ]
 
 
+def test_the_weight_of_a_lora_is_an_axis_and_its_file_is_pinned(tmp_path: Path) -> None:
+    (tmp_path / "sweep.toml").write_text(
+        'config.loras = ["nano/neon"]\naxes.prompt = ["a cat"]\naxes.loras.0.weight = [0, 0.5, 1]'
+    )
+    sweep = Sweep.from_toml(tmp_path / "sweep.toml")
+    assert settings(sweep, "loras.0.weight") == [(0,), (0.5,), (1,)]
+    assert [cell.config.loras[0].weight for cell in sweep.cells] == [0.0, 0.5, 1.0]
+    assert {len(cell.config.loras[0].sha256 or "") for cell in sweep.cells} == {64}
+    whole = Sweep.product(
+        GenerationConfig(), {"prompt": PROMPT, "loras": [[], ["nano/neon:0.5"]], "loras.0.weight": [1]}
+    )
+    assert [[ref.weight for ref in cell.config.loras] for cell in whole.cells] == [[], [1.0]]
+
+
 def test_where_there_is_no_refiner_its_fields_do_not_apply() -> None:
     axes = {"refiner.handover": [0.6, 0.8], "refiner": ["none", {"aesthetic_score": 7}], "prompt": PROMPT}
     sweep = Sweep.product(GenerationConfig(), axes)
