@@ -164,7 +164,16 @@ def sources(config: GenerationConfig) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("kind", range(4), ids=["image", "mask", "mask, all of it", "image, all of it"])
+WHOLE = ["image", "mask", "mask, all of it", "image, all of it"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(None, id="each in turn"),
+        *(pytest.param(kind, id=name, marks=pytest.mark.slow) for kind, name in enumerate(WHOLE)),
+    ],
+)
 def test_a_source_image_in_a_mixed_batch_is_gone_over_as_the_pipelines_do(bench, kind):
     requests = []
     for index, name in enumerate(NAMES):
@@ -175,7 +184,7 @@ def test_a_source_image_in_a_mixed_batch_is_gone_over_as_the_pipelines_do(bench,
             guidance_rescale=(0.0, 0.7)[index % 2],
             negative_prompt=(None, "blurry, yellow", "")[index % 3],
         )
-        source = SourceImage(**sources(settings)[kind])
+        source = SourceImage(**sources(settings)[index % 4 if kind is None else kind])
         requests.append(ImageRequest(settings, PROMPTS[index % 4], 400 + index, source))
     checked(bench, requests)
 
