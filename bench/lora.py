@@ -6,6 +6,7 @@ second table is about a single layer: three ways to mix LoRAs in one call, of wh
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -173,7 +174,8 @@ def _ways(inner: int, outer: int, rank: int) -> dict[str, Callable[[torch.Tensor
     mixes = {"a_half": (pair[0], 0.5), "a": (pair[0], 1.0), "a_b": (both.parts["unet"]["layer"], 1.0)}
     for name, (layer, weight) in mixes.items():
         width = len(layer.down)
-        inject_adapter_in_model(LoraConfig(r=width, lora_alpha=width, target_modules=["layer"]), model, name)
+        with warnings.catch_warnings(action="ignore"):  # PEFT warns of a second one
+            inject_adapter_in_model(LoraConfig(r=width, lora_alpha=width, target_modules=["layer"]), model, name)
         model["layer"].lora_A[name].weight = nn.Parameter(layer.down)
         model["layer"].lora_B[name].weight = nn.Parameter(weight * layer.up)
     names = [name for name in ("__base__", "a_half", "a", "a_b") for _ in range(2)]
