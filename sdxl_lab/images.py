@@ -5,7 +5,7 @@ read. Imports no torch.
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,10 +148,9 @@ def a1111_parameters(record: ImageRecord) -> str:
         hashes = ", ".join(f"{ref.token}: {(ref.sha256 or 'unknown')[:12]}" for ref in config.embeddings)
         settings["TI hashes"] = f'"{hashes}"'
     settings["Version"] = f"SDXL Lab {record.version}"
-    if config.prompt_syntax == "plain":  # A1111 has the one syntax
-        written, named = escaped, set()
-    else:
-        written, named = str, {network.name for network in networks(record.prompt)[1]}
+    plain = config.prompt_syntax == "plain"  # A1111 has the one syntax
+    written: Callable[[str], str] = escaped if plain else str
+    named = set() if plain else {network.name for network in networks(record.prompt)[1]}
     lines = [written(record.prompt) + "".join(_lora_word(ref) for ref in config.loras if ref.name not in named)]
     if config.negative_prompt:
         lines.append(f"Negative prompt: {written(config.negative_prompt)}")

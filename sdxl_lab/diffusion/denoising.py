@@ -73,12 +73,15 @@ class Rows(NamedTuple):
     def at(self, places: Sequence[int]) -> "Rows":
         """Some of the rows, in this order."""
         own = list(places)
-        return Rows(*(tuple(part[each] for each in own) if isinstance(part, tuple) else part[own] for part in self))
+        parts: list[Any] = [
+            tuple(part[each] for each in own) if isinstance(part, tuple) else part[own] for part in self
+        ]
+        return Rows(*parts)
 
     def padded(self, count: int) -> "Rows":
         """The same with the last row repeated until there are `count`."""
-        more = count - len(self.timesteps)
-        return self.joined([self, *[Rows(*(part[-1:] for part in self))] * more]) if more else self
+        last = len(self.timesteps) - 1
+        return self.at([*range(last + 1), *[last] * (count - last - 1)]) if count > last + 1 else self
 
     def calls(self) -> list[list[int]]:
         """Which rows share a UNet call, by their places: those whose texts can be brought to one length."""

@@ -182,7 +182,7 @@ class RefineRequest(_Refine):
             asked["loras"] = limits.with_asked(loras, promoted)
         return promoted.changed(asked | {"negative_prompt": negative, "negative_prompt_2": second}, none=None)
 
-    def prompts(self, source: ImageRecord) -> dict[str, str | None]:
+    def prompts(self, source: ImageRecord) -> dict[str, Any]:
         """The prompts for an image with this record. A new prompt does away with both of the stored ones."""
         if self.prompt is not None:
             return {"prompt": self.prompt, "prompt_2": self.prompt_2}
