@@ -6,9 +6,11 @@ second table is about a single layer: three ways to mix LoRAs in one call, of wh
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -158,7 +160,7 @@ def _ways(inner: int, outer: int, rank: int) -> dict[str, Callable[[torch.Tensor
 
     def side_by_side(x: torch.Tensor) -> torch.Tensor:
         with changed(ours, "unet", runs):
-            return ours["layer"](x)  # type: ignore[no-any-return]
+            return ours["layer"](x)
 
     down, up = torch.stack([each.down for each in pair]), torch.stack([each.up for each in pair])
     weights = torch.tensor([[0, 0], [0, 0], [0.5, 0], [0.5, 0], [1, 0], [1, 0], [1, 1], [1, 1]])
@@ -173,13 +175,15 @@ def _ways(inner: int, outer: int, rank: int) -> dict[str, Callable[[torch.Tensor
     mixes = {"a_half": (pair[0], 0.5), "a": (pair[0], 1.0), "a_b": (both.parts["unet"]["layer"], 1.0)}
     for name, (layer, weight) in mixes.items():
         width = len(layer.down)
-        inject_adapter_in_model(LoraConfig(r=width, lora_alpha=width, target_modules=["layer"]), model, name)
-        model["layer"].lora_A[name].weight = nn.Parameter(layer.down)
-        model["layer"].lora_B[name].weight = nn.Parameter(weight * layer.up)
+        with warnings.catch_warnings(action="ignore"):  # PEFT warns of a second one
+            inject_adapter_in_model(LoraConfig(r=width, lora_alpha=width, target_modules=["layer"]), model, name)
+        adapted: Any = model["layer"]
+        adapted.lora_A[name].weight = nn.Parameter(layer.down)
+        adapted.lora_B[name].weight = nn.Parameter(weight * layer.up)
     names = [name for name in ("__base__", "a_half", "a", "a_b") for _ in range(2)]
-    model.eval()
+    adapted = model.eval()["layer"]
 
     def pefts(x: torch.Tensor) -> torch.Tensor:
-        return model["layer"](x, adapter_names=names)  # type: ignore[no-any-return]
+        return adapted(x, adapter_names=names)
 
     return {"side by side (the engine's)": side_by_side, "gathered row by row": gathered, "PEFT's adapter_names": pefts}

@@ -1351,7 +1351,7 @@ class ServingLimits(Declared):
             for at in places:
                 found[at] = ref
             found += [] if places else [ref]
-        return GenerationConfig.checked("loras", found)  # type: ignore[no-any-return]
+        return GenerationConfig.checked("loras", found)
 
     def check(self, asked: Mapping[str, Any], promoted: GenerationConfig) -> None:
         """`ConfigError` for the first of the settings that is outside the limits, with the promoted value as the

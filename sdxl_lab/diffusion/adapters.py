@@ -317,8 +317,8 @@ def _scale(found: Read, part: str, name: str, key: str, rank: int) -> float:
         return 1.0
     from peft.utils.other import get_pattern_key
 
-    pattern = config.alpha_pattern or {}
-    alpha = pattern.get(get_pattern_key(pattern.keys(), name), config.lora_alpha)
+    pattern: dict[str, float] = config.alpha_pattern or {}
+    alpha = pattern.get(get_pattern_key(list(pattern), name), float(config.lora_alpha))
     return float(alpha) / (rank**0.5 if config.use_rslora else rank)
 
 
@@ -398,7 +398,7 @@ class Run(NamedTuple):
     high: int | None
     names: tuple[str, ...]
     adapter: Adapter
-    weights: list[tuple[float, ...]]
+    weights: Sequence[tuple[float, ...]]
 
 
 @contextmanager
@@ -432,7 +432,7 @@ def changed(module: nn.Module, part: str, runs: Sequence[Run]) -> Iterator[None]
             target.__dict__.pop("shares", None)
 
 
-def _spread(weights: list[tuple[float, ...]], layer: Layer) -> torch.Tensor:
+def _spread(weights: Sequence[tuple[float, ...]], layer: Layer) -> torch.Tensor:
     """Each row's weights (rows, rank), one for every direction of the LoRA it is of."""
     rows = [[weight for weight, rank in zip(row, layer.ranks, strict=True) for _ in range(rank)] for row in weights]
     return torch.tensor(rows, dtype=layer.down.dtype, device=layer.down.device)
@@ -520,9 +520,9 @@ class Loras:
             if parts.keys() - {"unet"}:
                 text[name] = text.get(name, 0.0) + ref.text_weight
         of = {self._name(ref): ref for ref in refs}
-        weighted = [tuple(sorted((n, w) for n, w in each.items() if w)) for each in (unet, text)]
-        stacks = [self._stacked({name: of[name] for name, _ in each}) for each in weighted]
-        return Applied(*weighted, *stacks, identities(refs, self._name))
+        in_unet, in_text = (tuple(sorted((n, w) for n, w in each.items() if w)) for each in (unet, text))
+        first, second = (self._stacked({name: of[name] for name, _ in each}) for each in (in_unet, in_text))
+        return Applied(in_unet, in_text, first, second, identities(refs, self._name))
 
     def _name(self, ref: LoraRef) -> str:
         """What identifies it. Of one that is kept under its checksum the file is not looked at again."""
@@ -564,7 +564,7 @@ class Loras:
                 weights = [tuple(weight for _, weight in applied.unet)] * count
                 last = runs[-1] if runs else None
                 if last and last.high == low and last.names == applied.order:
-                    runs[-1] = last._replace(high=high, weights=last.weights + weights)
+                    runs[-1] = last._replace(high=high, weights=[*last.weights, *weights])
                 else:
                     runs.append(Run(low, high, applied.order, applied.in_unet, weights))
             low = high

@@ -95,7 +95,7 @@ class Pointwise(nn.Conv2d):
     """A convolution of one pixel, as the matrix product that it is. torch takes one of two implementations by the
     number of threads, which round differently; a product has the same bits with one thread as with two or four."""
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         mixed = torch.matmul(self.weight.flatten(1), pixels.flatten(2)).unflatten(2, pixels.shape[2:])
         return mixed if self.bias is None else mixed.add_(self.bias[:, None, None])
 
