@@ -259,10 +259,10 @@ def _generate(asked: argparse.Namespace) -> None:
 
 def _parameters(path: Path) -> Any:
     """What A1111's text in a PNG says; what of it is not taken is printed."""
-    from sdxl_lab import a1111
+    from sdxl_lab.a1111 import read
     from sdxl_lab.images import open_image
 
-    told = a1111.read(getattr(open_image(path), "text", {}).get("parameters", ""))
+    told = read(getattr(open_image(path), "text", {}).get("parameters", ""))
     if told.unread:
         print(f"not taken: {', '.join(f'{name}: {value}' for name, value in told.unread.items())}", file=sys.stderr)
     return told

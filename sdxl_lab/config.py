@@ -14,7 +14,6 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import model_validator
 
-from sdxl_lab import schedules
 from sdxl_lab.checksums import sha256_of
 from sdxl_lab.declaration import (
     NONE,
@@ -33,7 +32,17 @@ from sdxl_lab.declaration import (
     canonical,
     nearest,
 )
-from sdxl_lab.schedules import FEWER_STEPS, MAX_STEPS, SCHEDULERS
+from sdxl_lab.schedules import (
+    FEWER_STEPS,
+    MAX_STEPS,
+    OWN,
+    SCHEDULERS,
+    SIGMA_SCHEDULES,
+    SPACINGS,
+    TRAINED,
+    check_schedule,
+    check_zero_snr,
+)
 
 __all__ = [
     "FEWER_STEPS",
@@ -684,7 +693,7 @@ class ZeroStar(Declared):
     zero_steps: Annotated[
         int,
         Setting(
-            kind=Whole(0, schedules.MAX_STEPS),
+            kind=Whole(0, MAX_STEPS),
             label="Zero steps",
             help="the first UNet calls whose prediction counts as zero",
             example=0,
@@ -851,28 +860,28 @@ class GenerationConfig(Declared):
     sigma_schedule: Annotated[
         str,
         Setting(
-            kind=Choice(schedules.SIGMA_SCHEDULES),
+            kind=Choice(SIGMA_SCHEDULES),
             label="Sigma schedule",
             help="which noise levels the steps visit (own: as the scheduler's name says, else those of its timesteps)",
             example="own",
             source="karras: Karras et al. 2022 (arXiv 2206.00364); beta: Lee et al. 2024 (arXiv 2407.12173); "
             "align_your_steps: Sabour et al. 2024 (arXiv 2404.14507); sgm_uniform: ComfyUI, A1111",
         ),
-    ] = schedules.OWN
+    ] = OWN
     timestep_spacing: Annotated[
         str,
         Setting(
-            kind=Choice(schedules.SPACINGS),
+            kind=Choice(SPACINGS),
             label="Timestep spacing",
             help="where the timesteps lie between first and last (own: as the model's scheduler has it)",
             example="own",
             source="Lin et al. 2023 (arXiv 2305.08891), table 2; diffusers: timestep_spacing",
         ),
-    ] = schedules.OWN
+    ] = OWN
     sigmas: Annotated[
         tuple[float, ...] | None,
         Setting(
-            kind=Falling(Number(0, 10_000, between=True), schedules.MAX_STEPS, to_zero=True),
+            kind=Falling(Number(0, 10_000, between=True), MAX_STEPS, to_zero=True),
             label="Sigmas",
             help="noise levels of one's own, one for each step (left out: those of the sigma schedule)",
             example=(14.6, 3.8, 0.9),
@@ -883,7 +892,7 @@ class GenerationConfig(Declared):
     timesteps: Annotated[
         tuple[int, ...] | None,
         Setting(
-            kind=Falling(Whole(0, schedules.TRAINED - 1), schedules.MAX_STEPS),
+            kind=Falling(Whole(0, TRAINED - 1), MAX_STEPS),
             label="Timesteps",
             help="timesteps of one's own, one for each step, as distilled models are given with (left out: spaced)",
             example=(999, 749, 499, 249),
@@ -1116,9 +1125,9 @@ class GenerationConfig(Declared):
     @model_validator(mode="after")
     def _whole(self) -> "GenerationConfig":
         """The rules over several fields."""
-        schedules.check(self)
+        check_schedule(self)
         if self.model.zero_snr:
-            schedules.check_zero_snr(self.scheduler, self.model.prediction_type)
+            check_zero_snr(self.scheduler, self.model.prediction_type)
         if self.apg is not None and self.cfg_zero is not None:
             rule = "left out where apg is not, since either takes the place of plain guidance"
             raise ConfigError("cfg_zero", self.cfg_zero.to_dict(), rule, "apg.momentum = -0.5")

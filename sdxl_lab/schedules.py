@@ -139,11 +139,11 @@ class Scheduled(Protocol):
     def timesteps(self) -> Sequence[int] | None: ...
 
 
-def check(config: Scheduled) -> None:
+def check_schedule(config: Scheduled) -> None:
     """`ConfigError` for a schedule that the scheduler cannot have, for settings that contradict one another, and for
     one that nothing would read."""
     _check_steps(config)
-    _check_schedule(config)
+    _check_curve(config)
     for name in ("sigmas", "timesteps"):
         _check_list(config, name)
     _check_spacing(config)
@@ -176,7 +176,7 @@ def _check_steps(config: Scheduled) -> None:
         raise ConfigError("steps", config.steps, rule, fewer)
 
 
-def _check_schedule(config: Scheduled) -> None:
+def _check_curve(config: Scheduled) -> None:
     able, asked = ABLE[config.scheduler], config.sigma_schedule
     if asked not in able.schedules:
         rule = f"{_one_of(able.schedules)} with the scheduler {config.scheduler}"
@@ -230,7 +230,7 @@ def _example(able: Able, other: str) -> str:
     return f'scheduler = "{able.twin or other}"'
 
 
-def without_a_choice(scheduler: str) -> dict[str, str]:
+def settled_by(scheduler: str) -> dict[str, str]:
     """The settings of a schedule of which this scheduler leaves no choice, and why, for people."""
     able = ABLE.get(scheduler)
     if able is None:

@@ -11,7 +11,6 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from sdxl_lab import schedules
 from sdxl_lab.config import (
     MAX_SEED,
     PROMPT,
@@ -27,6 +26,7 @@ from sdxl_lab.diffusion.inventory import ModelError
 from sdxl_lab.diffusion.lora_files import pinned
 from sdxl_lab.job import ImageRequest
 from sdxl_lab.release.diff import changes, flat
+from sdxl_lab.schedules import OWN, settled_by
 
 WORDS = Text(0, 4000)
 TYPED = (Text, Falling)  # what is typed, and left out by leaving it empty
@@ -176,8 +176,8 @@ def _asked(name: str, values: Mapping[str, Any], start: GenerationConfig) -> Any
 def without_a_choice(values: Mapping[str, Any]) -> dict[str, str]:
     """The controls of which the chosen scheduler leaves no choice, and why. One that was moved before is not among
     them: it is told to be wrong, and can be moved back."""
-    found = schedules.without_a_choice(values["scheduler"])
-    return {name: why for name, why in found.items() if values[name] in (schedules.OWN, "")}
+    found = settled_by(values["scheduler"])
+    return {name: why for name, why in found.items() if values[name] in (OWN, "")}
 
 
 def told_at(name: str) -> str:

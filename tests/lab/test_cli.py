@@ -94,6 +94,7 @@ OPTIONS = [
     ("--clip-skip 2", {"clip_skip": 2}),
     ("--lora nano/neon:0.5 --lora nano/neon:1:0", {"loras": NEON}),
     ("--without lora", {"loras": ()}),
+    ("--without embedding", {"embeddings": ()}),
     ("--prompt-syntax a1111", {"prompt_syntax": "a1111"}),
     ("--negative-prompt a --negative-prompt-2 b", {"negative_prompt": "a", "negative_prompt_2": "b"}),
     ("--refiner", {"refiner": RefinerConfig()}),

@@ -115,10 +115,10 @@ def test_every_combination_is_taken_or_refused_with_an_example_that_is_taken(sch
 
 
 def test_the_settings_without_a_choice_are_those_of_which_nothing_is_taken():
-    assert set(schedules.without_a_choice("lcm")) == {"sigma_schedule", "timestep_spacing", "sigmas"}
-    assert set(schedules.without_a_choice("ddim")) == {"sigma_schedule", "sigmas", "timesteps"}
-    assert schedules.without_a_choice("euler") == schedules.without_a_choice("no scheduler") == {}
-    said = schedules.without_a_choice("dpmpp_2m_karras")
+    assert set(schedules.settled_by("lcm")) == {"sigma_schedule", "timestep_spacing", "sigmas"}
+    assert set(schedules.settled_by("ddim")) == {"sigma_schedule", "sigmas", "timesteps"}
+    assert schedules.settled_by("euler") == schedules.settled_by("no scheduler") == {}
+    said = schedules.settled_by("dpmpp_2m_karras")
     assert set(said.values()) == {"dpmpp_2m_karras has no choice here; dpmpp_2m has"}
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 def test_config_says_what_is_served_and_on_what_ground(client, promoted):
     body = client.get("/config").json()
     assert body["config"] == promoted.to_dict()
-    assert body["limits"] == LIMITS.to_dict()
+    assert body["limits"] == LIMITS.to_dict() | {"loras": []}
     assert promoted.scheduler in body["schedulers"]
     assert body["digest"] == promoted.digest == client.get("/healthz").headers["x-config-digest"]
     assert (body["evidence"]["digest"], body["evidence"]["why"]) == (promoted.digest, "a test")

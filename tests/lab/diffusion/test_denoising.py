@@ -98,9 +98,11 @@ def noise_levels(config: GenerationConfig) -> list[float] | None:
         return [float(np.exp(np.interp(10 * part, range(11), knots))) for part in parts]
     if config.sigma_schedule == "sgm_uniform":
         return [float(np.exp(np.interp(999 - 999 * part, range(1000), np.log(LEVELS)))) for part in parts]
+    if config.scheduler == "euler_a" and config.timesteps is not None:
+        return [float(LEVELS[timestep]) for timestep in config.timesteps]
     if config.scheduler != "euler_a" or config.sigma_schedule == "own":
         return None
-    # diffusers' ancestral Euler has no curves: those of Euler, which lie between its first and its last level.
+    # diffusers' ancestral Euler has neither lists nor curves: those of Euler, between its first and its last level.
     twin = diffusers.EulerDiscreteScheduler.from_config(json.loads((NANO / SCHEDULER).read_text()))
     twin.register_to_config(**CURVES[config.sigma_schedule])
     if config.timestep_spacing != "own":
@@ -183,7 +185,7 @@ class Pipelines:
             "clip_skip": config.clip_skip,
             "generator": torch.Generator("cpu").manual_seed(request.seed),
         }
-        if config.timesteps is not None:
+        if config.timesteps is not None and config.scheduler != "euler_a":
             settings["timesteps"] = list(config.timesteps)
         elif config.scheduler == "euler" and (levels := noise_levels(config)) is not None:
             settings["sigmas"] = [*levels, 0.0]

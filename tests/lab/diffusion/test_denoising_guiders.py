@@ -27,7 +27,7 @@ from sdxl_lab.config import (
 )
 from sdxl_lab.diffusion import guiders
 from sdxl_lab.diffusion.attention import RowProcessor
-from sdxl_lab.diffusion.denoising import rows_of
+from sdxl_lab.diffusion.denoising import parts_of, rows_of
 from sdxl_lab.job import ImageRequest
 from tests.lab.diffusion.conftest import trajectory_of
 from tests.lab.diffusion.test_denoising import (
@@ -309,7 +309,7 @@ def test_rows_are_counted_as_they_are_drawn(bench, monkeypatch, settings, most, 
 
     monkeypatch.setattr(bench.engine, "_predict", counting)
     assert rows_of(request) == most
-    assert [part.rows for part in bench.engine._parts(request)] == [most]
+    assert [part.rows for part in parts_of(request)] == [most]
     job = bench.engine.submit(request)
     assert job.result(60).record.unet_rows == {"base": rows}
     assert sum(counted) == rows

@@ -311,7 +311,7 @@ def test_bad_input_is_one_line(file: Path, capsys: pytest.CaptureFixture) -> Non
     file.write_text("[axes]\nstepz = [1]")
     assert main(["sweep", str(file)]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: an axis must be prompt, seed, config or a field of the configuration")
+    assert said.startswith("error: an axis must be prompt, prompt_2, seed, config or a field of the configuration")
     assert said.count("\n") == 1
 
 
