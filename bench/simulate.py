@@ -63,8 +63,9 @@ class Policy:
         return Batcher(model, max_rows=self.rows, max_active=self.active, order=self.order, exploring=False)
 
     def call_rows(self, work: Work, cost: Cost) -> int:
-        """The rows of a well filled call of such images: all of them in a static batch, else the batcher's choice."""
-        chosen = self.rows if self.together else self.batcher(cost).rows_of(GROUP)
+        """The rows of a saturated replica's calls of such images: all of them in a static batch, else what the batcher
+        chooses with as many there as may be under way."""
+        chosen = self.rows if self.together else self.batcher(cost).rows_of(GROUP, self.active * _width(work))
         return _width(work) if self.active == 1 else max(_width(work), chosen)
 
 

@@ -228,7 +228,6 @@ def test_the_ignore_files_leave_code_and_promotions_only(dstack, tree_with_weigh
         ".gitignore",
         "locks/service.lock",
         "sdxl_lab/config.py",
-        "recipes/nano/train.py",
         "service/app.py",
         "service/promoted/sdxl/config.toml",
     }

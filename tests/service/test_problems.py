@@ -82,7 +82,7 @@ BAD = [
 
 PLAIN = [
     ({"prompt": ""}, "prompt: String should have at least 1 character; received ''."),
-    ({"promt": "a cat"}, "promt: no such field; there are prompt, scheduler, steps,"),
+    ({"promt": "a cat"}, "promt: no such field; there are prompt, prompt_2, loras, scheduler, steps,"),
 ]
 
 
