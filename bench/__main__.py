@@ -8,7 +8,6 @@ from pathlib import Path
 
 from bench import (
     call,
-    clip_truth,
     cost,
     engine,
     fleet,
