@@ -113,14 +113,14 @@ def button(panel: Locator, name: str) -> Locator:
 
 def seconds_to_stop(panel: Locator) -> float:
     """Start an image of 800 steps, stop it once it is under way; until the panel says so."""
-    panel.get_by_label("Steps").fill("800")
+    panel.get_by_label("Steps", exact=True).fill("800")
     button(panel, "Generate").click()
     expect(panel).to_contain_text("of 800", timeout=60_000)
     began = time.monotonic()
     button(panel, "Stop").click()
     expect(panel).to_contain_text("Stopped", timeout=60_000)
     took = time.monotonic() - began
-    panel.get_by_label("Steps").fill("4")
+    panel.get_by_label("Steps", exact=True).fill("4")
     return took
 
 
@@ -135,15 +135,15 @@ def test_the_panel_works_while_a_cell_runs_and_after(
     before = done(panel, 6)  # of all the cells that drew
     expect(running).to_have_count(1, timeout=60_000)
 
-    panel.get_by_label("Scheduler").select_option("ddim")
+    panel.get_by_label("Scheduler", exact=True).select_option("ddim")
     button(panel, "Generate").click()
     during = done(panel, 7)
     assert during != before, "the scheduler changes the image"
     expect(panel).to_contain_text("ddim, 4 steps")
-    panel.get_by_label("Guidance scale").fill("200")
-    panel.get_by_label("Guidance scale").press("Enter")
+    panel.get_by_label("Guidance scale", exact=True).fill("200")
+    panel.get_by_label("Guidance scale", exact=True).press("Enter")
     expect(panel).to_contain_text("guidance_scale must be a number from 0 to 100; received 200")
-    panel.get_by_label("Guidance scale").fill("5")
+    panel.get_by_label("Guidance scale", exact=True).fill("5")
     took = seconds_to_stop(panel)
     record_testsuite_property("seconds to stop while a cell runs", took)
     expect(running).to_have_count(1)
@@ -180,7 +180,7 @@ def test_it_looks_as_the_readme_shows(lab: Lab, page: Page, tmp_path: Path) -> N
     page.get_by_role("menuitem", name="Settings", exact=True).click()
     page.get_by_text("Theme", exact=True).hover()
     page.get_by_text("JupyterLab Dark", exact=True).click()
-    expect(page.locator("body[data-jp-theme-light=false]")).to_be_attached()
+    expect(page.locator("body[data-jp-theme-light=false]")).to_be_attached(timeout=30_000)
     assert panel.evaluate(CUT) == []
     assert panel.evaluate(COLOURS) == "light on dark"
     panel.screenshot(path=tmp_path / "dark.png")
