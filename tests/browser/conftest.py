@@ -32,5 +32,6 @@ def browser() -> Iterator[Browser]:
 def page(browser: Browser) -> Iterator[Page]:
     """An empty page of 1400 x 900 pixels with a profile of its own."""
     context = browser.new_context(viewport={"width": 1400, "height": 900})
+    context.set_default_timeout(90_000)  # on a machine that does other things too
     yield context.new_page()
     context.close()
