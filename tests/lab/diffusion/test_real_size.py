@@ -86,7 +86,7 @@ def test_the_true_model_comes_from_a_single_file(tmp_path):
             job = engine.submit(ImageRequest(config, "a cat in a hat", 1))
             assert job.result(280).image.size == (128, 128)
             assert torch.isfinite(trajectory_of(job).latents).all()
-            assert job.result().record.weights == {"base": f"sha256 {config.model.sha256}"}
+            assert job.result().record.weights["base"] == f"sha256 {config.model.sha256}"
     finally:
         path.unlink()
 
