@@ -14,6 +14,7 @@ from bench.settings import Size, config_of
 from recipes.nano.evaluate import held_out_scenes, verdict
 from recipes.nano.judge import SceneVerdict
 from recipes.nano.scenes import COLOURS, NOUNS, RELATIONS, Scene, caption, render
+from sdxl_lab.config import GenerationConfig
 from sdxl_lab.diffusion.engine import Engine
 from sdxl_lab.evaluation.metrics import Metric, clip_score
 from sdxl_lab.evaluation.statistics import interval
@@ -103,7 +104,7 @@ def _wins(clip: Metric, scenes: Sequence[Scene], part: str) -> list[float]:
     true, false = (
         clip(
             [
-                GeneratedImage(image, ImageRecord.model_construct(prompt=text), {})
+                GeneratedImage(image, ImageRecord.model_construct(prompt=text, config=GenerationConfig()), {})
                 for image, text in zip(images, texts, strict=True)
             ]
         )
