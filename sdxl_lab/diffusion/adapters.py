@@ -13,7 +13,7 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -482,10 +482,10 @@ class Loras:
     longest ago goes first. The engine's thread uses it."""
 
     def __init__(self, denoiser: Any, budget: int) -> None:
-        first, second = denoiser.text_encoders[0], denoiser.text_encoders[-1]
+        encoders = zip(("text_encoder", "text_encoder_2"), denoiser.text_encoders, strict=False)
         self.budget = budget
         self._unet = denoiser.unet.unet if isinstance(denoiser.unet, Graphed) else denoiser.unet
-        self._modules = {"unet": self._unet, "text_encoder": first, "text_encoder_2": second}
+        self._modules = {"unet": self._unet, **dict(encoders)}
         self._names = {part: f"the model's {part.replace('_', ' ').replace('unet', 'UNet')}" for part in self._modules}
         self._cast = any("forward" in layer.__dict__ for layer in self._unet.modules())
         self._kept: OrderedDict[tuple[str, ...], Adapter] = OrderedDict()
@@ -578,8 +578,8 @@ class Loras:
         if applied.in_text is not None:
             names = tuple(name for name, _ in applied.text)
             runs = [Run(0, None, names, applied.in_text, [tuple(weight for _, weight in applied.text)])]
-        with (
-            changed(self._modules["text_encoder"], "text_encoder", runs),
-            changed(self._modules["text_encoder_2"], "text_encoder_2", runs),
-        ):
+        with ExitStack() as stack:
+            for part, module in self._modules.items():
+                if part != "unet":
+                    stack.enter_context(changed(module, part, runs))
             yield
