@@ -120,7 +120,7 @@ def test_the_command_lines_run_in_order(clone: Path) -> None:
         else:
             assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert REFUSED
-    images = {"cat.png", "house.png", "again.png", "eight.png"}
+    images = {"cat.png", "house.png", "again.png", "eight.png", "neon.png", "weighted.png"}
     folders = {"cache", "sweeps", "studies", "first", ".replaced"}
     assert {path.name for path in (clone / "runs").iterdir()} == images | folders
     assert load_slot(clone / "runs" / "first").config.steps == 8
