@@ -264,7 +264,10 @@ def allocations(size: Size) -> dict[str, list[float]]:
 
 
 def main(size: Size) -> None:
-    folder = str(folder_of(size.model, "base") / "unet")  # type: ignore[operator]
+    found = folder_of(size.model, "base")
+    if found is None:
+        raise SystemExit(f"the model must be nano or a folder; received {size.model!r}. Example: nano")
+    folder = str(found / "unet")
     lines, shares = trials(size, folder)
     lines |= allocations(size)
     with torch.device("meta"):

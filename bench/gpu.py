@@ -81,7 +81,7 @@ class Bench:
         self.parts.append(part)
         try:
             yield part
-        except Exception as error:
+        except Exception as error:  # whatever fails a part is in its report, and the other parts go on
             part.problems.append(str(error) if isinstance(error, WorkerError) else one_line(error))
         part.took = time.monotonic() - began
         print(f"{part.name}: {part.took:.0f} s of {part.budget:.0f}, {part.outcome or 'no outcome'}", flush=True)

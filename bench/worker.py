@@ -85,7 +85,7 @@ def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[An
     """Answers are pairs: whether it failed, and the value or the error in one line."""
     try:
         subject = make(*arguments)
-    except Exception as error:
+    except Exception as error:  # the parent is told of whatever it is, and raises it
         connection.send((True, one_line(error)))
         return
     connection.send((False, None))
@@ -97,7 +97,7 @@ def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[An
             work, more = told
             try:
                 answer = False, work(subject, *more)
-            except Exception as error:
+            except Exception as error:  # likewise
                 answer = True, one_line(error)
             connection.send(answer)
 

@@ -79,7 +79,8 @@ def _shining(colour: str) -> tuple[int, int, int]:
         return (95, 95, 110)
     rgb = np.array(COLOURS[colour], float)
     bright = rgb * 250 / rgb.max()
-    return tuple(int(value) for value in bright)  # type: ignore[return-value]
+    red, green, blue = (int(value) for value in bright)
+    return red, green, blue
 
 
 # --- training --------------------------------------------------------------------------------------------------------

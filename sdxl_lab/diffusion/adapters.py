@@ -422,7 +422,7 @@ def changed(module: nn.Module, part: str, runs: Sequence[Run]) -> Iterator[None]
                     "a layer that a LoRA changes must have its class's own forward; received one that a hook replaced, "
                     "as those of offloading and layerwise casting do. Example: a model without them"
                 )
-            target.shares = tuple(found)  # type: ignore[assignment]
+            target.__dict__["shares"] = tuple(found)  # past nn.Module's own: it is no part of the model
             target.__class__ = MIXED[type(target)]
         yield
     finally:
@@ -553,23 +553,20 @@ class Loras:
         return self._kept[names]
 
     @contextmanager
-    def in_unet(self, rows: Sequence[tuple[Applied, int]]) -> Iterator[bool]:
-        """Around a UNet call: for each image in the order of the call what it has, and its number of rows. Gives
-        whether any of them has a LoRA."""
+    def in_unet(self, rows: Sequence[Applied]) -> Iterator[None]:
+        """Around a UNet call: what each of its rows has, in their order."""
         runs: list[Run] = []
-        low = 0
-        for applied, count in rows:
-            high = low + count
-            if applied.in_unet is not None:
-                weights = [tuple(weight for _, weight in applied.unet)] * count
-                last = runs[-1] if runs else None
-                if last and last.high == low and last.names == applied.order:
-                    runs[-1] = last._replace(high=high, weights=[*last.weights, *weights])
-                else:
-                    runs.append(Run(low, high, applied.order, applied.in_unet, weights))
-            low = high
+        for low, applied in enumerate(rows):
+            if applied.in_unet is None:
+                continue
+            weights = tuple(weight for _, weight in applied.unet)
+            last = runs[-1] if runs else None
+            if last and last.high == low and last.names == applied.order:
+                runs[-1] = last._replace(high=low + 1, weights=[*last.weights, weights])
+            else:
+                runs.append(Run(low, low + 1, applied.order, applied.in_unet, [weights]))
         with changed(self._unet, "unet", runs):
-            yield bool(runs)
+            yield
 
     @contextmanager
     def in_text(self, applied: Applied) -> Iterator[None]:

@@ -561,7 +561,7 @@ class Engine:
         if self.profile.compile:
             rows = rows.padded(1 << (count - 1).bit_length())
         unet = getattr(self.models, name).unet
-        with self._loras.in_unet([(each, 1) for each in loras]) if loras else nullcontext():
+        with self._loras.in_unet(loras) if loras else nullcontext():
             answer: torch.Tensor = (adapters.bare(unet) if loras else unet)(
                 rows.latents.to(dtype),
                 rows.timesteps,
